@@ -1,0 +1,41 @@
+"""The backends and the choice among them.
+
+A backend is a module with `unavailable(device_type)` and the functions of `mixout_fast.reference` that the autograd
+functions call: mix, mask_grad, gather, mix_gather and expand, with the same arguments and, bit for bit, the same
+results. One that also has a one-pass kernel provides `fused_linear`, `fused_grad_input` and `prefers_fused`.
+"""
+
+import functools
+import os
+from types import ModuleType
+
+from mixout_fast import reference
+from mixout_fast.backends import cpu
+
+BACKENDS = {"cpu": cpu, "reference": reference}
+"""Name -> module, in the order in which an automatic choice tries them."""
+
+
+def describe(device_type: str) -> dict[str, str | None]:
+    """Backend name -> why it cannot serve the device; None: it can."""
+    return {name: module.unavailable(device_type) for name, module in BACKENDS.items()}
+
+
+def select(name: str | None, device_type: str) -> ModuleType:
+    """The named backend, or MIXOUT_FAST_BACKEND's, or the first that serves the device.
+
+    Raises ValueError for a name that is unknown or cannot serve the device, listing those that can.
+    """
+    return _select(name or os.environ.get("MIXOUT_FAST_BACKEND") or None, device_type)
+
+
+@functools.cache
+def _select(name: str | None, device_type: str) -> ModuleType:
+    reasons = describe(device_type)
+    serving = [backend for backend, reason in reasons.items() if reason is None]
+    if name is None:
+        return BACKENDS[serving[0]]
+    if name not in serving:
+        why = f": {reasons[name]}" if name in reasons else ""
+        raise ValueError(f"backend {name!r} cannot serve device {device_type!r}{why}; these can: {', '.join(serving)}")
+    return BACKENDS[name]

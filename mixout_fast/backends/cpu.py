@@ -1,0 +1,2 @@
+def unavailable(device_type):
+    return "not built yet"

@@ -1,0 +1,208 @@
+"""Mixout as functions: argument checks, the seed draw and the choice of backend."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from mixout_fast import autograd, backends, reference
+
+MASKS = ("input", "element")
+GRAD_SCALES = ("exact", "paper")
+DISTRIBUTIONS = ("bernoulli", "gaussian")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def mixout(
+    input: Tensor,
+    target: Tensor | None = None,
+    p: float = 0.0,
+    training: bool = False,
+    inplace: bool = False,
+    *,
+    mask: str = "input",
+    grad_scale: str = "exact",
+    distribution: str = "bernoulli",
+    seed: int | Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Mix a parameter with its target (Lee et al. 2020, section 3): each masked entry of `input` becomes `target`'s.
+
+    Args:
+        input: the trained weight, floating point (fp64, fp32, bf16, fp16), any strides: a matrix (N, K) as in
+            nn.Linear, a convolution weight (out, in, …), or a vector (K,).
+        target: the pretrained value u, of the same shape, dtype and device; None means zero (dropout of weights).
+        p: probability in [0, 1] that an entry is replaced.
+        training: False returns `input` itself, as p = 0 does.
+        inplace: write the result into `input`, which must not require grad.
+        mask: "input", one draw per input neuron (column k of a matrix, input channel of a convolution, entry of a
+            vector), or "element", one draw per weight.
+        grad_scale: "exact", the gradient m ⊙ grad / (1-p), or "paper", the published code's m ⊙ grad.
+        distribution: "bernoulli", or "gaussian" (m normal with the same mean and variance; reference backend only).
+        seed: int or 0-d int64 tensor on input's device that determines the mask; None draws one from the device's
+            default generator, so torch.manual_seed governs it.
+        backend: "cpu", "reference", …; None chooses by device (`python -m mixout_fast` lists them).
+
+    Returns:
+        The mixed weight, of input's shape and dtype, contiguous. Twice differentiable in `input`.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what it got and what it takes.
+    """
+    check_options(p, mask, grad_scale, distribution)
+    _check_weight("input", input, target)
+    if input.dim() == 0:
+        raise ValueError("input: a 0-d tensor; mixout takes a vector, a matrix or a convolution weight")
+    if inplace and torch.is_grad_enabled() and input.requires_grad:
+        raise ValueError("inplace: input requires grad; mix it out of place, or under torch.no_grad()")
+    if p == 0.0 or not training or input.numel() == 0:
+        return input
+    seed = _seed_tensor(seed, input.device)
+    matrix, target_matrix = _as_matrix(input), None if target is None else _as_matrix(target)
+    if distribution == "gaussian":
+        _check_gaussian_backend(backend)
+        mixed = reference.mix_gaussian(matrix, target_matrix, seed, p, mask)
+    else:
+        chosen = backends.select(backend, input.device.type)
+        mixed = autograd.Mix.apply(matrix, target_matrix, seed, p, mask, _factor(p, grad_scale), chosen)
+    mixed = mixed.view(input.shape)
+    return input.copy_(mixed) if inplace else mixed
+
+
+def mix_linear(
+    input: Tensor,
+    weight: Tensor,
+    target: Tensor | None = None,
+    bias: Tensor | None = None,
+    p: float = 0.0,
+    training: bool = True,
+    *,
+    mask: str = "input",
+    grad_scale: str = "exact",
+    distribution: str = "bernoulli",
+    seed: int | Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """y = x W'ᵀ + b with W' = mixout(weight, target, p), at less than the cost of y = x Wᵀ + b in training.
+
+    Args:
+        input: x, (…, K), any number of leading dimensions, any strides.
+        weight: W, (N, K). target: U, (N, K), or None for zero. bias: (N,) or None. All of x's dtype and device, except
+            under autocast, where x and bias are cast and W and U are mixed in fp32 and rounded once.
+        p, training, mask, grad_scale, distribution, seed, backend: as for `mixout`.
+
+    Returns:
+        y, (…, N), of x's dtype (autocast's under autocast). Once differentiable in input, weight and bias; for a second
+        derivative use F.linear(input, mixout(weight, …), bias). Gradients: dX = dY W', db = Σ dY,
+        dW = m ⊙ (dYᵀ X) / (1-p).
+
+    Raises:
+        TypeError, ValueError: naming the argument, what it got and what it takes.
+    """
+    check_options(p, mask, grad_scale, distribution)
+    _check_weight("weight", weight, target)
+    autocast = torch.is_autocast_enabled(input.device.type) and weight.dtype != torch.float64
+    _check_linear(input, weight, bias, autocast)
+    if p == 0.0 or not training or weight.numel() == 0:
+        return F.linear(input, weight, bias)
+    seed = _seed_tensor(seed, weight.device)
+    if distribution == "gaussian":
+        _check_gaussian_backend(backend)
+        return F.linear(input, reference.mix_gaussian(weight, target, seed, p, mask), bias)
+    if autocast:
+        dtype = torch.get_autocast_dtype(input.device.type)
+        input = input.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+        if weight.dtype != torch.float32:
+            weight = weight.to(dtype)
+            target = None if target is None else target.to(dtype)
+    chosen = backends.select(backend, input.device.type)
+    return autograd.MixLinear.apply(input, weight, target, bias, seed, p, mask, _factor(p, grad_scale), chosen)
+
+
+def check_options(p: float, mask: str, grad_scale: str, distribution: str) -> None:
+    """Raise TypeError or ValueError for a p outside [0, 1] or an unknown choice."""
+    if not isinstance(p, (float, int)) or isinstance(p, bool):
+        raise TypeError(f"p: {p!r} of type {type(p).__name__}; it takes a number in [0, 1]")
+    if not 0.0 <= p <= 1.0:
+        raise ValueError(f"p: {p}; it takes a probability in [0, 1]")
+    if mask not in MASKS:
+        raise ValueError(f"mask: {mask!r}; it takes one of {', '.join(MASKS)}")
+    if grad_scale not in GRAD_SCALES:
+        raise ValueError(f"grad_scale: {grad_scale!r}; it takes one of {', '.join(GRAD_SCALES)}")
+    if distribution not in DISTRIBUTIONS:
+        raise ValueError(f"distribution: {distribution!r}; it takes one of {', '.join(DISTRIBUTIONS)}")
+    if distribution == "gaussian" and p == 1.0:
+        raise ValueError("p: 1 with distribution='gaussian', whose variance p/(1-p) is then infinite")
+
+
+def _check_weight(name: str, weight: Tensor, target: Tensor | None) -> None:
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"{name}: {type(weight).__name__}; it takes a tensor")
+    if weight.dtype not in DTYPES:
+        raise TypeError(f"{name}: dtype {weight.dtype}; it takes one of {', '.join(map(str, DTYPES))}")
+    if target is None:
+        return
+    if not isinstance(target, Tensor):
+        raise TypeError(f"target: {type(target).__name__}; it takes a tensor or None")
+    if target.shape != weight.shape:
+        raise ValueError(f"target: shape {tuple(target.shape)}, {name} has {tuple(weight.shape)}; they must be the same")
+    _check_same("target", target, name, weight)
+    if target.requires_grad:
+        raise ValueError("target: it requires grad; it is a constant: pass target.detach()")
+
+
+def _check_same(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    if tensor.dtype != other.dtype:
+        raise TypeError(f"{name}: dtype {tensor.dtype}, {other_name} has {other.dtype}; they must be the same")
+    if tensor.device != other.device:
+        raise ValueError(f"{name}: on {tensor.device}, {other_name} on {other.device}; they must be on one device")
+
+
+def _check_linear(input: Tensor, weight: Tensor, bias: Tensor | None, autocast: bool) -> None:
+    if weight.dim() != 2:
+        raise ValueError(f"weight: shape {tuple(weight.shape)}; it takes (out_features, in_features)")
+    if input.dim() == 0 or input.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"input: shape {tuple(input.shape)}, weight has {tuple(weight.shape)}; "
+            "input's last dimension must be in_features, weight's second"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias: shape {tuple(bias.shape)}, weight has {tuple(weight.shape)}; bias takes (out_features,)")
+    for name, tensor in (("input", input), ("bias", bias)):
+        if tensor is None:
+            continue
+        if not autocast:
+            _check_same(name, tensor, "weight", weight)
+        elif tensor.dtype not in DTYPES:
+            raise TypeError(f"{name}: dtype {tensor.dtype}; it takes one of {', '.join(map(str, DTYPES))}")
+        elif tensor.device != weight.device:
+            raise ValueError(f"{name}: on {tensor.device}, weight on {weight.device}; they must be on one device")
+
+
+def _check_gaussian_backend(backend: str | None) -> None:
+    if backend not in (None, "reference"):
+        raise ValueError(f"backend: {backend!r} with distribution='gaussian', which only 'reference' serves")
+
+
+def _seed_tensor(seed: int | Tensor | None, device: torch.device) -> Tensor:
+    if seed is None:
+        return torch.empty((), dtype=torch.int64, device=device).random_()
+    if isinstance(seed, Tensor):
+        if seed.dtype != torch.int64 or seed.dim() != 0 or seed.device != device:
+            raise ValueError(
+                f"seed: {seed.dtype} of shape {tuple(seed.shape)} on {seed.device}; "
+                f"it takes an int or a 0-d int64 tensor on {device}"
+            )
+        return seed
+    return torch.tensor(seed, dtype=torch.int64, device=device)
+
+
+def _as_matrix(tensor: Tensor) -> Tensor:
+    """(K,) -> (1, K); (N, K) as it is; (N, K, …) -> (N, K, R): a view wherever the strides allow one."""
+    if tensor.dim() == 1:
+        return tensor.unsqueeze(0)
+    return tensor if tensor.dim() == 2 else tensor.flatten(2)
+
+
+def _factor(p: float, grad_scale: str) -> float:
+    return reference.scale(p) if grad_scale == "exact" else 1.0

@@ -1,0 +1,111 @@
+"""MixLinear: nn.Linear whose weight is mixed with its target at every training step."""
+
+import torch
+from torch import Tensor, nn
+
+from mixout_fast.functional import check_options, mix_linear
+
+
+class MixLinear(nn.Linear):
+    """A drop-in nn.Linear with mixout (Lee, Cho, Kang, ICLR 2020).
+
+    In training y = x W'ᵀ + b with W' = mixout(weight, target, p); in eval mode, or at p = 0, it is nn.Linear. Its
+    state_dict has nn.Linear's keys; `target` is a non-persistent buffer that follows `.to()` and is None for zero.
+
+    Args:
+        in_features, out_features, bias, device, dtype: as for nn.Linear.
+        target: (out_features, in_features) tensor, the pretrained weight, held as a constant and not copied where its
+            device and dtype already fit; None means zero.
+        p: probability in [0, 1] that an input neuron's weights are replaced by the target's. May be reassigned.
+        mask, grad_scale, distribution, backend: as for `mixout_fast.mixout`.
+
+    Shapes: input (…, in_features) -> (…, out_features).
+
+    Raises:
+        TypeError, ValueError: naming the argument, what it got and what it takes.
+    """
+
+    target: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        target: Tensor | None = None,
+        p: float = 0.0,
+        *,
+        mask: str = "input",
+        grad_scale: str = "exact",
+        distribution: str = "bernoulli",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        backend: str | None = None,
+    ) -> None:
+        check_options(p, mask, grad_scale, distribution)
+        super().__init__(in_features, out_features, bias, device, dtype)
+        self._set_mixout(target, p, mask, grad_scale, distribution, backend)
+
+    def _set_mixout(self, target, p, mask, grad_scale, distribution, backend) -> None:
+        if target is not None:
+            if target.shape != self.weight.shape:
+                raise ValueError(
+                    f"target: shape {tuple(target.shape)}; it takes {tuple(self.weight.shape)}, "
+                    "(out_features, in_features)"
+                )
+            target = target.detach().to(self.weight.device, self.weight.dtype)
+        self.p = p
+        self.mask = mask
+        self.grad_scale = grad_scale
+        self.distribution = distribution
+        self.backend = backend
+        self.register_buffer("target", target, persistent=False)
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        p: float,
+        target: Tensor | None = None,
+        *,
+        mask: str = "input",
+        grad_scale: str = "exact",
+        distribution: str = "bernoulli",
+        backend: str | None = None,
+    ) -> "MixLinear":
+        """A MixLinear with the Parameter objects, hooks' owner aside, and training mode of `linear`.
+
+        The parameters are the same objects, so optimizers and tied weights stay valid. `target=None` takes a copy of
+        the present weight, the usual w_pre; for dropout of weights pass zeros.
+        """
+        check_options(p, mask, grad_scale, distribution)
+        layer = cls(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
+        layer.weight, layer.bias = linear.weight, linear.bias
+        layer.train(linear.training)
+        target = linear.weight.detach().clone() if target is None else target
+        layer._set_mixout(target, p, mask, grad_scale, distribution, backend)
+        return layer
+
+    def to_linear(self) -> nn.Linear:
+        """The plain nn.Linear with the same Parameter objects and training mode."""
+        linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
+        linear.weight, linear.bias = self.weight, self.bias
+        return linear.train(self.training)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return mix_linear(
+            input,
+            self.weight,
+            self.target,
+            self.bias,
+            self.p,
+            self.training,
+            mask=self.mask,
+            grad_scale=self.grad_scale,
+            distribution=self.distribution,
+            backend=self.backend,
+        )
+
+    def extra_repr(self) -> str:
+        target = "zero" if self.target is None else "tensor"
+        return f"{super().extra_repr()}, p={self.p}, mask={self.mask!r}, target={target}"
