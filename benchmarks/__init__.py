@@ -1,0 +1,1 @@
+"""Benchmarks: `python -m benchmarks.layer`, `python -m benchmarks.finetune`, `pytest benchmarks`."""
