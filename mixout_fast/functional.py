@@ -186,7 +186,7 @@ def _check_gaussian_backend(backend: str | None) -> None:
 
 def _seed_tensor(seed: int | Tensor | None, device: torch.device) -> Tensor:
     if seed is None:
-        return torch.empty((), dtype=torch.int64, device=device).random_()
+        return torch.randint(-(2**63), 2**63 - 1, (), device=device)
     if isinstance(seed, Tensor):
         if seed.dtype != torch.int64 or seed.dim() != 0 or seed.device != device:
             raise ValueError(

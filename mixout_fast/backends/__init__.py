@@ -5,7 +5,6 @@ functions call: mix, mask_grad, gather, mix_gather and expand, with the same arg
 results. One that also has a one-pass kernel provides `fused_linear`, `fused_grad_input` and `prefers_fused`.
 """
 
-import functools
 import os
 from types import ModuleType
 
@@ -26,16 +25,12 @@ def select(name: str | None, device_type: str) -> ModuleType:
 
     Raises ValueError for a name that is unknown or cannot serve the device, listing those that can.
     """
-    return _select(name or os.environ.get("MIXOUT_FAST_BACKEND") or None, device_type)
-
-
-@functools.cache
-def _select(name: str | None, device_type: str) -> ModuleType:
+    name = name or os.environ.get("MIXOUT_FAST_BACKEND")
+    if not name:
+        return next(module for module in BACKENDS.values() if module.unavailable(device_type) is None)
     reasons = describe(device_type)
-    serving = [backend for backend, reason in reasons.items() if reason is None]
-    if name is None:
-        return BACKENDS[serving[0]]
-    if name not in serving:
+    if reasons.get(name, "unknown") is not None:
         why = f": {reasons[name]}" if name in reasons else ""
-        raise ValueError(f"backend {name!r} cannot serve device {device_type!r}{why}; these can: {', '.join(serving)}")
+        serving = ", ".join(backend for backend, reason in reasons.items() if reason is None)
+        raise ValueError(f"backend {name!r} cannot serve device {device_type!r}{why}; these can: {serving}")
     return BACKENDS[name]
