@@ -11,11 +11,11 @@ import torch
 
 pytest.importorskip("pytest_benchmark")
 
-from benchmarks.agreement import check_ours  # noqa: E402
-from benchmarks.contenders import CONTENDERS, Operands, Shape, why_not_compiled  # noqa: E402
-from benchmarks.timing import reset_gradients  # noqa: E402
+from benchmarks.agreement import check_ours
+from benchmarks.contenders import CONTENDERS, Operands, Shape, why_not_compiled
+from benchmarks.timing import reset_gradients
 
-P = (0.9, 0.5)
+pytestmark = [pytest.mark.parametrize("p", (0.9, 0.5)), pytest.mark.parametrize("contender", CONTENDERS)]
 
 
 @pytest.fixture
@@ -32,16 +32,12 @@ def layer(contender: str, operands: Operands, p: float) -> torch.nn.Module:
     return CONTENDERS[contender](operands, p)
 
 
-@pytest.mark.parametrize("p", P)
-@pytest.mark.parametrize("contender", CONTENDERS)
-def test_forward(benchmark, contender, shape, p, layer, operands):
+def test_forward(benchmark, shape, p, layer, operands):
     benchmark.group = f"forward {shape} p={p}"
     benchmark(layer, operands.x)
 
 
-@pytest.mark.parametrize("p", P)
-@pytest.mark.parametrize("contender", CONTENDERS)
-def test_forward_and_backward(benchmark, contender, shape, p, layer, operands):
+def test_forward_and_backward(benchmark, shape, p, layer, operands):
     benchmark.group = f"forward and backward {shape} p={p}"
 
     def step() -> None:
@@ -51,14 +47,12 @@ def test_forward_and_backward(benchmark, contender, shape, p, layer, operands):
     benchmark(step)
 
 
-@pytest.mark.parametrize("p", P)
-@pytest.mark.parametrize("contender", CONTENDERS)
-def test_backward(benchmark, contender, shape, p, layer, operands):
+def test_backward(benchmark, shape, p, layer, operands):
     benchmark.group = f"backward {shape} p={p}"
-    output = layer(operands.x)
 
-    def setup() -> None:
+    def forward() -> tuple:
         reset_gradients(layer, operands.x)
+        return (layer(operands.x),), {}
 
     rounds = 1 if benchmark.disabled else 20
-    benchmark.pedantic(output.backward, (operands.dy, True), setup=setup, rounds=rounds, warmup_rounds=1)
+    benchmark.pedantic(lambda output: output.backward(operands.dy), setup=forward, rounds=rounds, warmup_rounds=1)
