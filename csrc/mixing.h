@@ -27,15 +27,9 @@ MIXOUT_INLINE To bit_cast(From from) {
 }
 
 // The conversions are integer arithmetic with selects and no branches, so that loops over them vectorise.
-MIXOUT_INLINE float widen(float value) {
-  return value;
-}
-MIXOUT_INLINE double widen(double value) {
-  return value;
-}
-MIXOUT_INLINE float widen(bfloat16 value) {
-  return bit_cast<float>(static_cast<uint32_t>(value.bits) << 16);
-}
+MIXOUT_INLINE float widen(float value) { return value; }
+MIXOUT_INLINE double widen(double value) { return value; }
+MIXOUT_INLINE float widen(bfloat16 value) { return bit_cast<float>(static_cast<uint32_t>(value.bits) << 16); }
 MIXOUT_INLINE float widen(float16 value) {
   const uint32_t sign = static_cast<uint32_t>(value.bits & 0x8000) << 16;
   const uint32_t magnitude = static_cast<uint32_t>(value.bits & 0x7FFF) << 13;
@@ -91,11 +85,17 @@ MIXOUT_INLINE double multiply(double a, double b) { return __dmul_rn(a, b); }
 MIXOUT_INLINE double add(double a, double b) { return __dadd_rn(a, b); }
 #else
 template <typename T>
-MIXOUT_INLINE T subtract(T a, T b) { return a - b; }
+MIXOUT_INLINE T subtract(T a, T b) {
+  return a - b;
+}
 template <typename T>
-MIXOUT_INLINE T multiply(T a, T b) { return a * b; }
+MIXOUT_INLINE T multiply(T a, T b) {
+  return a * b;
+}
 template <typename T>
-MIXOUT_INLINE T add(T a, T b) { return a + b; }
+MIXOUT_INLINE T add(T a, T b) {
+  return a + b;
+}
 #endif
 
 // w' = u + (w - u) / (1 - p) where kept, u itself where dropped (never u + 0 * …: w may be infinite).

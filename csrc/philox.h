@@ -14,35 +14,47 @@
 
 namespace mixout_fast {
 
+// A word is a uint32_t, or a vector of 64-bit lanes whose low halves are words and whose high halves are anything.
+template <typename Word>
 struct Words {
-  uint32_t word[4];
+  Word word[4];
 };
 
-MIXOUT_INLINE Words philox4x32_10(Words counter, uint32_t key0, uint32_t key1) {
+template <typename Word>
+struct Product {
+  Word high, low;
+};
+
+MIXOUT_INLINE Product<uint32_t> multiply_words(uint32_t multiplier, uint32_t word) {
+  const uint64_t product = uint64_t{multiplier} * word;
+  return {static_cast<uint32_t>(product >> 32), static_cast<uint32_t>(product)};
+}
+
+template <typename Word>
+MIXOUT_INLINE Words<Word> philox4x32_10(Words<Word> counter, uint32_t key0, uint32_t key1) {
+#pragma GCC unroll 10
   for (int round = 0; round < 10; ++round) {
-    const uint64_t product0 = uint64_t{0xD2511F53} * counter.word[0];
-    const uint64_t product1 = uint64_t{0xCD9E8D57} * counter.word[2];
-    counter = Words{{
-        static_cast<uint32_t>(product1 >> 32) ^ counter.word[1] ^ key0,
-        static_cast<uint32_t>(product1),
-        static_cast<uint32_t>(product0 >> 32) ^ counter.word[3] ^ key1,
-        static_cast<uint32_t>(product0),
-    }};
+    const Product<Word> product0 = multiply_words(0xD2511F53, counter.word[0]);
+    const Product<Word> product1 = multiply_words(0xCD9E8D57, counter.word[2]);
+    counter = {product1.high ^ counter.word[1] ^ key0, product1.low, product0.high ^ counter.word[3] ^ key1,
+               product0.low};
     key0 += 0x9E3779B9;
     key1 += 0xBB67AE85;
   }
   return counter;
 }
 
-// The words of mask entries 4 * group … 4 * group + 3.
-MIXOUT_INLINE Words mask_words(uint64_t seed, uint64_t group) {
-  const Words counter{{static_cast<uint32_t>(group), static_cast<uint32_t>(group >> 32), 0, 0}};
+// The words of mask entries 4 * group ... 4 * group + 3; group_low and group_high are the halves of that counter.
+template <typename Word>
+MIXOUT_INLINE Words<Word> mask_words(uint64_t seed, Word group_low, Word group_high) {
+  const Words<Word> counter{{group_low, group_high, Word{}, Word{}}};
   return philox4x32_10(counter, static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
+}
+MIXOUT_INLINE Words<uint32_t> mask_words(uint64_t seed, uint64_t group) {
+  return mask_words(seed, static_cast<uint32_t>(group), static_cast<uint32_t>(group >> 32));
 }
 
 // threshold is round(p * 2^32) in [0, 2^32]: at 2^32 (p = 1) no entry is kept.
-MIXOUT_INLINE bool is_kept(uint32_t word, uint64_t threshold) {
-  return word >= threshold;
-}
+MIXOUT_INLINE bool is_kept(uint32_t word, uint64_t threshold) { return word >= threshold; }
 
 } // namespace mixout_fast

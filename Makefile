@@ -1,0 +1,64 @@
+PYTHON ?= python3
+VENV ?= .venv
+# Any arguments of pip install, an index among them. Nothing is installed where the environment has a torch already.
+TORCH ?= torch==2.13.0
+# As setup.py reads it: auto, none or cpu.
+export MIXOUT_FAST_BUILD ?= auto
+export PATH := $(abspath $(VENV))/bin:$(PATH)
+
+PY := $(VENV)/bin/python
+LIBRARY := mixout_fast/_C.so
+SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*)
+FORMATTED := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.inl)
+
+.PHONY: bench test ctest lint format build clean
+
+bench: build $(VENV)/.bench
+	$(PY) -m benchmarks.layer
+	$(PY) -m benchmarks.finetune
+
+test: build ctest
+	$(PY) -m mixout_fast check
+	$(PY) -m pytest
+
+ctest:
+	@if command -v cmake >/dev/null && command -v c++ >/dev/null; then \
+	  cmake -S . -B build/headers -DMIXOUT_FAST_LIBRARY=OFF && cmake --build build/headers && \
+	  ctest --test-dir build/headers --output-on-failure; \
+	else echo "cmake or a C++ compiler is missing: the C++ test of the headers is left out"; fi
+
+lint: $(VENV)/.lint
+	ruff check .
+	ruff format --check .
+	clang-format --dry-run -Werror $(FORMATTED)
+
+format: $(VENV)/.lint
+	ruff check --fix .
+	ruff format .
+	clang-format -i $(FORMATTED)
+
+build: $(VENV)/.installed $(LIBRARY)
+
+# Without a compiler no library appears and the package works without; the next make tries again.
+$(LIBRARY): setup.py $(SOURCES) | $(VENV)/.installed
+	$(PY) setup.py -q build_ext --inplace
+	@if [ -e $@ ]; then touch $@; fi
+
+# MIXOUT_FAST_BUILD=none: this installs the link to the tree, and the rule above builds into the tree.
+$(VENV)/.installed: pyproject.toml setup.py
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -c "import torch" 2>/dev/null || $(PY) -m pip install $(TORCH)
+	$(PY) -m pip install "setuptools>=77" ninja
+	MIXOUT_FAST_BUILD=none $(PY) -m pip install --no-build-isolation -e ".[test]"
+	touch $@
+
+$(VENV)/.bench: benchmarks/requirements.txt | $(VENV)/.installed
+	$(PY) -m pip install -r $<
+	touch $@
+
+$(VENV)/.lint: pyproject.toml | $(VENV)/.installed
+	MIXOUT_FAST_BUILD=none $(PY) -m pip install --no-build-isolation -e ".[lint]"
+	touch $@
+
+clean:
+	rm -rf build dist mixout_fast.egg-info $(LIBRARY) .pytest_cache .ruff_cache
