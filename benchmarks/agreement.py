@@ -1,38 +1,31 @@
 """What is timed must be right: our layer against fp64, by the rule of twice the library's own error."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
-from benchmarks.contenders import Operands
-from mixout_fast import mix_linear, reference
-
-NAMES = ("y", "dX", "dW", "db")
-SEED = 20_191_102
+from mixout_fast import testing
+from mixout_fast.testing import Case
 
 
-def check_ours(operands: Operands, p: float) -> None:
-    """Raise AssertionError where max|ours - exact| exceeds 2 max|library - exact|, in y or a gradient.
-
-    Both are given the same mask; the library computes with reference's W' and dense products in the operands' dtype.
-    """
-    exact = reference_results(*(tensor.detach().double() for tensor in vars(operands).values()), p=p)
-    library = reference_results(*(tensor.detach() for tensor in vars(operands).values()), p=p)
-    for name, ours, theirs, true in zip(NAMES, our_results(operands, p), library, exact, strict=True):
-        error, allowed = max_error(ours, true), 2 * max_error(theirs, true)
+def check_ours(case: Case) -> None:
+    """Raise AssertionError where y or a gradient is off by more than twice the library's error on the same mask."""
+    ours, library, exact = testing.run(case), testing.library(case), fp64_results(case)
+    for name, true in exact.items():
+        error, allowed = (max_error(results[name], true) for results in (ours, library))
+        allowed *= testing.MAX_LIKELIHOOD_RATIO
         if not error <= allowed:
-            raise AssertionError(f"{name} at p={p}: error {error:.3g} against fp64, the rule allows {allowed:.3g}")
+            raise AssertionError(f"{name}: error {error:.3g} against fp64, the rule allows {allowed:.3g}: {case}")
 
 
-def our_results(operands: Operands, p: float) -> tuple[Tensor, ...]:
-    weight, bias = operands.weight.clone().requires_grad_(), operands.bias.clone().requires_grad_()
-    output = mix_linear(operands.x, weight, operands.target, bias, p, seed=SEED)
-    return output.detach(), *torch.autograd.grad(output, (operands.x, weight, bias), operands.dy)
-
-
-def reference_results(x: Tensor, dy: Tensor, weight: Tensor, target: Tensor, bias: Tensor, p: float):
-    seed = torch.tensor(SEED)
-    output = reference.linear_forward(x, weight, target, bias, seed, p, "input")
-    return output, *reference.linear_backward(dy, x, weight, target, seed, p, "input")
+def fp64_results(case: Case) -> dict[str, Tensor]:
+    if case.compute == torch.float64:
+        return testing.oracle(case)
+    # testing's oracle is exact to fp64's last places, at ten times the price of plain fp64 products, which are exact
+    # enough to judge fp32 by.
+    tensors = {name: value.double() for name, value in vars(case).items() if torch.is_tensor(value) and name != "seed"}
+    return testing.library(replace(case, compute=torch.float64, **tensors))
 
 
 def max_error(value: Tensor, exact: Tensor) -> float:

@@ -1,16 +1,17 @@
-"""The layers under comparison, each set up on the same x, dy, W, U and b.
+"""The layers under comparison, each set up on the same x, dy, W, U, b and p.
 
-A contender is a function (Operands, p) -> nn.Module. Every one holds its own copy of the weight (and target), as layers
-of a network do, so none finds its weight in the cache because another has just read it.
+A contender is a function Case -> nn.Module; x and dy are the case's. Every layer holds its own copy of the weight (and
+target), as layers of a network do, so none finds its weight in the cache because another has just read it.
 """
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import mixout_fast
+from mixout_fast import MixLinear
+from mixout_fast.testing import Case, random_case
 
 
 @dataclass(frozen=True)
@@ -27,31 +28,11 @@ class Shape:
         return f"{self.rows}x{self.in_features}x{self.out_features}"
 
 
-@dataclass(frozen=True)
-class Operands:
-    """x (rows, K), dy (rows, N), weight and target (N, K), bias (N,). x requires grad, as inside a network."""
-
-    x: Tensor
-    dy: Tensor
-    weight: Tensor
-    target: Tensor
-    bias: Tensor
-
-    @classmethod
-    def random(cls, shape: Shape, dtype: torch.dtype, seed: int = 0) -> "Operands":
-        generator = torch.Generator().manual_seed(seed)
-
-        def normal(*size: int, scale: float = 1.0) -> Tensor:
-            return (torch.randn(*size, generator=generator) * scale).to(dtype)
-
-        target = normal(shape.out_features, shape.in_features, scale=shape.in_features**-0.5)
-        return cls(
-            x=normal(shape.rows, shape.in_features).requires_grad_(),
-            dy=normal(shape.rows, shape.out_features),
-            weight=target + normal(*target.shape, scale=0.01),
-            target=target,
-            bias=normal(shape.out_features),
-        )
+def problem(shape: Shape, p: float, dtype: torch.dtype) -> Case:
+    """Normal x, dy, U and b, and W a finetuning's distance from U. x requires grad, as inside a network."""
+    case = random_case(*astuple(shape), p=p, dtype=dtype)
+    case.input.requires_grad_()
+    return case
 
 
 class PublishedMixout(torch.autograd.Function):
@@ -102,37 +83,37 @@ class CompiledMixLinear(nn.Linear):
         return compiled_mixout(input, self.weight, self.target, self.bias, self.p)
 
 
-def linear_of(operands: Operands, kind: type[nn.Linear] = nn.Linear) -> nn.Linear:
-    layer = kind(operands.weight.shape[1], operands.weight.shape[0], device="meta")
-    layer.weight = nn.Parameter(operands.weight.clone())
-    layer.bias = nn.Parameter(operands.bias.clone())
+def linear_of(case: Case, kind: type[nn.Linear] = nn.Linear) -> nn.Linear:
+    layer = kind(case.weight.shape[1], case.weight.shape[0], device="meta")
+    layer.weight = nn.Parameter(case.weight.clone())
+    layer.bias = nn.Parameter(case.bias.clone())
     return layer
 
 
-def linear(operands: Operands, p: float) -> nn.Module:
-    return linear_of(operands)
+def linear(case: Case) -> nn.Module:
+    return linear_of(case)
 
 
-def dropout(operands: Operands, p: float) -> nn.Module:
-    return nn.Sequential(nn.Dropout(p), linear_of(operands))
+def dropout(case: Case) -> nn.Module:
+    return nn.Sequential(nn.Dropout(case.p), linear_of(case))
 
 
-def published(operands: Operands, p: float) -> nn.Module:
-    layer = linear_of(operands, PublishedMixLinear)
-    layer.register_buffer("target", operands.target.clone())
-    layer.p = p
+def published(case: Case) -> nn.Module:
+    layer = linear_of(case, PublishedMixLinear)
+    layer.register_buffer("target", case.target.clone())
+    layer.p = case.p
     return layer
 
 
-def compiled(operands: Operands, p: float) -> nn.Module:
-    layer = linear_of(operands, CompiledMixLinear)
-    layer.register_buffer("target", operands.target.clone())
-    layer.register_buffer("p", torch.tensor(p, dtype=operands.weight.dtype))
+def compiled(case: Case) -> nn.Module:
+    layer = linear_of(case, CompiledMixLinear)
+    layer.register_buffer("target", case.target.clone())
+    layer.register_buffer("p", torch.tensor(case.p, dtype=case.weight.dtype))
     return layer
 
 
-def ours(operands: Operands, p: float) -> nn.Module:
-    return mixout_fast.MixLinear.from_linear(linear_of(operands), p, operands.target.clone())
+def ours(case: Case) -> nn.Module:
+    return MixLinear.from_linear(linear_of(case), case.p, case.target.clone())
 
 
 CONTENDERS = {
@@ -146,9 +127,9 @@ CONTENDERS = {
 
 def why_not_compiled() -> str | None:
     """Why torch.compile cannot run here, in one line; None: it can."""
-    tiny = Operands.random(Shape(4, 4, 4), torch.float32)
+    tiny = problem(Shape(4, 4, 4), 0.5, torch.float32)
     try:
-        compiled(tiny, 0.5)(tiny.x).backward(tiny.dy)
+        compiled(tiny)(tiny.input).backward(tiny.grad_output)
     except Exception as error:  # Inductor reports a missing or broken C++ compiler through several exception types.
         return str(error).strip().splitlines()[0] or type(error).__name__
     return None

@@ -12,47 +12,48 @@ import torch
 pytest.importorskip("pytest_benchmark")
 
 from benchmarks.agreement import check_ours
-from benchmarks.contenders import CONTENDERS, Operands, Shape, why_not_compiled
+from benchmarks.contenders import CONTENDERS, Shape, problem, why_not_compiled
 from benchmarks.timing import reset_gradients
+from mixout_fast.testing import Case
 
 pytestmark = [pytest.mark.parametrize("p", (0.9, 0.5)), pytest.mark.parametrize("contender", CONTENDERS)]
 
 
 @pytest.fixture
-def operands(shape: Shape) -> Operands:
-    return Operands.random(shape, torch.float32)
+def case(shape: Shape, p: float) -> Case:
+    return problem(shape, p, torch.float32)
 
 
 @pytest.fixture
-def layer(contender: str, operands: Operands, p: float) -> torch.nn.Module:
+def layer(contender: str, case: Case) -> torch.nn.Module:
     if contender == "ours":
-        check_ours(operands, p)
+        check_ours(case)
     if contender == "compiled" and (reason := why_not_compiled()):
         pytest.skip(f"torch.compile: {reason}")
-    return CONTENDERS[contender](operands, p)
+    return CONTENDERS[contender](case)
 
 
-def test_forward(benchmark, shape, p, layer, operands):
+def test_forward(benchmark, shape, p, layer, case):
     benchmark.group = f"forward {shape} p={p}"
-    benchmark(layer, operands.x)
+    benchmark(layer, case.input)
 
 
-def test_forward_and_backward(benchmark, shape, p, layer, operands):
+def test_forward_and_backward(benchmark, shape, p, layer, case):
     benchmark.group = f"forward and backward {shape} p={p}"
 
     def step() -> None:
-        reset_gradients(layer, operands.x)
-        layer(operands.x).backward(operands.dy)
+        reset_gradients(layer, case.input)
+        layer(case.input).backward(case.grad_output)
 
     benchmark(step)
 
 
-def test_backward(benchmark, shape, p, layer, operands):
+def test_backward(benchmark, shape, p, layer, case):
     benchmark.group = f"backward {shape} p={p}"
 
     def forward() -> tuple:
-        reset_gradients(layer, operands.x)
-        return (layer(operands.x),), {}
+        reset_gradients(layer, case.input)
+        return (layer(case.input),), {}
 
     rounds = 1 if benchmark.disabled else 20
-    benchmark.pedantic(lambda output: output.backward(operands.dy), setup=forward, rounds=rounds, warmup_rounds=1)
+    benchmark.pedantic(lambda output: output.backward(case.grad_output), setup=forward, rounds=rounds, warmup_rounds=1)

@@ -1,9 +1,11 @@
 """Alternating timings in one process, so that ratios hold on a machine whose speed changes with its load."""
 
 import gc
+import os
 import random
 import statistics
 import time
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -55,11 +57,41 @@ def alternate(layers: dict[str, nn.Module], x: Tensor, dy: Tensor, seconds: floa
     return times
 
 
+class OtherLoad:
+    """While open, watches what other processes take of the machine's CPUs: `share` in 0 … 1, None where unknown.
+
+    Two threads that wait for each other at every barrier lose far more than that share, and small layers most: such
+    figures are not comparable with those of a quiet machine, however many rounds went into them.
+    """
+
+    share: float | None = None
+
+    def __enter__(self) -> "OtherLoad":
+        self.start = cpu_seconds()
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self.start is not None:
+            total, busy, own = (end - start for end, start in zip(cpu_seconds(), self.start, strict=True))
+            self.share = max(0.0, busy - own) / total
+
+
+def cpu_seconds() -> tuple[float, float, float] | None:
+    """Seconds since boot that the CPUs have had together, that were used, and that this process used; Linux only."""
+    stat = Path("/proc/stat")
+    if not stat.exists():
+        return None
+    # user nice system idle iowait irq softirq steal; guest time, which follows, is part of user.
+    ticks = [int(field) for field in stat.read_text().split("\n", 1)[0].split()[1:9]]
+    seconds = [tick / os.sysconf("SC_CLK_TCK") for tick in ticks]
+    return sum(seconds), sum(seconds) - seconds[3] - seconds[4], time.process_time()
+
+
 def spread(values: list[float], unit: float = 1.0) -> dict[str, float]:
     """Median and 20/80 percentiles, in `unit`."""
     quintiles = statistics.quantiles(values, n=5, method="inclusive")
     parts = {"median": statistics.median(values), "p20": quintiles[0], "p80": quintiles[3]}
-    return {name: round(value / unit, 5) for name, value in parts.items()}
+    return {name: round(value / unit, 4) for name, value in parts.items()}
 
 
 def ratio(times: Times, base: Times, phase: str) -> dict[str, float]:
