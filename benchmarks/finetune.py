@@ -98,6 +98,8 @@ def dev_score(model: nn.Module, pretrained: Pretrained, task: data.Task) -> floa
 def finetune(pretrained: Pretrained, task: data.Task, options: argparse.Namespace) -> list[Result]:
     """Train every method from `restarts` seeds, which they share: head, order of the sentences, random numbers."""
     methods: dict[str, Callable[[nn.Module], nn.Module]] = {BASELINE: lambda model: with_dropout(model, 0.1)}
+    if options.plain:
+        methods["no regulariser"] = lambda model: with_dropout(model, 0.0)
     for p in options.p:
         methods[f"mixout({p:g})"] = lambda model, p=p: with_mixout(model, p)
     seconds = {method: [] for method in methods}
@@ -135,7 +137,7 @@ def train_in_rotation(runs: list[Run], batches: list[dict], progress: tqdm) -> N
 
 
 def ratio(times: list[float], baseline: list[float]) -> float:
-    """The median over steps of the time relative to the baseline's on the same batch, a moment apart."""
+    """The median over steps of the time against the baseline's on the same batch, a moment apart."""
     return median(time / base for time, base in zip(times, baseline, strict=True))
 
 
@@ -183,9 +185,17 @@ def processor() -> str:
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
+def probability(text: str) -> float:
+    p = float(text)
+    if not 0.0 <= p <= 1.0:
+        raise argparse.ArgumentTypeError(f"{text} is not in [0, 1]")
+    return p
+
+
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.finetune", description=__doc__.splitlines()[0])
-    parser.add_argument("--p", type=float, nargs="+", default=[0.7, 0.9], help="mixout probabilities (0.7 0.9)")
+    parser.add_argument("--p", type=probability, nargs="+", default=[0.7, 0.9], help="mixout probabilities (0.7 0.9)")
+    parser.add_argument("--plain", action="store_true", help="train without any regulariser too")
     parser.add_argument("--data", choices=["rated", *data.GLUE], default="rated", help="rated sentences, or GLUE")
     parser.add_argument("--source", choices=data.RATED, default="movie", help="which rated sentences (movie)")
     parser.add_argument("--task", choices=["classification", "regression"], default="classification")

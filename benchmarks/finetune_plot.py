@@ -20,6 +20,7 @@ DROPOUT, MIXOUT, INK, FAINT = "#9a9a9a", "#2b6cb0", "#222222", "#888888"
 def plot(results: list[Result], task: Task, described: dict[str, str], path: Path) -> None:
     matplotlib.rcParams.update({"font.size": 11, "axes.titlesize": 12, "text.color": INK, "axes.titleweight": "bold"})
     figure = Figure(figsize=(12, 4.8), layout="constrained")
+    figure.get_layout_engine().set(wspace=0.08, h_pad=0.12)
     time, score, distance = figure.subplots(1, 3)
 
     bars(time, results, [result.ratio for result in results], "{:.2f}")
@@ -33,9 +34,8 @@ def plot(results: list[Result], task: Task, described: dict[str, str], path: Pat
     distance.set_title("Distance from the pretrained\nweights after training")
 
     figure.suptitle(f"Finetuning {described['model']} on {described['data']}", fontsize=13)
-    figure.supxlabel(
-        f"{described['training']}\n{described['machine']}; {described['versions']}", fontsize=8.5, color=FAINT
-    )
+    footnote = f"{described['training']}\n{described['machine']}; {described['versions']}"
+    figure.supxlabel(footnote, fontsize=8.5, color=FAINT)
     figure.savefig(path, dpi=150)
 
 
@@ -60,13 +60,13 @@ def points(axes: Axes, results: list[Result], chance: float) -> None:
         axes.hlines(mean, place - 0.35, place + 0.35, color=colour, linewidth=2)
         axes.annotate(f"{mean:.2f}", (place + 0.37, mean), va="center", fontsize=12)
     axes.axhline(chance, color=FAINT, linewidth=0.8, linestyle="--")
-    axes.annotate("always the same answer", (-0.45, chance), xytext=(0, -4), textcoords="offset points",
-                  va="top", fontsize=9, color=FAINT)  # fmt: skip
+    end = len(results) - 0.25
+    axes.annotate("always the same answer", (end, chance), (0, 4), textcoords="offset points", ha="right", color=FAINT)
     lowest = min(chance, *(min(result.scores) for result in results))
     highest = max(max(result.scores) for result in results)
     margin = 0.1 * (highest - lowest) + 0.01
     axes.set_ylim(lowest - margin, highest + margin)
-    axes.set_xlim(-0.5, len(results) - 0.25)
+    axes.set_xlim(-0.5, end)
     axes.set_xticks(range(len(results)), [result.method for result in results])
     tidy(axes)
 
