@@ -9,6 +9,7 @@ is the median over rounds of ours divided by the other's time in the same round.
 import argparse
 import datetime
 import json
+import operator
 import os
 import platform
 import shlex
@@ -72,6 +73,9 @@ def main() -> None:
         print(phase_table(cells, names, phase))
     if options.targets:
         print(targets_table(cells))
+    print("\n+- half the 20-80 % range of the ratio to nn.Linear over the rounds")
+    if any(map(is_disturbed, cells)):
+        print(f"*  other processes used more than {QUIET:.0%} of the CPUs meanwhile: repeat on a quiet machine")
     write(result, options.output or RESULTS / file_name(options))
 
 
@@ -102,7 +106,7 @@ def defaults(options: argparse.Namespace) -> dict:
     if options.targets:
         shapes = [shape for group in TARGETS for shape in group]
         return {"shapes": shapes, "p": TARGET_P, "contenders": ["dropout"], "seconds": 6.0}
-    return {"shapes": DEFAULT_SHAPES, "p": DEFAULT_P, "contenders": list(CONTENDERS), "seconds": 4.0}
+    return {"shapes": DEFAULT_SHAPES, "p": DEFAULT_P, "contenders": list(CONTENDERS), "seconds": 3.5}
 
 
 def available(chosen: list[str]) -> list[str]:
@@ -151,11 +155,7 @@ def phase_table(cells: list[dict], names: list[str], phase: str) -> str:
     if phase == "both":
         header += ["saved MB", "nn.Linear's"]
     rows = [phase_row(cell, others, phase) for cell in cells]
-    caption = "ours in ms, its ratio to the others (below 1: ours is faster), half the 20-80 % range of the first ratio"
-    text = f"\n{title}: {caption}\n{table(header, rows)}"
-    if any(is_disturbed(cell) for cell in cells):
-        text += f"\n* other processes used more than {QUIET:.0%} of the CPUs meanwhile: repeat on a quiet machine"
-    return text
+    return f"\n{title}: ours, and ours / theirs\n{table(header, rows)}"
 
 
 def phase_row(cell: dict, others: list[str], phase: str) -> list[str]:
@@ -174,15 +174,19 @@ def is_disturbed(cell: dict) -> bool:
 
 
 def targets_table(cells: list[dict]) -> str:
-    """Every target beside what was measured; cells that were not measured are left out."""
+    """What was measured beside its target; - where it was not."""
     by_key = {(cell["shape"], cell["p"]): cell for cell in cells}
     rows = [["floor (matrix products alone)", *(f"{(3 - p) / 3:.2f}" for p in TARGET_P)]]
     for shapes, limits in TARGETS.items():
         for shape in shapes:
             measured = [by_key.get((shape, p)) for p in TARGET_P]
+            if not any(measured):
+                continue
             for name, bounds in limits.items():
                 ratios = [cell and cell["ratios"][name]["both"]["median"] for cell in measured]
-                rows.append([f"{shape} / {TITLES[name]}", *map(verdict, ratios, bounds)])
+                marks = ["*" if cell and is_disturbed(cell) else "" for cell in measured]
+                verdicts = map(operator.add, map(verdict, ratios, bounds), marks)
+                rows.append([f"{shape} / {TITLES[name]}", *verdicts])
             rows.append([f"{shape} saved / nn.Linear's", *map(verdict, map(saved_share, measured), TARGET_SAVED)])
     header = ["forward + backward", *(f"p {p}" for p in TARGET_P)]
     missed = sum("miss" in value for row in rows for value in row)
