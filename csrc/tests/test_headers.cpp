@@ -31,7 +31,9 @@ uint32_t bits_of(float value) { return bit_cast<uint32_t>(value); }
 
 bool same_bits(double a, double b) { return bit_cast<uint64_t>(a) == bit_cast<uint64_t>(b); }
 
-bool same_words(Words a, Words b) {
+using Block = Words<uint32_t>;
+
+bool same_words(Block a, Block b) {
   return a.word[0] == b.word[0] && a.word[1] == b.word[1] && a.word[2] == b.word[2] && a.word[3] == b.word[3];
 }
 
@@ -131,21 +133,21 @@ void check_many_floats(const Format& format) {
 }
 
 void philox_known_answers() {
-  const Words zeros{{0, 0, 0, 0}};
-  CHECK(same_words(philox4x32_10(zeros, 0, 0), Words{{0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8}}), "zeros");
+  const Block zeros{{0, 0, 0, 0}};
+  CHECK(same_words(philox4x32_10(zeros, 0, 0), Block{{0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8}}), "zeros");
   const uint32_t ones = 0xFFFFFFFF;
-  CHECK(same_words(philox4x32_10(Words{{ones, ones, ones, ones}}, ones, ones),
-                   Words{{0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD}}),
+  CHECK(same_words(philox4x32_10(Block{{ones, ones, ones, ones}}, ones, ones),
+                   Block{{0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD}}),
         "ones");
-  CHECK(same_words(philox4x32_10(Words{{0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344}}, 0xA4093822, 0x299F31D0),
-                   Words{{0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1}}),
+  CHECK(same_words(philox4x32_10(Block{{0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344}}, 0xA4093822, 0x299F31D0),
+                   Block{{0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1}}),
         "digits of pi");
 }
 
 void mask_words_split_seed_and_group() {
-  CHECK(same_words(mask_words(0, 0), Words{{0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8}}), "seed 0, group 0");
+  CHECK(same_words(mask_words(0, 0), Block{{0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8}}), "seed 0, group 0");
   const uint64_t seed = 0x299F31D0A4093822, group = 0x85A308D3243F6A88;
-  const Words expected = philox4x32_10(Words{{0x243F6A88, 0x85A308D3, 0, 0}}, 0xA4093822, 0x299F31D0);
+  const Block expected = philox4x32_10(Block{{0x243F6A88, 0x85A308D3, 0, 0}}, 0xA4093822, 0x299F31D0);
   CHECK(same_words(mask_words(seed, group), expected), "64-bit seed and group");
 }
 
