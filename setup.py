@@ -5,6 +5,7 @@ skips it. Without the library the package works on its reference backend.
 """
 
 import os
+import shutil
 from glob import glob
 
 from setuptools import setup
@@ -37,13 +38,15 @@ def extensions():
         return give_up(f"torch cannot be imported here ({error}); install it first, use --no-build-isolation")
     if tuple(map(int, torch.__version__.split(".")[:2])) < OLDEST_TORCH:
         return give_up(f"torch {torch.__version__} is older than {'.'.join(map(str, OLDEST_TORCH))}")
-    flags = ["-O3", "-g0", "-std=c++20", "-ffp-contract=off", "-fvisibility=hidden"]
+    compiler = os.environ.get("CXX", "c++").split()[0]
+    if shutil.which(compiler) is None:
+        return give_up(f"no C++ compiler: {compiler!r} is not on PATH")
     library = CppExtension(
         "mixout_fast._C",
         sorted(["csrc/ops.cpp", *glob("csrc/cpu/*.cpp")]),
         depends=sorted(glob("csrc/*.h") + glob("csrc/cpu/*.h") + glob("csrc/cpu/*.inl")),
         define_macros=[("TORCH_TARGET_VERSION", TARGET_VERSION)],
-        extra_compile_args=flags,
+        extra_compile_args=["-O3", "-g0", "-std=c++20", "-ffp-contract=off", "-fvisibility=hidden"],
         py_limited_api=True,
         optional=BUILD == "auto",
     )
@@ -62,7 +65,7 @@ def builder():
             try:
                 super().build_extensions()
             except Exception as error:
-                give_up(error)
+                give_up(f"{error}; what the compiler said stands above")
 
     return Build.with_options(no_python_abi_suffix=True)
 
