@@ -32,9 +32,9 @@ QUIET = 0.03
 """Share of the CPUs that other processes may take of a measurement; an idle desktop takes about 1 %."""
 
 DEFAULT_P = (0.9, 0.7, 0.5, 0.1)
-DEFAULT_SHAPES = ("2048x768x768", "2048x3072x768", "2048x768x3072", "128x768x768")
+DEFAULT_SHAPES = (Shape(2048, 768, 768), Shape(2048, 3072, 768), Shape(2048, 768, 3072), Shape(128, 768, 768))
 QUICK_P = (0.9, 0.5)
-QUICK_SHAPES = ("2048x768x768", "128x768x768")
+QUICK_SHAPES = (Shape(2048, 768, 768), Shape(128, 768, 768))
 
 TARGETS = {
     ("2048x768x768", "2048x3072x768"): {"linear": (0.74, 0.80, 0.90, 1.03), "dropout": (0.60, 0.60, 0.65, 0.85)},
@@ -54,8 +54,7 @@ def main() -> None:
     backend = backends.select(None, "cpu").__name__.rpartition(".")[2]
     print(f"{cpu_model()}, {options.threads} threads, torch {torch.__version__}, {options.dtype}, backend {backend}")
 
-    shapes = [Shape.parse(text) for text in options.shapes]
-    bar = progress([(shape, p) for shape in shapes for p in options.p])
+    bar = progress([(shape, p) for shape in options.shapes for p in options.p])
     cells = [measure_cell(shape, p, names, options, bar) for shape, p in bar]
 
     result = {
@@ -81,7 +80,9 @@ def main() -> None:
 
 def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.layer", description=__doc__.splitlines()[0])
-    parser.add_argument("--shapes", nargs="+", metavar="ROWSxKxN", help="rows x in_features x out_features")
+    parser.add_argument(
+        "--shapes", nargs="+", type=Shape.parse, metavar="ROWSxKxN", help="rows x in_features x out_features"
+    )
     parser.add_argument("--p", nargs="+", type=float, help=f"default {DEFAULT_P}")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -95,6 +96,8 @@ def parse_options() -> argparse.Namespace:
     for name, value in defaults(options).items():
         if getattr(options, name) is None:
             setattr(options, name, value)
+    if options.targets and "dropout" not in options.contenders:
+        parser.error("--contenders: the targets need dropout")
     return options
 
 
@@ -104,7 +107,7 @@ def defaults(options: argparse.Namespace) -> dict:
         others = ["dropout", "published"]
         return {"shapes": QUICK_SHAPES, "p": QUICK_P, "contenders": others, "seconds": 2.0}
     if options.targets:
-        shapes = [shape for group in TARGETS for shape in group]
+        shapes = [Shape.parse(text) for group in TARGETS for text in group]
         return {"shapes": shapes, "p": TARGET_P, "contenders": ["dropout"], "seconds": 6.0}
     return {"shapes": DEFAULT_SHAPES, "p": DEFAULT_P, "contenders": list(CONTENDERS), "seconds": 3.5}
 
