@@ -26,6 +26,7 @@ import mixout_fast
 from benchmarks import data
 from benchmarks.encoder import Pretrained, distance, linear_weights, with_dropout, with_mixout
 from benchmarks.finetune_plot import plot
+from mixout_fast.backends import select
 
 BASELINE = "dropout(0.1)"
 RESULTS = Path(__file__).parent / "results"
@@ -166,7 +167,7 @@ def settings(pretrained: Pretrained, task: data.Task, options: argparse.Namespac
         "data": f"{task.name}: {len(task.train)} training and {len(task.dev)} dev examples",
         "training": f"{counted(options.epochs, 'epoch')}, batch {options.batch}, at most {options.max_tokens} tokens, "
         f"AdamW, learning rate {options.lr:g}, fp32",
-        "machine": f"{processor()}, {torch.get_num_threads()} threads",
+        "machine": f"{processor()}, {torch.get_num_threads()} threads, mixout_fast's {backend_name()} backend",
         "versions": f"mixout_fast {mixout_fast.__version__}, torch {torch.__version__}, "
         f"transformers {version('transformers')}, Python {platform.python_version()}",
         "command": "python -m benchmarks.finetune " + shlex.join(sys.argv[1:]),
@@ -175,6 +176,10 @@ def settings(pretrained: Pretrained, task: data.Task, options: argparse.Namespac
 
 def counted(count: int, noun: str) -> str:
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def backend_name() -> str:
+    return select(None, "cpu").__name__.rpartition(".")[2]
 
 
 def processor() -> str:
