@@ -1,0 +1,57 @@
+"""Every test runs on each device at hand, with each backend that serves it, on fresh inputs and NaN-filled memory."""
+
+import random
+import zlib
+
+import pytest
+import torch
+
+from mixout_fast import backends
+
+DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+
+
+def pytest_addoption(parser):
+    parser.addoption("--seed", type=int, default=random.SystemRandom().getrandbits(31), help="of the random inputs")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: compiles, so takes seconds; leave out with -m 'not slow'")
+
+
+def pytest_report_header(config):
+    return f"inputs: --seed={config.getoption('seed')}"
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item):
+    outcome = yield
+    report = outcome.get_result()
+    if report.failed:
+        report.sections.append(("inputs", f"the same again: --seed={item.config.getoption('seed')}"))
+
+
+def pytest_generate_tests(metafunc):
+    if "backend" in metafunc.fixturenames:
+        served = [(d, name) for d in DEVICES for name, reason in backends.describe(d).items() if reason is None]
+        metafunc.parametrize(("device", "backend"), served, ids=[f"{d}-{name}" for d, name in served])
+    elif "device" in metafunc.fixturenames:
+        metafunc.parametrize("device", DEVICES)
+
+
+@pytest.fixture
+def seed(request):
+    return request.config.getoption("seed") ^ zlib.crc32(request.node.name.encode())
+
+
+@pytest.fixture(autouse=True)
+def fresh_state(seed, monkeypatch):
+    """No choice of backend from outside, a seed of the test's own, and NaN in every buffer that nothing was written to.
+
+    torch fills what `empty` returns under deterministic algorithms, also what C++ operators allocate through it.
+    """
+    monkeypatch.delenv("MIXOUT_FAST_BACKEND", raising=False)
+    torch.manual_seed(seed)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)

@@ -1,0 +1,268 @@
+"""Gradients: of every layout, with anything frozen, and what is computed and saved for them."""
+
+import dataclasses
+import itertools
+
+import pytest
+import torch
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from mixout_fast import mix_linear, mixout, reference, testing
+from mixout_fast.functional import DTYPES, MASKS
+
+masks = pytest.mark.parametrize("mask", MASKS)
+few_and_many_rows = pytest.mark.parametrize("rows", (3, 255))
+
+
+@masks
+def test_gradcheck(mask, device, backend):
+    testing.check_gradients(mask, device, backend)
+
+
+def transposed(tensor):
+    """The same values with the last two dimensions' strides swapped."""
+    return tensor.transpose(-1, -2).contiguous().transpose(-1, -2)
+
+
+def every_other(tensor):
+    """The same values two apart in memory, with NaN between."""
+    spread = torch.full((*tensor.shape, 2), torch.nan, dtype=tensor.dtype, device=tensor.device)
+    spread[..., 0] = tensor
+    return spread[..., 0]
+
+
+def offset(tensor):
+    """The same values, contiguous, from an address that no vector load is aligned to."""
+    flat = torch.empty(tensor.numel() + 1, dtype=tensor.dtype, device=tensor.device)
+    flat[1:] = tensor.flatten()
+    return flat[1:].view(tensor.shape)
+
+
+@masks
+@few_and_many_rows
+@pytest.mark.parametrize("layout", (transposed, every_other, offset))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_strides(layout, rows, mask, dtype, device, backend, seed):
+    for operands in (("input",), ("weight",), ("target",), ("grad_output",), ("input", "weight", "target")):
+        case = testing.integer_case(rows, 33, 17, p=0.75, mask=mask, dtype=dtype, device=device, seed=seed)
+        strided = {name: layout(getattr(case, name)) for name in operands}
+        testing.check_exact(dataclasses.replace(case, **strided, origin=f"{layout.__name__} {operands}"), backend)
+
+
+@masks
+@few_and_many_rows
+def test_expanded_operands(rows, mask, device, backend, seed):
+    case = testing.integer_case(rows, 17, 33, p=0.5, mask=mask, device=device, seed=seed)
+    one = torch.ones((), device=device)
+    for changed in (
+        {"grad_output": one.expand(rows, 33)},
+        {"input": case.input[:1].expand(rows, 17)},
+        {"target": one.expand(33, 17)},
+    ):
+        testing.check_exact(dataclasses.replace(case, **changed, origin=f"expanded {list(changed)}"), backend)
+
+
+@masks
+@pytest.mark.parametrize("leading", ((), (1,), (5,), (2, 3), (2, 1, 3), (0,), (2, 0, 3), (150, 2)), ids=str)
+def test_leading_dimensions(leading, mask, device, backend, seed):
+    for dtype, compute in ((torch.float64, torch.float64), (torch.float32, torch.bfloat16)):
+        case = testing.integer_case(
+            leading, 17, 5, p=0.75, mask=mask, dtype=dtype, compute=compute, device=device, seed=seed
+        )
+        testing.check_exact(case, backend)
+
+
+@masks
+@pytest.mark.parametrize("shape", ((3, 0, 5), (3, 5, 0), (0, 0, 0)), ids=str)
+def test_no_features(shape, mask, device, backend):
+    rows, in_features, out_features = shape
+    x = torch.randn(rows, in_features, device=device, requires_grad=True)
+    weight = torch.randn(out_features, in_features, device=device, requires_grad=True)
+    output = mix_linear(x, weight, p=0.5, mask=mask, backend=backend)
+    assert output.shape == (rows, out_features)
+    assert not output.any()
+    output.sum().backward()
+    assert x.grad.shape == x.shape
+    assert weight.grad.shape == weight.shape
+
+
+@masks
+@few_and_many_rows
+@pytest.mark.parametrize("target", (True, False))
+@pytest.mark.parametrize("bias", (True, False))
+def test_frozen_operands_get_no_gradient_and_the_others_the_same(target, bias, rows, mask, device, backend, seed):
+    case = testing.integer_case(rows, 33, 17, p=0.75, mask=mask, target=target, bias=bias, device=device, seed=seed)
+    want = testing.oracle(case)
+    leaves = {"dX": case.input, "dW": case.weight, "db": case.bias}
+    names = [name for name, leaf in leaves.items() if leaf is not None]
+    for count in range(1, len(names) + 1):
+        for trained in itertools.combinations(names, count):
+            x, weight, b = (
+                None if leaf is None else leaf.detach().requires_grad_(name in trained) for name, leaf in leaves.items()
+            )
+            options = {"mask": mask, "seed": case.seed, "backend": backend}
+            mix_linear(x, weight, case.target, b, case.p, **options).backward(case.grad_output)
+            for name, leaf in zip(leaves, (x, weight, b), strict=True):
+                if name in trained:
+                    testing.assert_same_values(f"{name} with {trained}", leaf.grad, want[name].float(), case)
+                else:
+                    assert leaf is None or leaf.grad is None
+
+
+def counted_backward_products(case, backend, trained):
+    """Multiply-adds of the library's matrix products in backward."""
+    leaves = [t.detach().requires_grad_(name in trained) for name, t in (("x", case.input), ("w", case.weight))]
+    output = mix_linear(*leaves, case.target, None, case.p, mask=case.mask, seed=case.seed, backend=backend)
+    with FlopCounterMode(display=False) as counter:
+        output.backward(case.grad_output)
+    return counter.get_total_flops() // 2
+
+
+def test_only_the_needed_products_are_computed(device, backend, seed):
+    """dX costs the dense product; dW, with the input mask, its kept columns alone; a frozen operand nothing."""
+    rows, in_features, out_features = 512, 255, 64
+    case = testing.random_case(rows, in_features, out_features, p=0.9, device=device, seed=seed)
+    assert not testing.is_fused(case, backend)
+    kept = int(reference.keep_mask(case.seed, case.weight.shape, case.p, "input").sum())
+    dense, compact = rows * in_features * out_features, rows * kept * out_features
+    assert counted_backward_products(case, backend, "w") == compact
+    assert counted_backward_products(case, backend, "x") == dense
+    assert counted_backward_products(case, backend, "xw") == dense + compact
+
+
+def test_dropped_columns_of_the_gradient_are_positive_zero(device, backend, seed):
+    case = testing.random_case(255, 255, 17, p=0.9, device=device, seed=seed)
+    dW = testing.run(case, backend)["dW"]
+    dropped = ~reference.keep_mask(case.seed, case.weight.shape, case.p, "input").view(-1)
+    testing.assert_same_bits("dropped columns", dW[:, dropped], torch.zeros_like(dW[:, dropped]), case)
+
+
+@masks
+@few_and_many_rows
+def test_grad_scale_paper_leaves_out_the_scale(rows, mask, device, backend, seed):
+    case = testing.integer_case(rows, 33, 17, p=0.75, mask=mask, device=device, seed=seed)
+    exact, paper = testing.run(case, backend, "exact"), testing.run(case, backend, "paper")
+    assert exact["dW"].any()
+    for name, ratio in (("y", 1), ("dX", 1), ("dW", 4), ("db", 1)):
+        testing.assert_same_values(f"{name}, exact against paper", exact[name], paper[name] * ratio, case)
+    weight = case.weight.requires_grad_()
+    for grad_scale, ratio in (("exact", 4), ("paper", 1)):
+        mixed = mixout(weight, None, 0.75, True, mask=mask, grad_scale=grad_scale, seed=case.seed, backend=backend)
+        (grad,) = torch.autograd.grad(mixed.sum(), weight)
+        keep = reference.keep_mask(case.seed, weight.shape, 0.75, mask).expand_as(weight)
+        testing.assert_same_bits(f"mixout, {grad_scale}", grad, ratio * keep.float(), case)
+
+
+@masks
+@few_and_many_rows
+def test_second_derivative_of_mix_linear_is_refused(rows, mask, device, backend, seed):
+    case = testing.random_case(rows, 17, 5, p=0.5, mask=mask, device=device, seed=seed)
+    weight = case.weight.requires_grad_()
+    output = mix_linear(case.input, weight, case.target, None, case.p, mask=mask, backend=backend)
+    (grad,) = torch.autograd.grad(output.square().sum(), weight, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        grad.sum().backward()
+
+
+@masks
+def test_second_derivative_through_mixout(mask, device, backend, seed):
+    """F.linear(x, mixout(w)) is what mix_linear's docstring names for a second derivative; of ‖x W'‖² it is exact."""
+    case = testing.integer_case(3, 17, 5, p=0.75, mask=mask, device=device, seed=seed)
+    weight = case.weight.requires_grad_()
+    mixed = mixout(weight, case.target, case.p, True, mask=mask, seed=case.seed, backend=backend)
+    energy = F.linear(case.input, mixed).square().sum() / 2
+    (grad,) = torch.autograd.grad(energy, weight, create_graph=True)
+    (product,) = torch.autograd.grad(grad.sum(), weight)
+    scaled = 4 * reference.keep_mask(case.seed, weight.shape, case.p, mask).expand_as(weight)
+    want = scaled * F.linear(scaled.float(), case.input.t() @ case.input)
+    testing.assert_same_values("second derivative", product, want, case)
+
+
+def saved_bytes(function, held):
+    """Bytes saved for backward, counting each memory once, except that of `held` and of 0-d tensors (the seed)."""
+    seen = {tensor.untyped_storage().data_ptr() for tensor in held if tensor is not None}
+    sizes = []
+
+    def pack(tensor):
+        memory = tensor.untyped_storage()
+        if memory.data_ptr() not in seen and tensor.dim():
+            seen.add(memory.data_ptr())
+            sizes.append(memory.nbytes())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        function()
+    return sum(sizes)
+
+
+@masks
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows", (17, 2048))
+@pytest.mark.parametrize(
+    ("p", "trained", "ratio"),
+    ((0.9, "xwb", 0.2), (0.9, "wb", 0.2), (0.9, "xb", 0), (0.7, "xwb", 1), (0.5, "xwb", 1), (0.1, "xwb", 1)),
+)
+def test_bytes_saved_for_backward(p, trained, ratio, rows, mask, dtype, device, backend, seed):
+    """nn.Linear saves x where the weight is trained and nothing but parameters where it is not."""
+    ratio = max(ratio, 1) if mask == "element" and "w" in trained else ratio
+    case = testing.random_case(rows, 768, 32, p=p, mask=mask, dtype=dtype, device=device, seed=seed)
+    x, weight, bias = (
+        t.detach().requires_grad_(name in trained)
+        for name, t in (("x", case.input), ("w", case.weight), ("b", case.bias))
+    )
+    held = (weight, bias, case.target)
+    linear = saved_bytes(lambda: F.linear(x, weight, bias), held)
+    ours = saved_bytes(lambda: mix_linear(x, weight, case.target, bias, p, mask=mask, backend=backend), held)
+    assert linear == (x.nbytes if "w" in trained else 0)
+    assert ours <= ratio * x.nbytes
+
+
+@few_and_many_rows
+@pytest.mark.parametrize("changed", ("weight", "target"))
+def test_a_weight_changed_between_forward_and_backward_raises(changed, rows, device, backend, seed):
+    """As with nn.Linear: W' is mixed again in backward."""
+    case = testing.random_case(rows, 17, 5, p=0.5, device=device, seed=seed)
+    x, weight = case.input.requires_grad_(), case.weight.requires_grad_()
+    output = mix_linear(x, weight, case.target, None, case.p, backend=backend)
+    with torch.no_grad():
+        getattr(case, changed).add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        output.sum().backward()
+
+
+@masks
+def test_backward_of_another_thread_and_order_uses_the_same_mask(mask, device, backend, seed):
+    """The seed is saved, so other draws between forward and backward do not matter."""
+    torch.manual_seed(seed)
+    weight = torch.ones(64, 64, device=device, requires_grad=True)
+    outputs = [mix_linear(torch.eye(64, device=device), weight, p=0.5, mask=mask, backend=backend) for _ in range(3)]
+    for output in outputs:
+        torch.rand(7, device=device)
+        (grad,) = torch.autograd.grad(output.sum(), weight)
+        assert torch.equal(grad, output.t())
+
+
+class OperatorCalls(TorchDispatchMode):
+    """Notes the calls of the package's registered operators."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "mixout_fast":
+            self.calls[func] = args, kwargs or {}
+        return func(*args, **kwargs or {})
+
+
+@masks
+@few_and_many_rows
+def test_registered_operators_are_pure_and_have_fakes(rows, mask, device, backend, seed):
+    """What torch.compile relies on; a backend without registered operators has nothing to check."""
+    case = testing.random_case(rows, 33, 17, p=0.9, mask=mask, device=device, seed=seed)
+    with OperatorCalls() as recorder:
+        testing.run(case, backend)
+    for operator, (args, kwargs) in recorder.calls.items():
+        torch.library.opcheck(operator, args, kwargs)
