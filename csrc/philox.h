@@ -25,13 +25,16 @@ struct Product {
   Word high, low;
 };
 
-MIXOUT_INLINE Product<uint32_t> multiply_words(uint32_t multiplier, uint32_t word) {
-  const uint64_t product = uint64_t{multiplier} * word;
-  return {static_cast<uint32_t>(product >> 32), static_cast<uint32_t>(product)};
-}
+struct MultiplyWords {
+  MIXOUT_INLINE Product<uint32_t> operator()(uint32_t multiplier, uint32_t word) const {
+    const uint64_t product = uint64_t{multiplier} * word;
+    return {static_cast<uint32_t>(product >> 32), static_cast<uint32_t>(product)};
+  }
+};
 
-template <typename Word>
-MIXOUT_INLINE Words<Word> philox4x32_10(Words<Word> counter, uint32_t key0, uint32_t key1) {
+template <typename Word, typename Multiply = MultiplyWords>
+MIXOUT_INLINE Words<Word> philox4x32_10(Words<Word> counter, uint32_t key0, uint32_t key1,
+                                        Multiply multiply_words = {}) {
 #pragma GCC unroll 10
   for (int round = 0; round < 10; ++round) {
     const Product<Word> product0 = multiply_words(0xD2511F53, counter.word[0]);
@@ -45,10 +48,11 @@ MIXOUT_INLINE Words<Word> philox4x32_10(Words<Word> counter, uint32_t key0, uint
 }
 
 // The words of mask entries 4 * group ... 4 * group + 3; group_low and group_high are the halves of that counter.
-template <typename Word>
-MIXOUT_INLINE Words<Word> mask_words(uint64_t seed, Word group_low, Word group_high) {
+template <typename Word, typename Multiply = MultiplyWords>
+MIXOUT_INLINE Words<Word> mask_words(uint64_t seed, Word group_low, Word group_high, Multiply multiply_words = {}) {
   const Words<Word> counter{{group_low, group_high, Word{}, Word{}}};
-  return philox4x32_10(counter, static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
+  return philox4x32_10(counter, static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32),
+                       multiply_words);
 }
 MIXOUT_INLINE Words<uint32_t> mask_words(uint64_t seed, uint64_t group) {
   return mask_words(seed, static_cast<uint32_t>(group), static_cast<uint32_t>(group >> 32));

@@ -1,0 +1,107 @@
+// The CPU kernels, compiled once per instruction set and chosen at run time. They are serial and work on a range of
+// rows or units; ops.cpp checks tensors, allocates, and spreads the ranges over PyTorch's threads.
+#pragma once
+
+#include <cstdint>
+
+namespace mixout_fast::cpu {
+
+struct Matrix {
+  const void* data;
+  int64_t row_stride; // in elements
+  int64_t column_stride;
+};
+
+// One entry per column, shared by all rows, or one per element, drawn where it is used.
+struct Mask {
+  const uint32_t* keep; // (columns,), all ones where kept, 0 where dropped; null: one entry per element
+  uint64_t seed;
+  uint64_t threshold;
+};
+
+// W' = U + m (W - U) scale.
+struct Mixing {
+  Matrix weight;
+  Matrix target; // data null: zero
+  int64_t rows;
+  int64_t columns;
+  double scale;
+  Mask mask;
+};
+
+// Kernels over a pair of dtypes. Packed operands are in the accumulation type: fp64 for fp64, else fp32.
+struct Kernels {
+  // Rows [begin, end) of W' into out (rows, columns).
+  void (*mix)(const Mixing& mixing, int64_t begin, int64_t end, void* out);
+
+  // Columns [begin, end) of y (m, rows) = x W'^T + bias, from the weight's rows [begin, end), read once. x is packed
+  // first, in units of which there are packed_linear_units(); bias may be null.
+  void (*pack_linear)(Matrix x, int64_t m, int64_t columns, int64_t begin, int64_t end, void* packed);
+  void (*linear)(const Mixing& mixing, const void* packed, int64_t m, int64_t begin, int64_t end, const void* bias,
+                 void* y);
+
+  // Columns [begin, end) of dx (m, columns) = dy W', from the weight's columns [begin, end), read once. dy is packed
+  // first, in units of which there are packed_grad_units().
+  void (*pack_grad)(Matrix dy, int64_t m, int64_t rows, int64_t begin, int64_t end, void* packed);
+  void (*grad_input)(const Mixing& mixing, const void* packed, int64_t m, int64_t begin, int64_t end, void* dx);
+
+  // Rows [begin, end) of mask * grad * factor into out (rows, columns).
+  void (*mask_grad)(Matrix grad, int64_t columns, const Mask& mask, double factor, int64_t begin, int64_t end,
+                    void* out);
+
+  // Rows [begin, end) of out (rows, columns): column index[j] is compact's row j times factor, the others are 0.
+  void (*expand)(Matrix compact, const int32_t* index, int64_t count, int64_t columns, double factor, int64_t begin,
+                 int64_t end, void* out);
+};
+
+enum class Dtype { f64, f32, bf16, f16 };
+
+struct InstructionSet {
+  const char* name;
+  int64_t vector_bytes;
+  // Entries [first, first + count) of a mask.
+  void (*draw)(uint64_t seed, uint64_t threshold, int64_t first, int64_t count, uint32_t* keep);
+  // Columns index[0 ... count) of rows [begin, end) of x into out (rows, count); index -1 gives 0. Elements have 2, 4 or
+  // 8 bytes.
+  void (*gather)(Matrix x, int64_t element_size, const int32_t* index, int64_t count, int64_t begin, int64_t end,
+                 void* out);
+  // Operand and result dtype; null for a pair that no operation has.
+  const Kernels* (*kernels)(Dtype operand, Dtype result);
+};
+
+constexpr int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+
+// Blocks of the one-pass products. A block of mixed weight stays in L2: 48 x 256 (forward), 256 x 128 (backward).
+constexpr int64_t depth_block = 256;
+constexpr int64_t weight_row_block = 48;
+constexpr int64_t grad_column_block = 128;
+// Where threads may split the output: a multiple of every tile height, and of every vector pair.
+constexpr int64_t weight_row_unit = 12;
+constexpr int64_t grad_column_unit = 32;
+// A packed row of a block: off the power of two, whose rows would share one L1 set.
+constexpr int64_t tile_stride = depth_block + 16;
+
+constexpr int64_t packed_linear_units(int64_t m, int64_t columns, int64_t lanes) {
+  return round_up(columns, depth_block) / depth_block * (round_up(m, lanes) / lanes);
+}
+constexpr int64_t packed_linear_size(int64_t m, int64_t columns, int64_t lanes) {
+  return columns * round_up(m, lanes);
+}
+constexpr int64_t packed_grad_units(int64_t m, int64_t rows) {
+  return round_up(rows, depth_block) / depth_block * round_up(m, weight_row_unit);
+}
+constexpr int64_t packed_grad_size(int64_t m, int64_t rows) { return packed_grad_units(m, rows) * tile_stride; }
+
+namespace baseline {
+extern const InstructionSet instruction_set;
+}
+#if defined(__x86_64__)
+namespace avx2 {
+extern const InstructionSet instruction_set;
+}
+namespace avx512 {
+extern const InstructionSet instruction_set;
+}
+#endif
+
+} // namespace mixout_fast::cpu

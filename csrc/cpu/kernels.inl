@@ -1,0 +1,464 @@
+// Included once per instruction set, inside a region compiled for it, with MIXOUT_ISA its namespace and
+// MIXOUT_VECTOR_BYTES its vector width. No function templates of the standard library here: an instantiation compiled for
+// a newer instruction set could be the one that the linker keeps for all. mixing.h belongs inside the region because its
+// templates call this file's functions.
+
+#include "../mixing.h"
+
+namespace mixout_fast::cpu::MIXOUT_ISA {
+namespace {
+
+template <typename T>
+using Compute = decltype(widen(T{}));
+
+template <typename T>
+struct VectorOf {
+  typedef T type __attribute__((vector_size(MIXOUT_VECTOR_BYTES)));
+  typedef T unaligned __attribute__((vector_size(MIXOUT_VECTOR_BYTES), aligned(sizeof(T)), may_alias));
+};
+template <typename T>
+using Vector = typename VectorOf<T>::type;
+template <typename T>
+constexpr int lanes = MIXOUT_VECTOR_BYTES / sizeof(T);
+
+template <typename T>
+MIXOUT_INLINE Vector<T> load(const T* source) {
+  return *reinterpret_cast<const typename VectorOf<T>::unaligned*>(source);
+}
+template <typename T>
+MIXOUT_INLINE void store(T* destination, Vector<T> value) {
+  *reinterpret_cast<typename VectorOf<T>::unaligned*>(destination) = value;
+}
+// What the vector extensions leave slow or cannot say: broadcasts, fused multiply-add (the products only; mixing rounds
+// each step), and the product of the lanes' low halves.
+#if MIXOUT_VECTOR_BYTES == 64
+MIXOUT_INLINE Vector<float> broadcast(float value) { return _mm512_set1_ps(value); }
+MIXOUT_INLINE Vector<double> broadcast(double value) { return _mm512_set1_pd(value); }
+MIXOUT_INLINE Vector<float> multiply_add(Vector<float> a, Vector<float> b, Vector<float> c) {
+  return _mm512_fmadd_ps(a, b, c);
+}
+MIXOUT_INLINE Vector<double> multiply_add(Vector<double> a, Vector<double> b, Vector<double> c) {
+  return _mm512_fmadd_pd(a, b, c);
+}
+MIXOUT_INLINE Vector<uint64_t> multiply_low_halves(Vector<uint64_t> a, uint32_t b) {
+  return (Vector<uint64_t>)_mm512_mul_epu32((__m512i)a, _mm512_set1_epi64(b));
+}
+constexpr int tile_rows = 12; // 12 x 2 sums, 2 operands and a broadcast in 32 registers
+#elif MIXOUT_VECTOR_BYTES == 32
+MIXOUT_INLINE Vector<float> broadcast(float value) { return _mm256_set1_ps(value); }
+MIXOUT_INLINE Vector<double> broadcast(double value) { return _mm256_set1_pd(value); }
+MIXOUT_INLINE Vector<float> multiply_add(Vector<float> a, Vector<float> b, Vector<float> c) {
+  return _mm256_fmadd_ps(a, b, c);
+}
+MIXOUT_INLINE Vector<double> multiply_add(Vector<double> a, Vector<double> b, Vector<double> c) {
+  return _mm256_fmadd_pd(a, b, c);
+}
+MIXOUT_INLINE Vector<uint64_t> multiply_low_halves(Vector<uint64_t> a, uint32_t b) {
+  return (Vector<uint64_t>)_mm256_mul_epu32((__m256i)a, _mm256_set1_epi64x(b));
+}
+constexpr int tile_rows = 6; // 6 x 2 sums, 2 operands and a broadcast in 16 registers
+#else
+template <typename T>
+MIXOUT_INLINE Vector<T> broadcast(T value) {
+  return value - Vector<T>{}; // not +: it would turn -0 into 0
+}
+template <typename V>
+MIXOUT_INLINE V multiply_add(V a, V b, V c) {
+  return a * b + c;
+}
+MIXOUT_INLINE Vector<uint64_t> multiply_low_halves(Vector<uint64_t> a, uint32_t b) { return (a & 0xFFFFFFFF) * b; }
+constexpr int tile_rows = 6;
+#endif
+
+struct MultiplyVectors {
+  MIXOUT_INLINE Product<Vector<uint64_t>> operator()(uint32_t multiplier, Vector<uint64_t> word) const {
+    const Vector<uint64_t> product = multiply_low_halves(word, multiplier);
+    return {product >> 32, product};
+  }
+};
+
+template <typename T>
+constexpr int64_t panel = 2 * lanes<T>;
+
+// Per-thread memory that only grows; it holds one block of a product and never a whole operand.
+enum class Slot { mask, weight, target, block };
+template <typename T>
+T* scratch(Slot slot, int64_t count) {
+  struct Buffer {
+    void* data = nullptr;
+    int64_t bytes = 0;
+    ~Buffer() { free(data); }
+  };
+  static thread_local Buffer buffers[4];
+  Buffer& buffer = buffers[static_cast<int>(slot)];
+  const int64_t bytes = round_up(count * static_cast<int64_t>(sizeof(T)), 64);
+  if (buffer.bytes < bytes) {
+    free(buffer.data);
+    buffer.data = aligned_alloc(64, bytes);
+    if (!buffer.data) throw std::bad_alloc();
+    buffer.bytes = bytes;
+  }
+  return static_cast<T*>(buffer.data);
+}
+
+// a's and b's lanes in turn, lower and upper half.
+template <size_t... lane>
+MIXOUT_INLINE void interleave(Vector<uint64_t> a, Vector<uint64_t> b, uint64_t* out, std::index_sequence<lane...>) {
+  constexpr int width = lanes<uint64_t>;
+  store<uint64_t>(out, __builtin_shufflevector(a, b, (lane / 2 + lane % 2 * width)...));
+  store<uint64_t>(out + width, __builtin_shufflevector(a, b, (width / 2 + lane / 2 + lane % 2 * width)...));
+}
+
+void draw(uint64_t seed, uint64_t threshold, int64_t first, int64_t count, uint32_t* keep) {
+  constexpr int width = lanes<uint64_t>;
+  Vector<uint64_t> lane_number;
+  for (int lane = 0; lane < width; ++lane) lane_number[lane] = lane;
+  for (int64_t start = first & ~int64_t{3}; start < first + count; start += 4 * width) {
+    const Vector<uint64_t> group = lane_number + static_cast<uint64_t>(start / 4);
+    const auto drawn = mask_words(seed, group, group >> 32, MultiplyVectors{});
+    Vector<uint64_t> kept[4];
+    for (int i = 0; i < 4; ++i) kept[i] = (Vector<uint64_t>)((drawn.word[i] & 0xFFFFFFFF) >= threshold);
+    uint64_t pairs[2 * width]; // entries 2j and 2j + 1 in the low and the high half
+    interleave((kept[0] & 0xFFFFFFFF) | kept[1] << 32, (kept[2] & 0xFFFFFFFF) | kept[3] << 32, pairs,
+               std::make_index_sequence<width>{});
+    const int64_t skip = start < first ? first - start : 0;
+    const int64_t end = first + count - start < 4 * width ? first + count - start : 4 * width;
+    memcpy(keep + start + skip - first, reinterpret_cast<uint32_t*>(pairs) + skip, (end - skip) * sizeof(uint32_t));
+  }
+}
+
+// Entries [column, column + count) of a row's mask.
+MIXOUT_INLINE const uint32_t* mask_segment(const Mask& mask, int64_t columns, int64_t row, int64_t column,
+                                           int64_t count) {
+  if (mask.keep) return mask.keep + column;
+  uint32_t* keep = scratch<uint32_t>(Slot::mask, count);
+  draw(mask.seed, mask.threshold, row * columns + column, count, keep);
+  return keep;
+}
+
+// Elements [column, column + count) of a row, staged through `slot` where columns are not adjacent.
+template <typename T>
+MIXOUT_INLINE const T* row_segment(const Matrix& matrix, int64_t row, int64_t column, int64_t count, Slot slot) {
+  const T* source = static_cast<const T*>(matrix.data) + row * matrix.row_stride + column * matrix.column_stride;
+  if (matrix.column_stride == 1) return source;
+  T* staged = scratch<T>(slot, count);
+  for (int64_t i = 0; i < count; ++i) staged[i] = source[i * matrix.column_stride];
+  return staged;
+}
+
+// Round to the result dtype, keep in the wider one: what a product reads.
+template <typename Result, typename T>
+MIXOUT_INLINE void put(T value, Result* out) {
+  *out = narrow<Result>(value);
+}
+template <typename Result, typename Stored, typename T>
+MIXOUT_INLINE void put_rounded(T value, Stored* out) {
+  *out = static_cast<Stored>(widen(narrow<Result>(value)));
+}
+
+template <typename Operand, typename Result, typename Stored>
+MIXOUT_INLINE void mix_segment(const Mixing& mixing, int64_t row, int64_t column, int64_t count,
+                               Stored* __restrict out) {
+  using C = Compute<Operand>;
+  const uint32_t* __restrict keep = mask_segment(mixing.mask, mixing.columns, row, column, count);
+  const Operand* __restrict weight = row_segment<Operand>(mixing.weight, row, column, count, Slot::weight);
+  const C scale = static_cast<C>(mixing.scale);
+  auto mix_all = [&](auto target_at) {
+    for (int64_t i = 0; i < count; ++i) {
+      const C mixed = mix_entry<C>(widen(weight[i]), target_at(i), scale, keep[i] != 0);
+      if constexpr (std::is_same_v<Stored, Result>) put<Result>(mixed, out + i);
+      else put_rounded<Result>(mixed, out + i);
+    }
+  };
+  if (mixing.target.data) {
+    const Operand* __restrict target = row_segment<Operand>(mixing.target, row, column, count, Slot::target);
+    mix_all([=](int64_t i) { return widen(target[i]); });
+  } else {
+    mix_all([](int64_t) { return C{0}; });
+  }
+}
+
+template <typename Operand, typename Result>
+void mix(const Mixing& mixing, int64_t begin, int64_t end, void* out) {
+  for (int64_t row = begin; row < end; ++row)
+    mix_segment<Operand, Result>(mixing, row, 0, mixing.columns, static_cast<Result*>(out) + row * mixing.columns);
+}
+
+template <typename Operand, typename Result>
+void mask_grad(Matrix grad, int64_t columns, const Mask& mask, double factor, int64_t begin, int64_t end, void* out) {
+  using C = Compute<Operand>;
+  for (int64_t row = begin; row < end; ++row) {
+    const uint32_t* __restrict keep = mask_segment(mask, columns, row, 0, columns);
+    const Operand* __restrict source = row_segment<Operand>(grad, row, 0, columns, Slot::weight);
+    Result* __restrict destination = static_cast<Result*>(out) + row * columns;
+    for (int64_t i = 0; i < columns; ++i) {
+      const C scaled = multiply(widen(source[i]), static_cast<C>(factor));
+      put<Result>(keep[i] ? scaled : C{0}, destination + i);
+    }
+  }
+}
+
+template <typename T>
+void gather_elements(Matrix x, const int32_t* __restrict index, int64_t count, int64_t begin, int64_t end, void* out) {
+  int64_t kept = count;
+  while (kept > 0 && index[kept - 1] < 0) --kept;
+  for (int64_t row = begin; row < end; ++row) {
+    const T* __restrict source = row_segment<T>(x, row, 0, count ? index[kept ? kept - 1 : 0] + 1 : 0, Slot::weight);
+    T* __restrict destination = static_cast<T*>(out) + row * count;
+    for (int64_t j = 0; j < kept; ++j) destination[j] = source[index[j]];
+    for (int64_t j = kept; j < count; ++j) destination[j] = T{0};
+  }
+}
+
+void gather(Matrix x, int64_t element_size, const int32_t* index, int64_t count, int64_t begin, int64_t end,
+            void* out) {
+  if (element_size == 2) gather_elements<uint16_t>(x, index, count, begin, end, out);
+  else if (element_size == 4) gather_elements<uint32_t>(x, index, count, begin, end, out);
+  else gather_elements<uint64_t>(x, index, count, begin, end, out);
+}
+
+// Transposes a square block held in registers: at step s, lane bit s and row bit s change places.
+template <typename T, int step, size_t... lane>
+MIXOUT_INLINE void exchange(Vector<T>& a, Vector<T>& b, std::index_sequence<lane...>) {
+  constexpr int width = lanes<T>;
+  const Vector<T> low = __builtin_shufflevector(a, b, (lane & step ? width + lane - step : lane)...);
+  const Vector<T> high = __builtin_shufflevector(a, b, (lane & step ? width + lane : lane + step)...);
+  a = low;
+  b = high;
+}
+template <typename T, int step = 1>
+MIXOUT_INLINE void transpose(Vector<T>* rows) {
+  if constexpr (step < lanes<T>) {
+#pragma GCC unroll 16
+    for (int i = 0; i < lanes<T>; ++i)
+      if (!(i & step)) exchange<T, step>(rows[i], rows[i + step], std::make_index_sequence<lanes<T>>{});
+    transpose<T, 2 * step>(rows);
+  }
+}
+
+template <typename Operand, typename Result>
+void expand(Matrix compact, const int32_t* index, int64_t count, int64_t columns, double factor, int64_t begin,
+            int64_t end, void* out) {
+  using T = Compute<Operand>;
+  constexpr int64_t width = lanes<T>;
+  const int64_t padded = round_up(count, width);
+  T* rows = scratch<T>(Slot::block, width * padded);
+  for (int64_t first = begin; first < end; first += width) {
+    const int64_t height = end - first < width ? end - first : width;
+    for (int64_t j = 0; j < count; j += width) {
+      Vector<T> block[width] = {};
+      for (int64_t i = 0; i < width && j + i < count; ++i) {
+        const Operand* source = row_segment<Operand>(compact, j + i, first, height, Slot::weight);
+        T values[width] = {};
+        for (int64_t l = 0; l < height; ++l) values[l] = multiply(widen(source[l]), static_cast<T>(factor));
+        block[i] = load(values);
+      }
+      transpose<T>(block);
+      for (int64_t i = 0; i < width; ++i) store(rows + i * padded + j, block[i]);
+    }
+    for (int64_t i = 0; i < height; ++i) {
+      Result* destination = static_cast<Result*>(out) + (first + i) * columns;
+      memset(destination, 0, columns * sizeof(Result));
+      for (int64_t j = 0; j < count; ++j)
+        if (index[j] >= 0) put<Result>(rows[i * padded + j], destination + index[j]);
+    }
+  }
+}
+
+// c[tile_rows][vectors] (+)= a[tile_rows][depth] * b[depth][vectors]. Each depth block is summed from zero: summing on
+// from c doubles the error at 1023 terms, to twice the library's.
+template <typename T, int vectors>
+MIXOUT_INLINE void multiply_tile(int64_t depth, const T* __restrict a, const T* __restrict b, T* __restrict c,
+                                 int64_t c_stride, bool accumulate) {
+  Vector<T> sum[tile_rows][vectors];
+#pragma GCC unroll 16
+  for (int i = 0; i < tile_rows; ++i)
+#pragma GCC unroll 2
+    for (int v = 0; v < vectors; ++v) sum[i][v] = Vector<T>{};
+  for (int64_t k = 0; k < depth; ++k) {
+    Vector<T> right[vectors];
+#pragma GCC unroll 2
+    for (int v = 0; v < vectors; ++v) right[v] = load(b + (k * vectors + v) * lanes<T>);
+#pragma GCC unroll 16
+    for (int i = 0; i < tile_rows; ++i) {
+      const Vector<T> left = broadcast(a[i * tile_stride + k]);
+#pragma GCC unroll 2
+      for (int v = 0; v < vectors; ++v) sum[i][v] = multiply_add(left, right[v], sum[i][v]);
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < tile_rows; ++i)
+#pragma GCC unroll 2
+    for (int v = 0; v < vectors; ++v) {
+      T* out = c + i * c_stride + v * lanes<T>;
+      store(out, accumulate ? load(out) + sum[i][v] : sum[i][v]);
+    }
+}
+
+// c[rows][width] (+)= a[rows][depth] * b, b in panels [depth][panel] and, where width is odd in vectors, one [depth][lanes].
+template <typename T>
+void multiply_block(int64_t rows, int64_t width, int64_t depth, const T* a, const T* b, T* c, int64_t c_stride,
+                    bool accumulate) {
+  for (int64_t column = 0; column < width; column += panel<T>) {
+    for (int64_t row = 0; row < rows; row += tile_rows) {
+      const T* left = a + row * tile_stride;
+      T* out = c + row * c_stride + column;
+      if (column + panel<T> <= width) multiply_tile<T, 2>(depth, left, b + column * depth, out, c_stride, accumulate);
+      else multiply_tile<T, 1>(depth, left, b + column * depth, out, c_stride, accumulate);
+    }
+  }
+}
+
+// x (m, columns), transposed for the vector operand: [depth blocks][panels of m][depth][panel]. A unit is a depth block of
+// one vector's rows.
+template <typename Element>
+void pack_linear(Matrix x, int64_t m, int64_t columns, int64_t begin, int64_t end, void* packed) {
+  using T = Compute<Element>;
+  constexpr int64_t width = lanes<T>;
+  const int64_t padded = round_up(m, width);
+  for (int64_t unit = begin; unit < end; ++unit) {
+    const int64_t start = unit / (padded / width) * depth_block;
+    const int64_t row = unit % (padded / width) * width;
+    const int64_t depth = columns - start < depth_block ? columns - start : depth_block;
+    const int64_t first = row / panel<T> * panel<T>;
+    const int64_t stride = padded - first < panel<T> ? width : panel<T>;
+    T* out = static_cast<T*>(packed) + start * padded + first * depth + (row - first);
+    for (int64_t k = 0; k < depth; k += width) {
+      const int64_t count = depth - k < width ? depth - k : width;
+      Vector<T> rows[width];
+      for (int64_t i = 0; i < width; ++i) {
+        T values[width] = {};
+        if (row + i < m) {
+          const Element* source =
+              static_cast<const Element*>(x.data) + (row + i) * x.row_stride + (start + k) * x.column_stride;
+          for (int64_t l = 0; l < count; ++l) values[l] = widen(source[l * x.column_stride]);
+        }
+        rows[i] = load(values);
+      }
+      transpose<T>(rows);
+      for (int64_t l = 0; l < count; ++l) store(out + (k + l) * stride, rows[l]);
+    }
+  }
+}
+
+template <typename Operand, typename Result>
+void linear(const Mixing& mixing, const void* packed, int64_t m, int64_t begin, int64_t end, const void* bias,
+            void* y) {
+  using T = Compute<Operand>;
+  constexpr int64_t width = lanes<T>;
+  const int64_t padded = round_up(m, width);
+  T* mixed = scratch<T>(Slot::block, weight_row_block * (tile_stride + padded));
+  T* sum = mixed + weight_row_block * tile_stride;
+  for (int64_t first = begin; first < end; first += weight_row_block) {
+    const int64_t rows = end - first < weight_row_block ? end - first : weight_row_block;
+    for (int64_t start = 0; start < mixing.columns; start += depth_block) {
+      const int64_t depth = mixing.columns - start < depth_block ? mixing.columns - start : depth_block;
+      for (int64_t row = 0; row < rows; ++row)
+        mix_segment<Operand, Result>(mixing, first + row, start, depth, mixed + row * tile_stride);
+      multiply_block<T>(round_up(rows, tile_rows), padded, depth, mixed,
+                        static_cast<const T*>(packed) + start * padded, sum, padded, start > 0);
+    }
+    for (int64_t row = 0; row < m; row += width) {
+      for (int64_t column = 0; column < rows; column += width) {
+        Vector<T> values[width];
+        for (int64_t i = 0; i < width; ++i) values[i] = load(sum + (column + i) * padded + row);
+        transpose<T>(values);
+        const int64_t count = rows - column < width ? rows - column : width;
+        for (int64_t i = 0; i < width && row + i < m; ++i) {
+          Result* out = static_cast<Result*>(y) + (row + i) * mixing.rows + first + column;
+          T line[width];
+          store(line, values[i]);
+          if (bias)
+            for (int64_t j = 0; j < count; ++j)
+              line[j] += widen(static_cast<const Result*>(bias)[first + column + j]);
+          for (int64_t j = 0; j < count; ++j) put<Result>(line[j], out + j);
+        }
+      }
+    }
+  }
+}
+
+// dy (m, n) for the broadcast operand: [depth blocks][m rounded up to weight_row_unit][tile_stride]. A unit is a row of a block.
+template <typename Element>
+void pack_grad(Matrix dy, int64_t m, int64_t n, int64_t begin, int64_t end, void* packed) {
+  using T = Compute<Element>;
+  const int64_t padded = round_up(m, weight_row_unit);
+  for (int64_t unit = begin; unit < end; ++unit) {
+    const int64_t start = unit / padded * depth_block;
+    const int64_t row = unit % padded;
+    const int64_t depth = n - start < depth_block ? n - start : depth_block;
+    T* __restrict out = static_cast<T*>(packed) + unit * tile_stride;
+    if (row < m) {
+      const Element* __restrict source = row_segment<Element>(dy, row, start, depth, Slot::weight);
+      for (int64_t k = 0; k < depth; ++k) out[k] = widen(source[k]);
+    } else {
+      memset(out, 0, depth * sizeof(T));
+    }
+  }
+}
+
+template <typename Operand, typename Result>
+void grad_input(const Mixing& mixing, const void* packed, int64_t m, int64_t begin, int64_t end, void* dx) {
+  using T = Compute<Operand>;
+  constexpr int64_t width = lanes<T>;
+  const int64_t rows = round_up(m, tile_rows);
+  const int64_t padded = round_up(m, weight_row_unit);
+  T* mixed = scratch<T>(Slot::block, grad_column_block * (depth_block + padded) + grad_column_block);
+  T* sum = mixed + grad_column_block * depth_block;
+  T* line = sum + grad_column_block * padded;
+  for (int64_t first = begin; first < end; first += grad_column_block) {
+    const int64_t columns = end - first < grad_column_block ? end - first : grad_column_block;
+    const int64_t used = round_up(columns, width);
+    for (int64_t start = 0; start < mixing.rows; start += depth_block) {
+      const int64_t depth = mixing.rows - start < depth_block ? mixing.rows - start : depth_block;
+      for (int64_t row = 0; row < depth; ++row) {
+        mix_segment<Operand, Result>(mixing, start + row, first, columns, line);
+        for (int64_t column = columns; column < used; ++column) line[column] = T{0};
+        for (int64_t column = 0; column < used; column += width) {
+          const int64_t panel_start = column / panel<T> * panel<T>;
+          const int64_t stride = used - panel_start < panel<T> ? width : panel<T>;
+          store(mixed + panel_start * depth + row * stride + (column - panel_start), load(line + column));
+        }
+      }
+      multiply_block<T>(rows, used, depth, static_cast<const T*>(packed) + start / depth_block * padded * tile_stride,
+                        mixed, sum, used, start > 0);
+    }
+    for (int64_t row = 0; row < m; ++row) {
+      Result* out = static_cast<Result*>(dx) + row * mixing.columns + first;
+      for (int64_t column = 0; column < columns; ++column) put<Result>(sum[row * used + column], out + column);
+    }
+  }
+}
+
+template <typename Operand, typename Result>
+constexpr Kernels kernels_for = {
+    mix<Operand, Result>,       pack_linear<Result>, linear<Operand, Result>,
+    pack_grad<Result>,          grad_input<Operand, Result>,
+    mask_grad<Operand, Result>, expand<Operand, Result>,
+};
+
+const Kernels* kernels(Dtype operand, Dtype result) {
+  switch (operand) {
+    case Dtype::f64: return result == Dtype::f64 ? &kernels_for<double, double> : nullptr;
+    case Dtype::f32:
+      return result == Dtype::f32    ? &kernels_for<float, float>
+             : result == Dtype::bf16 ? &kernels_for<float, bfloat16>
+             : result == Dtype::f16  ? &kernels_for<float, float16>
+                                     : nullptr;
+    case Dtype::bf16:
+      return result == Dtype::bf16  ? &kernels_for<bfloat16, bfloat16>
+             : result == Dtype::f32 ? &kernels_for<bfloat16, float>
+                                    : nullptr;
+    case Dtype::f16:
+      return result == Dtype::f16   ? &kernels_for<float16, float16>
+             : result == Dtype::f32 ? &kernels_for<float16, float>
+                                    : nullptr;
+  }
+  return nullptr;
+}
+
+} // namespace
+
+extern const InstructionSet instruction_set = {MIXOUT_ISA_NAME, MIXOUT_VECTOR_BYTES, draw, gather, kernels};
+
+} // namespace mixout_fast::cpu::MIXOUT_ISA

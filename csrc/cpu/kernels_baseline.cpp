@@ -1,0 +1,12 @@
+#include "kernels.h"
+
+#include <cstdlib>
+#include <cstring>
+#include <new>
+#include <type_traits>
+#include <utility>
+
+#define MIXOUT_ISA baseline
+#define MIXOUT_ISA_NAME "baseline"
+#define MIXOUT_VECTOR_BYTES 16
+#include "kernels.inl"
