@@ -18,8 +18,8 @@ bench: build $(VENV)/.bench
 	$(PY) -m benchmarks.finetune
 
 test: build ctest
-	$(PY) -m mixout_fast check
 	$(PY) -m pytest
+	$(PY) -m mixout_fast check
 
 ctest:
 	@if command -v cmake >/dev/null && command -v c++ >/dev/null; then \
