@@ -13,10 +13,10 @@ from benchmarks.fetch import fetch
 
 # C.J. Hutto and E. Gilbert, "VADER", ICWSM 2014: each sentence rated from -4 to 4 by 20 people (MIT licence).
 RATED = {
-    "movie": "movieReviewSnippets",
-    "product": "amazonReviewSnippets",
-    "tweets": "tweets",
-    "editorials": "nytEditorialSnippets",
+    "movie": ("movie reviews", "movieReviewSnippets"),
+    "product": ("product reviews", "amazonReviewSnippets"),
+    "tweets": ("tweets", "tweets"),
+    "editorials": ("newspaper editorials", "nytEditorialSnippets"),
 }
 PACKAGE = "vaderSentiment==3.2.1"
 PACKAGE_FILE = "vaderSentiment-3.2.1.tar.gz"
@@ -67,7 +67,7 @@ def rated_sentences(source: str, kind: str, train_size: int, dev_size: int) -> T
     random.Random(0).shuffle(rows)
     train = _examples(rows[:train_size])
     dev = _examples(rows[train_size : train_size + dev_size])
-    name = f"{source} sentences, {'sign of the rating' if kind == 'classification' else 'rating'}"
+    name = f"{RATED[source][0]}, {'sign of the rating' if kind == 'classification' else 'rating'}"
     if kind == "regression":
         return Task(name, train, dev, 1, "Spearman", 0.0)
     return Task(name, train, dev, 2, "accuracy", _largest_share(dev.labels))
@@ -103,7 +103,7 @@ def _read_ratings(source: str) -> list[tuple[str, float]]:
     path = fetch(PACKAGE, PACKAGE_FILE, PACKAGE_SHA256)
     inner = f"{PACKAGE_FILE.removesuffix('.tar.gz')}/additional_resources/hutto_ICWSM_2014.tar.gz"
     with tarfile.open(path) as outer, tarfile.open(fileobj=outer.extractfile(inner)) as archive:
-        text = archive.extractfile(f"hutto_ICWSM_2014/{RATED[source]}_GroundTruth.txt").read().decode("utf-8")
+        text = archive.extractfile(f"hutto_ICWSM_2014/{RATED[source][1]}_GroundTruth.txt").read().decode("utf-8")
     rows = (line.split("\t", 2) for line in text.splitlines() if line.strip())
     # A sentence that occurs twice must not stand in both the training and the dev set.
     return list({html.unescape(sentence.strip()): float(rating) for _, rating, sentence in rows}.items())

@@ -6,7 +6,6 @@ on all of them alike and the ratios of their times hold.
 
 import argparse
 import json
-import os
 import platform
 import random
 import shlex
@@ -166,11 +165,12 @@ def settings(pretrained: Pretrained, task: data.Task, options: argparse.Namespac
         "model": pretrained.name,
         "data": f"{task.name}: {len(task.train)} training and {len(task.dev)} dev examples",
         "training": f"{counted(options.epochs, 'epoch')}, batch {options.batch}, at most {options.max_tokens} tokens, "
-        f"AdamW, learning rate {options.lr:g}, fp32",
+        "AdamW, linear decay, fp32",
+        "learning rate": f"{options.lr:g}",
         "machine": f"{processor()}, {torch.get_num_threads()} threads, mixout_fast's {backend_name()} backend",
         "versions": f"mixout_fast {mixout_fast.__version__}, torch {torch.__version__}, "
         f"transformers {version('transformers')}, Python {platform.python_version()}",
-        "command": "python -m benchmarks.finetune " + shlex.join(sys.argv[1:]),
+        "command": shlex.join(["python", "-m", "benchmarks.finetune", *sys.argv[1:]]),
     }
 
 
@@ -236,7 +236,7 @@ def main() -> None:
     except RuntimeError as error:
         sys.exit(str(error))
     described = settings(pretrained, task, options)
-    print("\n".join(f"{key:>8}: {text}" for key, text in described.items()), flush=True)
+    print("\n".join(f"{key:>13}: {text}" for key, text in described.items()), flush=True)
 
     results = finetune(pretrained, task, options)
 
@@ -247,7 +247,7 @@ def main() -> None:
     print(f"\n{table(results, task.metric)}\n")
     print("Ratio to dropout: median over the steps, each against dropout's step on the same batch.")
     print(f"Always giving the same answer scores {task.chance:.3f}.")
-    print(f"Picture: {os.path.relpath(options.out)}")
+    print(f"Picture: {options.out}")
 
 
 if __name__ == "__main__":

@@ -28,7 +28,9 @@ def plot(results: list[Result], task: Task, described: dict[str, str], path: Pat
     time.set_title("Time a training step takes,\nrelative to dropout (less is better)")
 
     points(score, results, task.chance)
-    score.set_title(f"Dev {task.metric}, each restart a point,\nthe line their mean (more is better)")
+    score.set_title(
+        f"Dev {task.metric} at learning rate {described['learning rate']}\n(more is better; a point is a restart)"
+    )
 
     bars(distance, results, [fmean(result.distances) for result in results], "{:.1f}")
     distance.set_title("Distance from the pretrained\nweights after training")
