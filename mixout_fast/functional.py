@@ -1,5 +1,7 @@
 """Mixout as functions: argument checks, the seed draw and the choice of backend."""
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -56,13 +58,12 @@ def mixout(
         raise ValueError("inplace: input requires grad; mix it out of place, or under torch.no_grad()")
     if p == 0.0 or not training or input.numel() == 0:
         return input
+    chosen = _select_backend(backend, input.device.type, distribution)
     seed = _seed_tensor(seed, input.device)
     matrix, target_matrix = _as_matrix(input), None if target is None else _as_matrix(target)
     if distribution == "gaussian":
-        _check_gaussian_backend(backend)
         mixed = reference.mix_gaussian(matrix, target_matrix, seed, p, mask)
     else:
-        chosen = backends.select(backend, input.device.type)
         mixed = autograd.Mix.apply(matrix, target_matrix, seed, p, mask, _factor(p, grad_scale), chosen)
     mixed = mixed.view(input.shape)
     return input.copy_(mixed) if inplace else mixed
@@ -100,22 +101,22 @@ def mix_linear(
     """
     check_options(p, mask, grad_scale, distribution)
     _check_weight("weight", weight, target)
-    autocast = torch.is_autocast_enabled(input.device.type) and weight.dtype != torch.float64
+    device_type = weight.device.type
+    autocast = device_type != "meta" and torch.is_autocast_enabled(device_type) and weight.dtype != torch.float64
     _check_linear(input, weight, bias, autocast)
     if p == 0.0 or not training or weight.numel() == 0:
         return F.linear(input, weight, bias)
+    chosen = _select_backend(backend, device_type, distribution)
     seed = _seed_tensor(seed, weight.device)
     if distribution == "gaussian":
-        _check_gaussian_backend(backend)
         return F.linear(input, reference.mix_gaussian(weight, target, seed, p, mask), bias)
     if autocast:
-        dtype = torch.get_autocast_dtype(input.device.type)
+        dtype = torch.get_autocast_dtype(device_type)
         input = input.to(dtype)
         bias = None if bias is None else bias.to(dtype)
         if weight.dtype != torch.float32:
             weight = weight.to(dtype)
             target = None if target is None else target.to(dtype)
-    chosen = backends.select(backend, input.device.type)
     return autograd.MixLinear.apply(input, weight, target, bias, seed, p, mask, _factor(p, grad_scale), chosen)
 
 
@@ -145,7 +146,7 @@ def _check_weight(name: str, weight: Tensor, target: Tensor | None) -> None:
     if not isinstance(target, Tensor):
         raise TypeError(f"target: {type(target).__name__}; it takes a tensor or None")
     if target.shape != weight.shape:
-        raise ValueError(f"target: shape {tuple(target.shape)}, {name} has {tuple(weight.shape)}; they must be the same")
+        raise ValueError(f"target: shape {tuple(target.shape)}, {name} has {tuple(weight.shape)}; they must be equal")
     _check_same("target", target, name, weight)
     if target.requires_grad:
         raise ValueError("target: it requires grad; it is a constant: pass target.detach()")
@@ -159,6 +160,10 @@ def _check_same(name: str, tensor: Tensor, other_name: str, other: Tensor) -> No
 
 
 def _check_linear(input: Tensor, weight: Tensor, bias: Tensor | None, autocast: bool) -> None:
+    if not isinstance(input, Tensor):
+        raise TypeError(f"input: {type(input).__name__}; it takes a tensor")
+    if bias is not None and not isinstance(bias, Tensor):
+        raise TypeError(f"bias: {type(bias).__name__}; it takes a tensor or None")
     if weight.dim() != 2:
         raise ValueError(f"weight: shape {tuple(weight.shape)}; it takes (out_features, in_features)")
     if input.dim() == 0 or input.shape[-1] != weight.shape[1]:
@@ -167,7 +172,7 @@ def _check_linear(input: Tensor, weight: Tensor, bias: Tensor | None, autocast: 
             "input's last dimension must be in_features, weight's second"
         )
     if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias: shape {tuple(bias.shape)}, weight has {tuple(weight.shape)}; bias takes (out_features,)")
+        raise ValueError(f"bias: shape {tuple(bias.shape)}, weight has {tuple(weight.shape)}; it takes (out_features,)")
     for name, tensor in (("input", input), ("bias", bias)):
         if tensor is None:
             continue
@@ -179,9 +184,12 @@ def _check_linear(input: Tensor, weight: Tensor, bias: Tensor | None, autocast: 
             raise ValueError(f"{name}: on {tensor.device}, weight on {weight.device}; they must be on one device")
 
 
-def _check_gaussian_backend(backend: str | None) -> None:
+def _select_backend(backend: str | None, device_type: str, distribution: str) -> ModuleType:
+    if distribution == "bernoulli":
+        return backends.select(backend, device_type)
     if backend not in (None, "reference"):
         raise ValueError(f"backend: {backend!r} with distribution='gaussian', which only 'reference' serves")
+    return reference
 
 
 def _seed_tensor(seed: int | Tensor | None, device: torch.device) -> Tensor:
@@ -194,6 +202,10 @@ def _seed_tensor(seed: int | Tensor | None, device: torch.device) -> Tensor:
                 f"it takes an int or a 0-d int64 tensor on {device}"
             )
         return seed
+    if not isinstance(seed, int):
+        raise TypeError(f"seed: {seed!r} of type {type(seed).__name__}; it takes an int or a 0-d int64 tensor")
+    if not -(2**63) <= seed < 2**63:
+        raise ValueError(f"seed: {seed}; it takes a signed 64-bit integer")
     return torch.tensor(seed, dtype=torch.int64, device=device)
 
 

@@ -48,6 +48,10 @@ class MixLinear(nn.Linear):
 
     def _set_mixout(self, target, p, mask, grad_scale, distribution, backend) -> None:
         if target is not None:
+            if not isinstance(target, Tensor):
+                raise TypeError(f"target: {type(target).__name__}; it takes a tensor or None")
+            if not target.is_floating_point():
+                raise TypeError(f"target: dtype {target.dtype}; it takes a floating-point tensor")
             if target.shape != self.weight.shape:
                 raise ValueError(
                     f"target: shape {tuple(target.shape)}; it takes {tuple(self.weight.shape)}, "
