@@ -315,6 +315,18 @@ def check_mask(case: Case, backend: str | None) -> None:
     assert_same_bits("mask", mask_of(shape, case.seed, case.p, case.mask, backend), want, case)
 
 
+def check_threshold(mask: str, device: str | torch.device, backend: str | None) -> None:
+    """An entry is kept at the p whose threshold is its word, and dropped at the next."""
+    seed = torch.tensor(11, device=device)
+    for i, word in enumerate(reference.mask_words(seed, 16).tolist()):
+        for threshold, keep in ((word, True), (word + 1, False)):
+            if mask_of((1, 16), seed, threshold / 2**32, mask, backend)[0, i].item() != keep:
+                raise AssertionError(
+                    f"threshold: entry {i} with word {word} is {'dropped' if keep else 'kept'} at p = {threshold} / "
+                    f"2^32: mask={mask!r}, seed={seed.item()} on {device}"
+                )
+
+
 def check_mixed_weight(case: Case, backend: str | None) -> None:
     """W' is the reference's, bit for bit, in the compute dtype."""
     module = _module(backend, case)
@@ -505,7 +517,8 @@ def checks(
 ) -> Iterator[tuple[str, Callable]]:
     """(name, function without arguments) of every check, for one device and backend. `seed` chooses the inputs."""
     for mask in MASKS:
-        yield f"gradcheck fp64, {mask} mask", functools.partial(check_gradients, mask, device, backend)
+        yield f"gradcheck, float64, {mask} mask", functools.partial(check_gradients, mask, device, backend)
+        yield f"threshold, {mask} mask", functools.partial(check_threshold, mask, device, backend)
     precisions = [(dtype, dtype) for dtype in DTYPES] + [(torch.float32, dtype) for dtype in AUTOCAST_DTYPES]
     for dtype, compute in precisions:
         name = f"{dtype}" if dtype == compute else f"{dtype} -> {compute}"

@@ -1,12 +1,13 @@
 """Every test runs on each device at hand, with each backend that serves it, on fresh inputs and NaN-filled memory."""
 
+import importlib.util
 import random
 import zlib
 
 import pytest
 import torch
 
-from mixout_fast import backends
+from mixout_fast import backends, reference, testing
 
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 
@@ -55,3 +56,19 @@ def fresh_state(seed, monkeypatch):
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def few_shapes(monkeypatch):
+    """Of testing.checks, where a test runs them for what they report."""
+    monkeypatch.setattr(testing, "SHAPES", ((3, 17, 5), (255, 63, 33)))
+
+
+@pytest.fixture
+def broken(monkeypatch, few_shapes):
+    """A second copy of the reference, to be broken, as the backend "broken"."""
+    specification = importlib.util.spec_from_file_location("broken", reference.__file__)
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    monkeypatch.setitem(backends.BACKENDS, "broken", module)
+    return module

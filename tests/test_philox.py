@@ -60,6 +60,11 @@ def test_an_entry_is_kept_iff_its_word_reaches_the_threshold(seed, p, mask, devi
     assert got.tolist() == want.tolist()
 
 
+@pytest.mark.parametrize("mask", MASKS)
+def test_the_threshold_is_inclusive_and_exact(mask, device, backend):
+    testing.check_threshold(mask, device, backend)
+
+
 @pytest.mark.parametrize("seed", SEEDS)
 def test_indices_of_kept_entries(seed, device, backend):
     p, count = 0.7, 255
