@@ -1,6 +1,5 @@
 """The C++ backend for CPU tensors: mixout_fast::* operators of csrc/, on LibTorch's stable ABI."""
 
-import functools
 from pathlib import Path
 
 import torch
@@ -9,7 +8,6 @@ from torch import Tensor
 from mixout_fast.reference import capacity, scale, threshold
 
 
-@functools.cache
 def _load_error() -> str | None:
     libraries = sorted(Path(__file__).parent.parent.glob("_C*.so"))
     if not libraries:
@@ -24,7 +22,7 @@ def _load_error() -> str | None:
 
 def unavailable(device_type: str) -> str | None:
     """Why this backend cannot serve a device; None: it can."""
-    return "it serves CPU tensors only" if device_type != "cpu" else _load_error()
+    return "it serves CPU tensors only" if device_type != "cpu" else LOAD_ERROR
 
 
 def instruction_set() -> str:
@@ -119,3 +117,7 @@ def _register_fakes() -> None:
     @fake("mixout_fast::fused_grad_input")
     def _(grad, weight, target, seed, threshold, scale, capacity):
         return grad.new_empty(grad.shape[0], weight.shape[1])
+
+
+# At import and not at first use: torch.compile traces `unavailable`, and cannot trace a search of the file system.
+LOAD_ERROR = _load_error()
