@@ -114,7 +114,8 @@ def test_weight_equal_to_target_changes_nothing(make, shape, backend):
     """So the first forward of a finetuning run is the pretrained model's."""
     for p in (0.1, 0.9):
         case = make(testing.random_case, *shape, p=p)
-        case = dataclasses.replace(case, target=case.weight)
+        # + 0 for -0, of which u + 0 makes +0.
+        case = dataclasses.replace(case, weight=case.weight + 0, target=case.weight + 0)
         mixed = backends.BACKENDS[backend].mix(case.weight, case.target, case.seed, p, case.mask, case.compute)
         testing.assert_same_bits("W' of W == U", mixed, case.weight.to(case.compute), case)
         if not testing.is_fused(case, backend):
