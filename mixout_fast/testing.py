@@ -206,7 +206,7 @@ def library(case: Case) -> dict[str, Tensor]:
     input, weight, target, seed, p, mask = case.input, case.weight, case.target, case.seed, case.p, case.mask
     input = input.to(case.compute)
     bias = None if case.bias is None else case.bias.to(case.compute)
-    output = reference.linear_forward(input, weight, target, bias, seed, p, mask)
+    output, _, _ = reference.linear(input, weight, target, bias, seed, p, mask, gathers=False, static=False)
     grads = reference.linear_backward(case.grad_output, input, weight, target, seed, p, mask)
     return _named(output, *grads[:2], None if bias is None else grads[2])
 
@@ -346,27 +346,37 @@ def check_mask_grad(case: Case, backend: str | None) -> None:
 
 
 def check_gather(case: Case, backend: str | None) -> None:
-    """Kept indices and columns, alone and with W', with a dynamic and a static shape, are the reference's."""
+    """Kept indices and columns, alone and with y, with a dynamic and a static shape, are the reference's.
+
+    Gathering does not change y.
+    """
     module = _module(backend, case)
-    rows = case.rows.to(case.compute)
+    input = case.input.to(case.compute)
+    bias = None if case.bias is None else case.bias.to(case.compute)
+    operands = (input, case.weight, case.target, bias, case.seed, case.p, case.mask)
     for static in (False, True):
-        gather = (rows, case.seed, case.p, static)
-        mix_gather = (rows, case.weight, case.target, case.seed, case.p, case.compute, static)
-        for function, arguments in (("gather", gather), ("mix_gather", mix_gather)):
-            got, want = getattr(module, function)(*arguments), getattr(reference, function)(*arguments)
-            names = ("W'", "kept indices", "kept columns")[-len(want) :]
-            for name, ours, theirs in zip(names, got, want, strict=True):
+        want = reference.gather(case.rows.to(case.compute), case.seed, case.p, static)
+        got = module.gather(case.rows.to(case.compute), case.seed, case.p, static)
+        output, *beside_output = module.linear(*operands, True, static)
+        for function, results in (("gather", got), ("linear", beside_output)):
+            for name, ours, theirs in zip(("kept indices", "kept columns"), results, want, strict=True):
                 assert_same_bits(f"{function} (static={static}): {name}", ours, theirs, case)
+        plain_output, _, _ = module.linear(*operands, False, static)
+        assert_same_bits(f"y beside kept columns (static={static})", output, plain_output, case)
 
 
-def check_expand(case: Case, backend: str | None) -> None:
-    """The dense gradient from its kept columns is the reference's, zeros and padding included."""
+def check_grad_weight(case: Case, backend: str | None) -> None:
+    """The dense gradient from kept columns is the reference's, zeros included, whatever the padding's columns hold."""
     module = _module(backend, case)
+    in_features = case.weight.shape[1]
     for static in (False, True):
-        index = reference.kept_indices(case.seed, case.weight.shape[1], case.p, static)
-        compact = case.weight.to(case.compute).t()[: len(index)].contiguous()
-        arguments = (compact, index, case.weight.shape[1], reference.scale(case.p), case.weight.dtype)
-        assert_same_bits(f"expand (static={static})", module.expand(*arguments), reference.expand(*arguments), case)
+        index = reference.kept_indices(case.seed, in_features, case.p, static)
+        # Any columns, so of a static shape also the padding's.
+        columns = case.rows[:, : len(index)].to(case.compute).contiguous()
+        grad = case.grad_output.reshape(len(columns), -1)
+        arguments = (columns, grad, index, in_features, reference.scale(case.p), case.weight.dtype)
+        got, want = module.grad_weight(*arguments), reference.grad_weight(*arguments)
+        assert_same_bits(f"grad_weight (static={static})", got, want, case)
 
 
 def check_exact(case: Case, backend: str | None) -> None:
@@ -377,9 +387,12 @@ def check_exact(case: Case, backend: str | None) -> None:
 
 
 def check_output(case: Case, backend: str | None) -> None:
-    """y of the unfused path is F.linear(x, W', b) of the reference's W', bit for bit."""
-    if not is_fused(case, backend):
-        assert_same_bits("y (unfused)", run(case, backend)["y"], library(case)["y"], case)
+    """Where W' is mixed first, y and dX are F.linear(x, W', b) and mm(dY, W') of the reference's W', bit for bit."""
+    ours, theirs = run(case, backend), library(case)
+    for name, one_pass in zip(("y", "dX"), is_one_pass(case, backend), strict=True):
+        if not one_pass:
+            # dX is of x's dtype, which is not the compute dtype under autocast.
+            assert_same_bits(f"{name} (mixed first)", ours[name], theirs[name].to(ours[name].dtype), case)
 
 
 def check_repeatable(case: Case, backend: str | None) -> None:
@@ -502,10 +515,10 @@ def _assert_likely(what, how, probability, where):
         raise AssertionError(f"{what}: {how}, which has probability {probability:.1e}: {where}")
 
 
-def is_fused(case: Case, backend: str | None) -> bool:
-    """Whether the backend would mix and multiply in one pass, whose summation order is its own."""
+def is_one_pass(case: Case, backend: str | None) -> tuple[bool, bool]:
+    """Whether the backend mixes and multiplies in one pass, whose summation order is its own, for y and for dX."""
     module = _module(backend, case)
-    return hasattr(module, "fused_linear") and module.prefers_fused(case.rows, case.weight)
+    return module.is_one_pass(case.compute, len(case.rows)) if hasattr(module, "is_one_pass") else (False, False)
 
 
 def _module(backend: str | None, case: Case) -> ModuleType:
@@ -538,7 +551,7 @@ def checks(
 def _check_bits(backend: str | None, seed: int, options: dict) -> None:
     functions = [check_mask, check_mixed_weight, check_mask_grad, check_output, check_repeatable]
     if options["mask"] == "input":
-        functions += [check_gather, check_expand]
+        functions += [check_gather, check_grad_weight]
     for p in (0.1, 0.9, 1.0):
         check_mixed_weight(special_case(p=p, seed=seed, **options), backend)
     for shape in SHAPES:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import random
+import sys
 import zlib
 
 import pytest
@@ -35,7 +36,10 @@ def pytest_runtest_makereport(item):
 def pytest_generate_tests(metafunc):
     if "backend" in metafunc.fixturenames:
         served = [(d, name) for d in DEVICES for name, reason in backends.describe(d).items() if reason is None]
-        metafunc.parametrize(("device", "backend"), served, ids=[f"{d}-{name}" for d, name in served])
+        if "path" in metafunc.fixturenames:
+            served = [(d, name, path) for d, name in served for path in paths_of(backends.BACKENDS[name])]
+        names = ("device", "backend", "path")[: len(served[0])]
+        metafunc.parametrize(names, served, ids=map("-".join, served), indirect=names[2:])
     elif "device" in metafunc.fixturenames:
         metafunc.parametrize("device", DEVICES)
 
@@ -51,11 +55,25 @@ def fresh_state(seed, monkeypatch):
 
     torch fills what `empty` returns under deterministic algorithms, also what C++ operators allocate through it.
     """
-    monkeypatch.delenv("MIXOUT_FAST_BACKEND", raising=False)
+    monkeypatch.setattr(backends, "DEFAULT", None)
     torch.manual_seed(seed)
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+def paths_of(module):
+    return ("one_pass", "mixed_first") if hasattr(module, "ONE_PASS_ROWS") else ("mixed_first",)
+
+
+@pytest.fixture
+def path(request, backend, monkeypatch):
+    """Has a backend that chooses by rows between one pass and mixing first take one of them, whatever the rows."""
+    module = backends.BACKENDS[backend]
+    if hasattr(module, "ONE_PASS_ROWS"):
+        rows = sys.maxsize if request.param == "one_pass" else -1
+        monkeypatch.setattr(module, "ONE_PASS_ROWS", dict.fromkeys(module.ONE_PASS_ROWS, (rows, rows)))
+    return request.param
 
 
 @pytest.fixture

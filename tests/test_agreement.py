@@ -30,7 +30,7 @@ def make(dtype, compute, mask, device, seed):
 @precisions
 @masks
 @pytest.mark.parametrize("p", (0.1, 0.9, 1.0))
-def test_bits_of_mask_mixed_weight_and_gradient_layout(make, shape, p, mask, backend):
+def test_bits_of_mask_mixed_weight_and_gradient_layout(make, shape, p, mask, backend, path):
     for target in (True, False):
         case = make(testing.random_case, *shape, p=p, target=target)
         testing.check_mask(case, backend)
@@ -38,7 +38,7 @@ def test_bits_of_mask_mixed_weight_and_gradient_layout(make, shape, p, mask, bac
         testing.check_mask_grad(case, backend)
         if mask == "input":
             testing.check_gather(case, backend)
-            testing.check_expand(case, backend)
+            testing.check_grad_weight(case, backend)
 
 
 @precisions
@@ -83,7 +83,7 @@ def test_one_entry_by_hand(device, backend):
 @precisions
 @masks
 @pytest.mark.parametrize("p", (0.5, 0.75))
-def test_exact_inputs_have_exact_results(make, shape, p, backend):
+def test_exact_inputs_have_exact_results(make, shape, p, backend, path):
     for options in ({}, {"target": False}, {"bias": False}):
         testing.check_exact(make(testing.integer_case, *shape, p=p, **options), backend)
 
@@ -92,8 +92,9 @@ def test_exact_inputs_have_exact_results(make, shape, p, backend):
 @precisions
 @masks
 @pytest.mark.parametrize("p", (0.1, 0.9))
-def test_output_has_the_bits_of_the_library_and_repeats(make, shape, p, backend):
+def test_products_after_mixing_have_the_bits_of_the_library_and_all_repeat(make, shape, p, backend, path):
     case = make(testing.random_case, *shape, p=p)
+    assert testing.is_one_pass(case, backend) == (path == "one_pass",) * 2
     testing.check_output(case, backend)
     testing.check_repeatable(case, backend)
 
@@ -102,7 +103,7 @@ def test_output_has_the_bits_of_the_library_and_repeats(make, shape, p, backend)
 @precisions
 @masks
 @pytest.mark.parametrize("p", (0.1, 0.9))
-def test_error_is_at_most_twice_the_librarys(dtype, compute, mask, shape, p, device, backend, seed):
+def test_error_is_at_most_twice_the_librarys(dtype, compute, mask, shape, p, device, backend, path, seed):
     options = {"p": p, "mask": mask, "dtype": dtype, "compute": compute, "device": device}
     testing.check_error(testing.error_cases(testing.random_case, shape, seed, **options), backend)
 
@@ -110,7 +111,7 @@ def test_error_is_at_most_twice_the_librarys(dtype, compute, mask, shape, p, dev
 @shapes
 @precisions
 @masks
-def test_weight_equal_to_target_changes_nothing(make, shape, backend):
+def test_weight_equal_to_target_changes_nothing(make, shape, backend, path):
     """So the first forward of a finetuning run is the pretrained model's."""
     for p in (0.1, 0.9):
         case = make(testing.random_case, *shape, p=p)
@@ -118,7 +119,7 @@ def test_weight_equal_to_target_changes_nothing(make, shape, backend):
         case = dataclasses.replace(case, weight=case.weight + 0, target=case.weight + 0)
         mixed = backends.BACKENDS[backend].mix(case.weight, case.target, case.seed, p, case.mask, case.compute)
         testing.assert_same_bits("W' of W == U", mixed, case.weight.to(case.compute), case)
-        if not testing.is_fused(case, backend):
+        if path == "mixed_first":
             plain = (t.to(case.compute) for t in (case.input, case.weight, case.bias))
             testing.assert_same_bits("y of W == U", testing.run(case, backend)["y"], F.linear(*plain), case)
 

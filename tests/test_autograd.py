@@ -8,9 +8,8 @@ import torch
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
-from torch.utils.flop_counter import FlopCounterMode
 
-from mixout_fast import mix_linear, mixout, reference, testing
+from mixout_fast import backends, mix_linear, mixout, reference, testing
 from mixout_fast.functional import DTYPES, MASKS
 
 masks = pytest.mark.parametrize("mask", MASKS)
@@ -45,7 +44,7 @@ def offset(tensor):
 @few_and_many_rows
 @pytest.mark.parametrize("layout", (transposed, every_other, offset))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_strides(layout, rows, mask, dtype, device, backend, seed):
+def test_strides(layout, rows, mask, dtype, device, backend, path, seed):
     for operands in (("input",), ("weight",), ("target",), ("grad_output",), ("input", "weight", "target")):
         case = testing.integer_case(rows, 33, 17, p=0.75, mask=mask, dtype=dtype, device=device, seed=seed)
         strided = {name: layout(getattr(case, name)) for name in operands}
@@ -54,20 +53,23 @@ def test_strides(layout, rows, mask, dtype, device, backend, seed):
 
 @masks
 @few_and_many_rows
-def test_expanded_operands(rows, mask, device, backend, seed):
+def test_expanded_operands_and_bias_layouts(rows, mask, device, backend, path, seed):
     case = testing.integer_case(rows, 17, 33, p=0.5, mask=mask, device=device, seed=seed)
     one = torch.ones((), device=device)
     for changed in (
         {"grad_output": one.expand(rows, 33)},
         {"input": case.input[:1].expand(rows, 17)},
         {"target": one.expand(33, 17)},
+        {"bias": one.expand(33)},
+        {"bias": every_other(case.bias)},
+        {"bias": offset(case.bias)},
     ):
         testing.check_exact(dataclasses.replace(case, **changed, origin=f"expanded {list(changed)}"), backend)
 
 
 @masks
 @pytest.mark.parametrize("leading", ((), (1,), (5,), (2, 3), (2, 1, 3), (0,), (2, 0, 3), (150, 2)), ids=str)
-def test_leading_dimensions(leading, mask, device, backend, seed):
+def test_leading_dimensions(leading, mask, device, backend, path, seed):
     for dtype, compute in ((torch.float64, torch.float64), (torch.float32, torch.bfloat16)):
         case = testing.integer_case(
             leading, 17, 5, p=0.75, mask=mask, dtype=dtype, compute=compute, device=device, seed=seed
@@ -77,7 +79,7 @@ def test_leading_dimensions(leading, mask, device, backend, seed):
 
 @masks
 @pytest.mark.parametrize("shape", ((3, 0, 5), (3, 5, 0), (0, 0, 0)), ids=str)
-def test_no_features(shape, mask, device, backend):
+def test_no_features(shape, mask, device, backend, path):
     rows, in_features, out_features = shape
     x = torch.randn(rows, in_features, device=device, requires_grad=True)
     weight = torch.randn(out_features, in_features, device=device, requires_grad=True)
@@ -113,19 +115,19 @@ def test_frozen_operands_get_no_gradient_and_the_others_the_same(target, bias, r
 
 
 def counted_backward_products(case, backend, trained):
-    """Multiply-adds of the library's matrix products in backward."""
+    """Multiply-adds of the library's matrix products in backward, also of those that a backend's operators call."""
     leaves = [t.detach().requires_grad_(name in trained) for name, t in (("x", case.input), ("w", case.weight))]
     output = mix_linear(*leaves, case.target, None, case.p, mask=case.mask, seed=case.seed, backend=backend)
-    with FlopCounterMode(display=False) as counter:
+    with torch.profiler.profile(record_shapes=True, with_flops=True) as profile:
         output.backward(case.grad_output)
-    return counter.get_total_flops() // 2
+    return sum(event.flops or 0 for event in profile.events() if event.name in ("aten::mm", "aten::addmm")) // 2
 
 
 def test_only_the_needed_products_are_computed(device, backend, seed):
     """dX costs the dense product; dW, with the input mask, its kept columns alone; a frozen operand nothing."""
     rows, in_features, out_features = 512, 255, 64
     case = testing.random_case(rows, in_features, out_features, p=0.9, device=device, seed=seed)
-    assert not testing.is_fused(case, backend)
+    assert not any(testing.is_one_pass(case, backend))
     kept = int(reference.keep_mask(case.seed, case.weight.shape, case.p, "input").sum())
     dense, compact = rows * in_features * out_features, rows * kept * out_features
     assert counted_backward_products(case, backend, "w") == compact
@@ -250,20 +252,31 @@ class OperatorCalls(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.calls = {}
+        self.calls = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace == "mixout_fast":
-            self.calls[func] = tree_map_only(torch.Tensor, torch.Tensor.detach, (args, kwargs or {}))
+            self.calls.append((func, tree_map_only(torch.Tensor, torch.Tensor.detach, (args, kwargs or {}))))
         return func(*args, **kwargs or {})
 
 
 @masks
-@few_and_many_rows
-def test_registered_operators_are_pure_and_have_fakes(rows, mask, device, backend, seed):
+@pytest.mark.parametrize("leading", (3, 255, (2, 3)), ids=str)
+@pytest.mark.parametrize("target", (True, False))
+def test_registered_operators_are_pure_and_have_fakes(target, leading, mask, device, backend, path, seed):
     """What torch.compile relies on; a backend without registered operators has nothing to check."""
-    case = testing.random_case(rows, 33, 17, p=0.9, mask=mask, device=device, seed=seed)
+    case = testing.random_case(leading, 33, 17, p=0.9, mask=mask, target=target, bias=target, device=device, seed=seed)
+    module, draw = backends.BACKENDS[backend], (case.seed, case.p, case.mask)
+    operands, grad = (case.weight, case.target), case.grad_output.view(-1, 17)
     with OperatorCalls() as recorder:
-        testing.run(case, backend)
-    for operator, (args, kwargs) in recorder.calls.items():
+        module.mix(*operands, *draw, torch.bfloat16)
+        module.mask_grad(case.weight, *draw, 10.0, torch.bfloat16)
+        module.grad_input(grad, *operands, *draw)
+        for static in (False, True):
+            module.linear(case.input, *operands, case.bias, *draw, False, static)
+            if mask == "input":
+                module.linear(case.input, *operands, case.bias, *draw, True, static)
+                index, columns = module.gather(case.rows, case.seed, case.p, static)
+                module.grad_weight(columns, grad, index, 33, 10.0, torch.float32)
+    for operator, (args, kwargs) in recorder.calls:
         torch.library.opcheck(operator, args, kwargs)

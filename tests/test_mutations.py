@@ -1,5 +1,6 @@
 """The checks find broken backends: each mistake that a kernel could make fails at least one of them."""
 
+import inspect
 import itertools
 
 import pytest
@@ -47,8 +48,32 @@ def mix_without_last_column(weight, target, seed, p, mask, dtype):
     return mixed
 
 
-def expand_uncleared(compact, index, in_features, factor, dtype):
-    dense = reference.expand(compact, index, in_features, factor, dtype)
+def linear_with(**replaced):
+    """The reference's linear of some other arguments."""
+
+    def linear(*arguments):
+        named = inspect.signature(reference.linear).bind(*arguments).arguments
+        return reference.linear(**named | {name: change(named[name]) for name, change in replaced.items()})
+
+    return linear
+
+
+def linear_gathering_shifted(input, *arguments):
+    output, index, columns = reference.linear(input, *arguments)
+    return output, index, columns.roll(1, 0)
+
+
+def grad_input_unmixed(grad, weight, target, seed, p, mask):
+    return grad.mm(weight.to(grad.dtype))
+
+
+def grad_input_rounding_w_first(grad, weight, target, seed, p, mask):
+    target = None if target is None else target.to(grad.dtype)
+    return reference.grad_input(grad, weight.to(grad.dtype), target, seed, p, mask)
+
+
+def grad_weight_uncleared(columns, grad, index, in_features, factor, dtype):
+    dense = reference.grad_weight(columns, grad, index, in_features, factor, dtype)
     dropped = torch.ones(in_features, dtype=torch.bool).index_fill(0, index[index >= 0].long(), False)
     dense[:, dropped] = torch.nan
     return dense
@@ -73,9 +98,16 @@ MUTATIONS = (
     ("fused multiply-add", "mix", mix_with_fewer_roundings),
     ("0 · inf where dropped", "mix", mix_by_multiplication),
     ("last column not written", "mix", mix_without_last_column),
-    ("compact gradient not scaled", "expand", lambda c, i, k, _, d: reference.expand(c, i, k, 1.0, d)),
-    ("compact gradient not cleared", "expand", expand_uncleared),
-    ("compact gradient shifted", "expand", lambda *a: reference.expand(*a).roll(1, 1)),
+    ("bias left out", "linear", linear_with(bias=lambda bias: None)),
+    ("y of the next seed", "linear", linear_with(seed=lambda seed: seed + 1)),
+    ("y rounds W first", "linear", linear_with(weight=lambda weight: weight.bfloat16().to(weight.dtype))),
+    ("columns beside y shifted", "linear", linear_gathering_shifted),
+    ("dX of W", "grad_input", grad_input_unmixed),
+    ("dX rounds W and U first", "grad_input", grad_input_rounding_w_first),
+    ("compact gradient not scaled", "grad_weight", lambda c, g, i, k, _, d: reference.grad_weight(c, g, i, k, 1.0, d)),
+    ("compact gradient not cleared", "grad_weight", grad_weight_uncleared),
+    ("compact gradient shifted", "grad_weight", lambda *arguments: reference.grad_weight(*arguments).roll(1, 1)),
+    ("compact gradient of other rows", "grad_weight", lambda c, *a: reference.grad_weight(c.flip(0), *a)),
     ("dense gradient not scaled", "mask_grad", lambda g, s, p, m, _, d: reference.mask_grad(g, s, p, m, 1.0, d)),
     ("dense gradient not masked", "mask_grad", lambda g, s, p, m, f, d: (g * f).to(d)),
     ("indices of int64", "kept_indices", lambda *arguments: reference.kept_indices(*arguments).long()),

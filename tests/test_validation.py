@@ -1,7 +1,10 @@
 """Bad input is refused before anything runs, with the argument's name, what it got and what it takes."""
 
 import math
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -173,13 +176,19 @@ def test_an_automatic_choice_passes_over_backends_that_cannot_serve(monkeypatch)
     assert chosen is next(order[name] for name, reason in backends.describe("cpu").items() if reason is None)
 
 
-def test_the_environment_names_a_backend_for_calls_that_do_not(device, backend, monkeypatch):
-    monkeypatch.setenv("MIXOUT_FAST_BACKEND", backend)
+@pytest.mark.parametrize(("value", "default"), (("reference", "'reference'"), ("", "None")))
+def test_the_environment_gives_the_default(value, default):
+    command = [sys.executable, "-c", "from mixout_fast import backends; print(repr(backends.DEFAULT))"]
+    environment = {**os.environ, "MIXOUT_FAST_BACKEND": value}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == default
+
+
+def test_a_default_serves_calls_that_name_no_backend(device, backend, monkeypatch):
+    monkeypatch.setattr(backends, "DEFAULT", backend)
     assert backends.select(None, device) is backends.BACKENDS[backend]
     assert backends.select("reference", device) is backends.BACKENDS["reference"]
-    monkeypatch.setenv("MIXOUT_FAST_BACKEND", "")
-    assert backends.select(None, device) is not None
-    monkeypatch.setenv("MIXOUT_FAST_BACKEND", "tpu")
+    monkeypatch.setattr(backends, "DEFAULT", "tpu")
     with refused(ValueError, "backend 'tpu'", "these can:"):
         mix_linear(X.to(device), W.to(device), p=0.5)
     mix_linear(X.to(device), W.to(device), p=0.5, backend=backend)
