@@ -51,8 +51,7 @@ MIXOUT_INLINE Words<Word> philox4x32_10(Words<Word> counter, uint32_t key0, uint
 template <typename Word, typename Multiply = MultiplyWords>
 MIXOUT_INLINE Words<Word> mask_words(uint64_t seed, Word group_low, Word group_high, Multiply multiply_words = {}) {
   const Words<Word> counter{{group_low, group_high, Word{}, Word{}}};
-  return philox4x32_10(counter, static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32),
-                       multiply_words);
+  return philox4x32_10(counter, static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32), multiply_words);
 }
 MIXOUT_INLINE Words<uint32_t> mask_words(uint64_t seed, uint64_t group) {
   return mask_words(seed, static_cast<uint32_t>(group), static_cast<uint32_t>(group >> 32));

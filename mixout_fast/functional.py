@@ -96,6 +96,10 @@ def mix_linear(
         derivative use F.linear(input, mixout(weight, …), bias). Gradients: dX = dY W', db = Σ dY,
         dW = m ⊙ (dYᵀ X) / (1-p).
 
+    Limit: torch.compile with an activation memory budget below 1 (torch._functorch.config.activation_memory_budget) may
+    draw the seed once more in backward, so with a mask that is not forward's (pytorch/pytorch#190758). Pass `seed`, a
+    tensor drawn outside the compiled function, which is never drawn again.
+
     Raises:
         TypeError, ValueError: naming the argument, what it got and what it takes.
     """

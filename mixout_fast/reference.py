@@ -110,22 +110,41 @@ def kept_indices(seed: Tensor, count: int, p: float, static: bool) -> Tensor:
     return index.scatter(0, slots, entries)[:-1]
 
 
-def gather(input: Tensor, seed: Tensor, p: float, static: bool) -> tuple[Tensor, Tensor]:
-    """Kept indices (C,) and the kept columns of input (M, K) as (M, C); padded columns are 0."""
-    index = kept_indices(seed, input.shape[1], p, static)
-    columns = input.index_select(1, index.clamp_min(0))
+def gather(rows: Tensor, seed: Tensor, p: float, static: bool) -> tuple[Tensor, Tensor]:
+    """Kept indices (C,) and the kept columns of rows (M, K) as (M, C); padded columns are 0."""
+    index = kept_indices(seed, rows.shape[1], p, static)
+    columns = rows.index_select(1, index.clamp_min(0))
     return index, columns.masked_fill(index < 0, 0) if static else columns
 
 
-def mix_gather(
-    input: Tensor, weight: Tensor, target: Tensor | None, seed: Tensor, p: float, dtype: torch.dtype, static: bool
+def linear(
+    input: Tensor,
+    weight: Tensor,
+    target: Tensor | None,
+    bias: Tensor | None,
+    seed: Tensor,
+    p: float,
+    mask: str,
+    gathers: bool,
+    static: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """mix with an input mask, and gather, from one draw: (w', kept indices, kept columns of input)."""
-    return mix(weight, target, seed, p, "input", dtype), *gather(input, seed, p, static)
+    """y = x W'ᵀ + b for input (…, K), in the input's dtype; with `gathers`, also gather's two, else two empty ones."""
+    output = torch.nn.functional.linear(input, mix(weight, target, seed, p, mask, input.dtype), bias)
+    rows = input.reshape(-1, input.shape[-1])
+    index, columns = gather(rows, seed, p, static) if gathers else (seed.new_empty(0), rows.new_empty(0, 0))
+    return output, index, columns
 
 
-def expand(compact: Tensor, index: Tensor, in_features: int, factor: float, dtype: torch.dtype) -> Tensor:
-    """The dense weight gradient (N, K) from its kept columns, stored as rows: compact (C, N); zero elsewhere."""
+def grad_input(grad: Tensor, weight: Tensor, target: Tensor | None, seed: Tensor, p: float, mask: str) -> Tensor:
+    """dX = dY W' for grad (M, N)."""
+    return grad.mm(mix(weight, target, seed, p, mask, grad.dtype))
+
+
+def grad_weight(
+    columns: Tensor, grad: Tensor, index: Tensor, in_features: int, factor: float, dtype: torch.dtype
+) -> Tensor:
+    """The dense weight gradient (N, K) of an input mask: (columnsᵀ grad)ᵀ · factor in the kept columns, 0 elsewhere."""
+    compact = columns.t().mm(grad)
     scaled = (compact.to(compute_dtype(compact.dtype)) * factor).to(dtype)
     slots = torch.where(index < 0, in_features, index).long()
     rows = scaled.new_zeros(in_features + 1, compact.shape[1]).index_copy(0, slots, scaled)
@@ -155,13 +174,6 @@ def mix_gaussian(weight: Tensor, target: Tensor | None, seed: Tensor, p: float, 
     return (u + (weight.to(compute) - u) * multiplier.to(compute)).to(weight.dtype)
 
 
-def linear_forward(
-    input: Tensor, weight: Tensor, target: Tensor | None, bias: Tensor | None, seed: Tensor, p: float, mask: str
-) -> Tensor:
-    """y = x W'ᵀ + b. The oracle: input (…, K) -> (…, N), in the input's dtype."""
-    return torch.nn.functional.linear(input, mix(weight, target, seed, p, mask, input.dtype), bias)
-
-
 def linear_backward(
     grad_output: Tensor,
     input: Tensor,
@@ -172,10 +184,12 @@ def linear_backward(
     mask: str,
     grad_scale: str = "exact",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The exact gradients (dX, dW, db) of linear_forward; grad_scale="paper" leaves out dW's factor 1/(1-p)."""
+    """The exact gradients (dX, dW, db) of `linear`, in full-size products: the oracle.
+
+    grad_scale="paper" leaves out dW's factor 1/(1-p).
+    """
     grad = grad_output.reshape(-1, grad_output.shape[-1])
-    grad_input = grad @ mix(weight, target, seed, p, mask, grad.dtype)
     grad_mixed = grad.t() @ input.reshape(-1, input.shape[-1])
     factor = scale(p) if grad_scale == "exact" else 1.0
     grad_weight = mask_grad(grad_mixed, seed, p, mask, factor, weight.dtype)
-    return grad_input.view(input.shape), grad_weight, grad.sum(0)
+    return grad_input(grad, weight, target, seed, p, mask).view(input.shape), grad_weight, grad.sum(0)

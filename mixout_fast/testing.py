@@ -215,7 +215,7 @@ def oracle(case: Case) -> dict[str, Tensor]:
     """The same on the CPU in fp64 with doubled-up products, so correct to the last places of fp64 for every dtype."""
     keep, mixed, dY, X = _oracle_operands(case)
     output = accurate_mm(X, mixed.t()) + (0 if case.bias is None else case.bias.cpu().double())
-    grad_weight = torch.where(keep, accurate_mm(dY.t(), X) * reference.scale(case.p), 0.0)
+    grad_weight = torch.where(keep, accurate_mm(dY.t(), X, reference.scale(case.p)), 0.0)
     grad_bias = None if case.bias is None else accurate_mm(torch.ones(1, len(dY), dtype=torch.float64), dY)[0]
     output = output.view(case.grad_output.shape)
     return _named(output, accurate_mm(dY, mixed).view(case.input.shape), grad_weight, grad_bias)
@@ -240,8 +240,8 @@ def _named(*results: Tensor | None) -> dict[str, Tensor]:
     return {name: result for name, result in zip(RESULTS, results, strict=True) if result is not None}
 
 
-def accurate_mm(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b of fp64 matrices with an error of about one rounding, so that fp64 results have an oracle too.
+def accurate_mm(a: Tensor, b: Tensor, factor: float = 1.0) -> Tensor:
+    """a @ b · factor of fp64 matrices with an error of about one rounding, so that fp64 results have an oracle too.
 
     Each matrix is cut into slices of so few bits that their products sum without rounding (Ozaki et al., "Error-free
     transformations of matrix multiplication", 2012).
@@ -251,7 +251,22 @@ def accurate_mm(a: Tensor, b: Tensor) -> Tensor:
     slices_b = _slices(b, bits, dim=0)
     order = sorted((i + j, i, j) for i in range(len(slices_a)) for j in range(len(slices_b)))
     products = (slices_a[i] @ slices_b[j] for _, i, j in reversed(order))
-    return sum(products, torch.zeros(a.shape[0], b.shape[1], dtype=a.dtype))
+    terms = (term for product in products for term in _exact_product(product, factor))
+    return sum(terms, torch.zeros(a.shape[0], b.shape[1], dtype=a.dtype))
+
+
+def _exact_product(matrix: Tensor, factor: float) -> tuple[Tensor, Tensor]:
+    """The rounding error of matrix · factor, and matrix · factor (Dekker, 1971)."""
+    product = matrix * factor
+    (high, low), (factor_high, factor_low) = _halves(matrix), _halves(factor)
+    return ((high * factor_high - product) + high * factor_low + low * factor_high) + low * factor_low, product
+
+
+def _halves(value: Tensor | float) -> tuple[Tensor | float, Tensor | float]:
+    """value as a sum of two numbers of at most 26 bits, whose products are exact."""
+    shifted = value * (2.0**27 + 1)
+    high = shifted - (shifted - value)
+    return high, value - high
 
 
 def _slices(matrix: Tensor, bits: int, dim: int) -> list[Tensor]:

@@ -61,8 +61,8 @@ struct InstructionSet {
   int64_t vector_bytes;
   // Entries [first, first + count) of a mask.
   void (*draw)(uint64_t seed, uint64_t threshold, int64_t first, int64_t count, uint32_t* keep);
-  // Columns index[0 ... count) of rows [begin, end) of x into out (rows, count); index -1 gives 0. Elements have 2, 4 or
-  // 8 bytes.
+  // Columns index[0 ... count) of rows [begin, end) of x into out (rows, count); index -1 gives 0. Elements have 2, 4
+  // or 8 bytes.
   void (*gather)(Matrix x, int64_t element_size, const int32_t* index, int64_t count, int64_t begin, int64_t end,
                  void* out);
   // Operand and result dtype; null for a pair that no operation has.
@@ -71,22 +71,20 @@ struct InstructionSet {
 
 constexpr int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
-// Blocks of the one-pass products. A block of mixed weight stays in L2: 48 x 256 (forward), 256 x 128 (backward).
+// Blocks of the one-pass products. A block of mixed weight stays in L2: 48 x 256 (forward), 256 x 144 (backward).
 constexpr int64_t depth_block = 256;
 constexpr int64_t weight_row_block = 48;
-constexpr int64_t grad_column_block = 128;
-// Where threads may split the output: a multiple of every tile height, and of every vector pair.
-constexpr int64_t weight_row_unit = 12;
-constexpr int64_t grad_column_unit = 32;
+constexpr int64_t grad_column_block = 144;
+// Where threads may split the output: a multiple of every tile height, and of every panel of fp32.
+constexpr int64_t weight_row_unit = 16;
+constexpr int64_t grad_column_unit = 48;
 // A packed row of a block: off the power of two, whose rows would share one L1 set.
 constexpr int64_t tile_stride = depth_block + 16;
 
 constexpr int64_t packed_linear_units(int64_t m, int64_t columns, int64_t lanes) {
   return round_up(columns, depth_block) / depth_block * (round_up(m, lanes) / lanes);
 }
-constexpr int64_t packed_linear_size(int64_t m, int64_t columns, int64_t lanes) {
-  return columns * round_up(m, lanes);
-}
+constexpr int64_t packed_linear_size(int64_t m, int64_t columns, int64_t lanes) { return columns * round_up(m, lanes); }
 constexpr int64_t packed_grad_units(int64_t m, int64_t rows) {
   return round_up(rows, depth_block) / depth_block * round_up(m, weight_row_unit);
 }

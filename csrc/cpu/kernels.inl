@@ -1,7 +1,7 @@
 // Included once per instruction set, inside a region compiled for it, with MIXOUT_ISA its namespace and
-// MIXOUT_VECTOR_BYTES its vector width. No function templates of the standard library here: an instantiation compiled for
-// a newer instruction set could be the one that the linker keeps for all. mixing.h belongs inside the region because its
-// templates call this file's functions.
+// MIXOUT_VECTOR_BYTES its vector width. No function templates of the standard library here: an instantiation compiled
+// for a newer instruction set could be the one that the linker keeps for all. mixing.h belongs inside the region
+// because its templates call this file's functions.
 
 #include "../mixing.h"
 
@@ -43,7 +43,10 @@ MIXOUT_INLINE Vector<double> multiply_add(Vector<double> a, Vector<double> b, Ve
 MIXOUT_INLINE Vector<uint64_t> multiply_low_halves(Vector<uint64_t> a, uint32_t b) {
   return (Vector<uint64_t>)_mm512_mul_epu32((__m512i)a, _mm512_set1_epi64(b));
 }
-constexpr int tile_rows = 12; // 12 x 2 sums, 2 operands and a broadcast in 32 registers
+MIXOUT_INLINE void stream_vector(const void* source, void* destination) {
+  _mm512_stream_si512(static_cast<__m512i*>(destination), _mm512_load_si512(source));
+}
+constexpr int tile_rows = 8; // 8 x 3 sums, 3 operands and a broadcast in 32 registers
 #elif MIXOUT_VECTOR_BYTES == 32
 MIXOUT_INLINE Vector<float> broadcast(float value) { return _mm256_set1_ps(value); }
 MIXOUT_INLINE Vector<double> broadcast(double value) { return _mm256_set1_pd(value); }
@@ -56,7 +59,10 @@ MIXOUT_INLINE Vector<double> multiply_add(Vector<double> a, Vector<double> b, Ve
 MIXOUT_INLINE Vector<uint64_t> multiply_low_halves(Vector<uint64_t> a, uint32_t b) {
   return (Vector<uint64_t>)_mm256_mul_epu32((__m256i)a, _mm256_set1_epi64x(b));
 }
-constexpr int tile_rows = 6; // 6 x 2 sums, 2 operands and a broadcast in 16 registers
+MIXOUT_INLINE void stream_vector(const void* source, void* destination) {
+  _mm256_stream_si256(static_cast<__m256i*>(destination), _mm256_load_si256(static_cast<const __m256i*>(source)));
+}
+constexpr int tile_rows = 4; // 4 x 3 sums, 3 operands and a broadcast in 16 registers
 #else
 template <typename T>
 MIXOUT_INLINE Vector<T> broadcast(T value) {
@@ -67,7 +73,12 @@ MIXOUT_INLINE V multiply_add(V a, V b, V c) {
   return a * b + c;
 }
 MIXOUT_INLINE Vector<uint64_t> multiply_low_halves(Vector<uint64_t> a, uint32_t b) { return (a & 0xFFFFFFFF) * b; }
-constexpr int tile_rows = 6;
+#if defined(__x86_64__)
+MIXOUT_INLINE void stream_vector(const void* source, void* destination) {
+  _mm_stream_si128(static_cast<__m128i*>(destination), _mm_load_si128(static_cast<const __m128i*>(source)));
+}
+#endif
+constexpr int tile_rows = 4;
 #endif
 
 struct MultiplyVectors {
@@ -78,7 +89,7 @@ struct MultiplyVectors {
 };
 
 template <typename T>
-constexpr int64_t panel = 2 * lanes<T>;
+constexpr int64_t panel = 3 * lanes<T>;
 
 // Per-thread memory that only grows; it holds one block of a product and never a whole operand.
 enum class Slot { mask, weight, target, block };
@@ -217,6 +228,27 @@ void gather(Matrix x, int64_t element_size, const int32_t* index, int64_t count,
   else gather_elements<uint64_t>(x, index, count, begin, end, out);
 }
 
+// A vector of `count` elements, the rest 0, and back. The full, contiguous case has a constant trip count and
+// vectorises.
+template <typename T, typename Element>
+MIXOUT_INLINE Vector<T> load_widened(const Element* source, int64_t stride, int64_t count) {
+  T values[lanes<T>] = {};
+  if (count == lanes<T> && stride == 1)
+    for (int lane = 0; lane < lanes<T>; ++lane) values[lane] = widen(source[lane]);
+  else
+    for (int64_t lane = 0; lane < count; ++lane) values[lane] = widen(source[lane * stride]);
+  return load(values);
+}
+template <typename T, typename Element>
+MIXOUT_INLINE void store_narrowed(Vector<T> value, int64_t count, Element* destination) {
+  T values[lanes<T>];
+  store(values, value);
+  if (count == lanes<T>)
+    for (int lane = 0; lane < lanes<T>; ++lane) put<Element>(values[lane], destination + lane);
+  else
+    for (int64_t lane = 0; lane < count; ++lane) put<Element>(values[lane], destination + lane);
+}
+
 // Transposes a square block held in registers: at step s, lane bit s and row bit s change places.
 template <typename T, int step, size_t... lane>
 MIXOUT_INLINE void exchange(Vector<T>& a, Vector<T>& b, std::index_sequence<lane...>) {
@@ -236,33 +268,62 @@ MIXOUT_INLINE void transpose(Vector<T>* rows) {
   }
 }
 
+// Copies a finished row past the caches: the dense gradient is next read by the optimizer, long after it would have
+// been evicted, and a streamed line is not first read from memory (1024x4096 at p = 0.9, with the compact product: 1.4
+// against 2.0 ms).
+template <typename T>
+void stream_row(const T* source, int64_t count, T* destination) {
+#if defined(__x86_64__)
+  if (reinterpret_cast<uintptr_t>(destination) % MIXOUT_VECTOR_BYTES == 0) {
+    constexpr int64_t step = MIXOUT_VECTOR_BYTES / sizeof(T);
+    for (; count >= step; count -= step, source += step, destination += step) stream_vector(source, destination);
+  }
+#endif
+  memcpy(destination, source, count * sizeof(T));
+}
+
 template <typename Operand, typename Result>
 void expand(Matrix compact, const int32_t* index, int64_t count, int64_t columns, double factor, int64_t begin,
             int64_t end, void* out) {
   using T = Compute<Operand>;
   constexpr int64_t width = lanes<T>;
+  while (count > 0 && index[count - 1] < 0) --count;
   const int64_t padded = round_up(count, width);
   T* rows = scratch<T>(Slot::block, width * padded);
+  // Rows are filled four at a time and then copied: a vector load right behind the single stores that it covers stalls.
+  constexpr int64_t group = width < 4 ? width : 4;
+  const int64_t stride = round_up(columns, 64 / sizeof(Result));
+  Result* dense = scratch<Result>(Slot::weight, group * stride);
+  memset(dense, 0, group * stride * sizeof(Result));
   for (int64_t first = begin; first < end; first += width) {
     const int64_t height = end - first < width ? end - first : width;
-    for (int64_t j = 0; j < count; j += width) {
-      Vector<T> block[width] = {};
-      for (int64_t i = 0; i < width && j + i < count; ++i) {
-        const Operand* source = row_segment<Operand>(compact, j + i, first, height, Slot::weight);
-        T values[width] = {};
-        for (int64_t l = 0; l < height; ++l) values[l] = multiply(widen(source[l]), static_cast<T>(factor));
-        block[i] = load(values);
+    const Operand* source = static_cast<const Operand*>(compact.data) + first * compact.column_stride;
+    if (compact.row_stride == 1) {
+      for (int64_t i = 0; i < height; ++i)
+        for (int64_t j = 0; j < count; ++j)
+          rows[i * padded + j] = multiply(widen(source[i * compact.column_stride + j]), static_cast<T>(factor));
+    } else {
+      for (int64_t j = 0; j < count; j += width) {
+        Vector<T> block[width] = {};
+        for (int64_t i = 0; i < width && j + i < count; ++i)
+          block[i] = load_widened<T>(source + (j + i) * compact.row_stride, compact.column_stride, height) *
+                     static_cast<T>(factor);
+        transpose<T>(block);
+        for (int64_t i = 0; i < width; ++i) store(rows + i * padded + j, block[i]);
       }
-      transpose<T>(block);
-      for (int64_t i = 0; i < width; ++i) store(rows + i * padded + j, block[i]);
     }
-    for (int64_t i = 0; i < height; ++i) {
-      Result* destination = static_cast<Result*>(out) + (first + i) * columns;
-      memset(destination, 0, columns * sizeof(Result));
-      for (int64_t j = 0; j < count; ++j)
-        if (index[j] >= 0) put<Result>(rows[i * padded + j], destination + index[j]);
+    for (int64_t i = 0; i < height; i += group) {
+      for (int64_t j = 0; j < count; ++j) {
+        const int64_t column = index[j];
+        for (int64_t l = 0; l < group; ++l) put<Result>(rows[(i + l) * padded + j], dense + l * stride + column);
+      }
+      for (int64_t l = 0; l < group && i + l < height; ++l)
+        stream_row(dense + l * stride, columns, static_cast<Result*>(out) + (first + i + l) * columns);
     }
   }
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
 }
 
 // c[tile_rows][vectors] (+)= a[tile_rows][depth] * b[depth][vectors]. Each depth block is summed from zero: summing on
@@ -273,29 +334,29 @@ MIXOUT_INLINE void multiply_tile(int64_t depth, const T* __restrict a, const T* 
   Vector<T> sum[tile_rows][vectors];
 #pragma GCC unroll 16
   for (int i = 0; i < tile_rows; ++i)
-#pragma GCC unroll 2
+#pragma GCC unroll 3
     for (int v = 0; v < vectors; ++v) sum[i][v] = Vector<T>{};
   for (int64_t k = 0; k < depth; ++k) {
     Vector<T> right[vectors];
-#pragma GCC unroll 2
+#pragma GCC unroll 3
     for (int v = 0; v < vectors; ++v) right[v] = load(b + (k * vectors + v) * lanes<T>);
 #pragma GCC unroll 16
     for (int i = 0; i < tile_rows; ++i) {
       const Vector<T> left = broadcast(a[i * tile_stride + k]);
-#pragma GCC unroll 2
+#pragma GCC unroll 3
       for (int v = 0; v < vectors; ++v) sum[i][v] = multiply_add(left, right[v], sum[i][v]);
     }
   }
 #pragma GCC unroll 16
   for (int i = 0; i < tile_rows; ++i)
-#pragma GCC unroll 2
+#pragma GCC unroll 3
     for (int v = 0; v < vectors; ++v) {
       T* out = c + i * c_stride + v * lanes<T>;
       store(out, accumulate ? load(out) + sum[i][v] : sum[i][v]);
     }
 }
 
-// c[rows][width] (+)= a[rows][depth] * b, b in panels [depth][panel] and, where width is odd in vectors, one [depth][lanes].
+// c[rows][width] (+)= a[rows][depth] * b, b in panels [depth][panel], the last one narrower where width ends.
 template <typename T>
 void multiply_block(int64_t rows, int64_t width, int64_t depth, const T* a, const T* b, T* c, int64_t c_stride,
                     bool accumulate) {
@@ -303,14 +364,21 @@ void multiply_block(int64_t rows, int64_t width, int64_t depth, const T* a, cons
     for (int64_t row = 0; row < rows; row += tile_rows) {
       const T* left = a + row * tile_stride;
       T* out = c + row * c_stride + column;
-      if (column + panel<T> <= width) multiply_tile<T, 2>(depth, left, b + column * depth, out, c_stride, accumulate);
-      else multiply_tile<T, 1>(depth, left, b + column * depth, out, c_stride, accumulate);
+      const T* right = b + column * depth;
+      if (width - column >= panel<T>) multiply_tile<T, 3>(depth, left, right, out, c_stride, accumulate);
+      else if (width - column == 2 * lanes<T>) multiply_tile<T, 2>(depth, left, right, out, c_stride, accumulate);
+      else
+        // Few results, each a long sum: in short pieces, since the library sums these in as many parts as a vector has
+        // lanes, and 255 terms one by one have 3 times its error.
+        for (int64_t k = 0; k < depth; k += 32)
+          multiply_tile<T, 1>(depth - k < 32 ? depth - k : 32, left + k, right + k * lanes<T>, out, c_stride,
+                              accumulate || k > 0);
     }
   }
 }
 
-// x (m, columns), transposed for the vector operand: [depth blocks][panels of m][depth][panel]. A unit is a depth block of
-// one vector's rows.
+// x (m, columns), transposed for the vector operand: [depth blocks][panels of m][depth][panel]. A unit is a depth block
+// of one vector's rows.
 template <typename Element>
 void pack_linear(Matrix x, int64_t m, int64_t columns, int64_t begin, int64_t end, void* packed) {
   using T = Compute<Element>;
@@ -321,20 +389,15 @@ void pack_linear(Matrix x, int64_t m, int64_t columns, int64_t begin, int64_t en
     const int64_t row = unit % (padded / width) * width;
     const int64_t depth = columns - start < depth_block ? columns - start : depth_block;
     const int64_t first = row / panel<T> * panel<T>;
-    const int64_t stride = padded - first < panel<T> ? width : panel<T>;
+    const int64_t stride = padded - first < panel<T> ? padded - first : panel<T>;
     T* out = static_cast<T*>(packed) + start * padded + first * depth + (row - first);
+    const Element* source = static_cast<const Element*>(x.data) + row * x.row_stride + start * x.column_stride;
+    const int64_t height = m - row < width ? m - row : width;
     for (int64_t k = 0; k < depth; k += width) {
       const int64_t count = depth - k < width ? depth - k : width;
-      Vector<T> rows[width];
-      for (int64_t i = 0; i < width; ++i) {
-        T values[width] = {};
-        if (row + i < m) {
-          const Element* source =
-              static_cast<const Element*>(x.data) + (row + i) * x.row_stride + (start + k) * x.column_stride;
-          for (int64_t l = 0; l < count; ++l) values[l] = widen(source[l * x.column_stride]);
-        }
-        rows[i] = load(values);
-      }
+      Vector<T> rows[width] = {};
+      for (int64_t i = 0; i < height; ++i)
+        rows[i] = load_widened<T>(source + i * x.row_stride + k * x.column_stride, x.column_stride, count);
       transpose<T>(rows);
       for (int64_t l = 0; l < count; ++l) store(out + (k + l) * stride, rows[l]);
     }
@@ -355,30 +418,28 @@ void linear(const Mixing& mixing, const void* packed, int64_t m, int64_t begin, 
       const int64_t depth = mixing.columns - start < depth_block ? mixing.columns - start : depth_block;
       for (int64_t row = 0; row < rows; ++row)
         mix_segment<Operand, Result>(mixing, first + row, start, depth, mixed + row * tile_stride);
-      multiply_block<T>(round_up(rows, tile_rows), padded, depth, mixed,
-                        static_cast<const T*>(packed) + start * padded, sum, padded, start > 0);
+      memset(mixed + rows * tile_stride, 0, (round_up(rows, tile_rows) - rows) * tile_stride * sizeof(T));
+      multiply_block(round_up(rows, tile_rows), padded, depth, mixed, static_cast<const T*>(packed) + start * padded,
+                     sum, padded, start > 0);
     }
-    for (int64_t row = 0; row < m; row += width) {
-      for (int64_t column = 0; column < rows; column += width) {
+    for (int64_t column = 0; column < rows; column += width) {
+      const int64_t count = rows - column < width ? rows - column : width;
+      Result* out = static_cast<Result*>(y) + first + column;
+      const Vector<T> offset =
+          bias ? load_widened<T>(static_cast<const Result*>(bias) + first + column, 1, count) : Vector<T>{};
+      for (int64_t row = 0; row < m; row += width) {
         Vector<T> values[width];
         for (int64_t i = 0; i < width; ++i) values[i] = load(sum + (column + i) * padded + row);
         transpose<T>(values);
-        const int64_t count = rows - column < width ? rows - column : width;
-        for (int64_t i = 0; i < width && row + i < m; ++i) {
-          Result* out = static_cast<Result*>(y) + (row + i) * mixing.rows + first + column;
-          T line[width];
-          store(line, values[i]);
-          if (bias)
-            for (int64_t j = 0; j < count; ++j)
-              line[j] += widen(static_cast<const Result*>(bias)[first + column + j]);
-          for (int64_t j = 0; j < count; ++j) put<Result>(line[j], out + j);
-        }
+        for (int64_t i = 0; i < width && row + i < m; ++i)
+          store_narrowed<T>(values[i] + offset, count, out + (row + i) * mixing.rows);
       }
     }
   }
 }
 
-// dy (m, n) for the broadcast operand: [depth blocks][m rounded up to weight_row_unit][tile_stride]. A unit is a row of a block.
+// dy (m, n) for the broadcast operand: [depth blocks][m rounded up to weight_row_unit][tile_stride]. A unit is a row of
+// a block.
 template <typename Element>
 void pack_grad(Matrix dy, int64_t m, int64_t n, int64_t begin, int64_t end, void* packed) {
   using T = Compute<Element>;
@@ -416,12 +477,12 @@ void grad_input(const Mixing& mixing, const void* packed, int64_t m, int64_t beg
         for (int64_t column = columns; column < used; ++column) line[column] = T{0};
         for (int64_t column = 0; column < used; column += width) {
           const int64_t panel_start = column / panel<T> * panel<T>;
-          const int64_t stride = used - panel_start < panel<T> ? width : panel<T>;
+          const int64_t stride = used - panel_start < panel<T> ? used - panel_start : panel<T>;
           store(mixed + panel_start * depth + row * stride + (column - panel_start), load(line + column));
         }
       }
-      multiply_block<T>(rows, used, depth, static_cast<const T*>(packed) + start / depth_block * padded * tile_stride,
-                        mixed, sum, used, start > 0);
+      multiply_block(rows, used, depth, static_cast<const T*>(packed) + start / depth_block * padded * tile_stride,
+                     mixed, sum, used, start > 0);
     }
     for (int64_t row = 0; row < m; ++row) {
       Result* out = static_cast<Result*>(dx) + row * mixing.columns + first;
@@ -432,27 +493,27 @@ void grad_input(const Mixing& mixing, const void* packed, int64_t m, int64_t beg
 
 template <typename Operand, typename Result>
 constexpr Kernels kernels_for = {
-    mix<Operand, Result>,       pack_linear<Result>, linear<Operand, Result>,
-    pack_grad<Result>,          grad_input<Operand, Result>,
-    mask_grad<Operand, Result>, expand<Operand, Result>,
+    mix<Operand, Result>,        pack_linear<Result>,        linear<Operand, Result>, pack_grad<Result>,
+    grad_input<Operand, Result>, mask_grad<Operand, Result>, expand<Operand, Result>,
 };
 
 const Kernels* kernels(Dtype operand, Dtype result) {
   switch (operand) {
-    case Dtype::f64: return result == Dtype::f64 ? &kernels_for<double, double> : nullptr;
-    case Dtype::f32:
-      return result == Dtype::f32    ? &kernels_for<float, float>
-             : result == Dtype::bf16 ? &kernels_for<float, bfloat16>
-             : result == Dtype::f16  ? &kernels_for<float, float16>
-                                     : nullptr;
-    case Dtype::bf16:
-      return result == Dtype::bf16  ? &kernels_for<bfloat16, bfloat16>
-             : result == Dtype::f32 ? &kernels_for<bfloat16, float>
-                                    : nullptr;
-    case Dtype::f16:
-      return result == Dtype::f16   ? &kernels_for<float16, float16>
-             : result == Dtype::f32 ? &kernels_for<float16, float>
-                                    : nullptr;
+  case Dtype::f64:
+    return result == Dtype::f64 ? &kernels_for<double, double> : nullptr;
+  case Dtype::f32:
+    return result == Dtype::f32    ? &kernels_for<float, float>
+           : result == Dtype::bf16 ? &kernels_for<float, bfloat16>
+           : result == Dtype::f16  ? &kernels_for<float, float16>
+                                   : nullptr;
+  case Dtype::bf16:
+    return result == Dtype::bf16  ? &kernels_for<bfloat16, bfloat16>
+           : result == Dtype::f32 ? &kernels_for<bfloat16, float>
+                                  : nullptr;
+  case Dtype::f16:
+    return result == Dtype::f16   ? &kernels_for<float16, float16>
+           : result == Dtype::f32 ? &kernels_for<float16, float>
+                                  : nullptr;
   }
   return nullptr;
 }

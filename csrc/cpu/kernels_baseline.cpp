@@ -6,6 +6,10 @@
 #include <type_traits>
 #include <utility>
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 #define MIXOUT_ISA baseline
 #define MIXOUT_ISA_NAME "baseline"
 #define MIXOUT_VECTOR_BYTES 16

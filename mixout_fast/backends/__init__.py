@@ -1,8 +1,8 @@
 """The backends and the choice among them.
 
 A backend is a module with `unavailable(device_type)` and the functions of `mixout_fast.reference` that the autograd
-functions call: mix, mask_grad, gather, mix_gather and expand, with the same arguments and, bit for bit, the same
-results. One that also has a one-pass kernel provides `fused_linear`, `fused_grad_input` and `prefers_fused`.
+functions call: mix, mask_grad, gather, linear, grad_input and grad_weight, with the same arguments. How it shares the
+work between its kernels and the library's matrix products is its own affair.
 """
 
 import os
@@ -15,18 +15,22 @@ BACKENDS = {"cpu": cpu, "reference": reference}
 """Name -> module, in the order in which an automatic choice tries them."""
 
 
+DEFAULT = os.environ.get("MIXOUT_FAST_BACKEND") or None
+"""The backend of every call that names none; None chooses by device. Read once: a look-up costs a microsecond a call."""
+
+
 def describe(device_type: str) -> dict[str, str | None]:
     """Backend name -> why it cannot serve the device; None: it can."""
     return {name: module.unavailable(device_type) for name, module in BACKENDS.items()}
 
 
 def select(name: str | None, device_type: str) -> ModuleType:
-    """The named backend, or MIXOUT_FAST_BACKEND's, or the first that serves the device.
+    """The named backend, or DEFAULT, or the first that serves the device.
 
     Raises ValueError for a name that is unknown or cannot serve the device, listing those that can.
     """
-    name = name or os.environ.get("MIXOUT_FAST_BACKEND")
-    if not name:
+    name = name or DEFAULT
+    if name is None:
         return next(module for module in BACKENDS.values() if module.unavailable(device_type) is None)
     reasons = describe(device_type)
     if reasons.get(name, "unknown") is not None:
