@@ -250,9 +250,11 @@ def accurate_mm(a: Tensor, b: Tensor, factor: float = 1.0) -> Tensor:
     slices_a = _slices(a, bits, dim=1)
     slices_b = _slices(b, bits, dim=0)
     order = sorted((i + j, i, j) for i in range(len(slices_a)) for j in range(len(slices_b)))
-    products = (slices_a[i] @ slices_b[j] for _, i, j in reversed(order))
-    terms = (term for product in products for term in _exact_product(product, factor))
-    return sum(terms, torch.zeros(a.shape[0], b.shape[1], dtype=a.dtype))
+    *products, largest = (slices_a[i] @ slices_b[j] for _, i, j in reversed(order))
+    if factor != 1.0:
+        # Of the others the rounding of the product with the factor is far below one of the sum.
+        *products, largest = (*(product * factor for product in products), *_exact_product(largest, factor))
+    return sum(products, torch.zeros(a.shape[0], b.shape[1], dtype=a.dtype)) + largest
 
 
 def _exact_product(matrix: Tensor, factor: float) -> tuple[Tensor, Tensor]:

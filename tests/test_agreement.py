@@ -1,6 +1,7 @@
 """Agreement of every backend with the reference, line by line as DESIGN states it."""
 
 import dataclasses
+from fractions import Fraction
 
 import pytest
 import torch
@@ -173,3 +174,10 @@ def test_accurate_product_is_exact_where_fp64_is_not():
     x = torch.tensor([[a, -1.0]], dtype=torch.float64)
     y = torch.tensor([[b], [1.0]], dtype=torch.float64)
     assert testing.accurate_mm(x, y).item() == 2.0**-53 - 2.0**-105
+
+
+def test_accurate_product_is_scaled_before_it_is_rounded():
+    x, y = torch.randn(17, 1, dtype=torch.float64), torch.randn(1, 17, dtype=torch.float64)
+    factor = reference.scale(0.1)
+    exact = [[float(Fraction(a) * Fraction(b) * Fraction(factor)) for b in y[0].tolist()] for a in x[:, 0].tolist()]
+    assert testing.accurate_mm(x, y, factor).tolist() == exact

@@ -356,23 +356,30 @@ MIXOUT_INLINE void multiply_tile(int64_t depth, const T* __restrict a, const T* 
     }
 }
 
+template <typename T, int vectors>
+MIXOUT_INLINE void multiply_pieces(int64_t piece, int64_t depth, const T* a, const T* b, T* c, int64_t c_stride,
+                                   bool accumulate) {
+  for (int64_t k = 0; k < depth; k += piece)
+    multiply_tile<T, vectors>(depth - k < piece ? depth - k : piece, a + k, b + k * vectors * lanes<T>, c, c_stride,
+                              accumulate || k > 0);
+}
+
 // c[rows][width] (+)= a[rows][depth] * b, b in panels [depth][panel], the last one narrower where width ends.
 template <typename T>
 void multiply_block(int64_t rows, int64_t width, int64_t depth, const T* a, const T* b, T* c, int64_t c_stride,
                     bool accumulate) {
+  // Where one side is a vector or little more, the library sums in as many parts as its vectors have lanes, and 255
+  // terms one by one would have 3 times its error.
+  const int64_t piece = rows <= tile_rows || width <= lanes<T> ? 32 : depth;
   for (int64_t column = 0; column < width; column += panel<T>) {
     for (int64_t row = 0; row < rows; row += tile_rows) {
       const T* left = a + row * tile_stride;
       T* out = c + row * c_stride + column;
       const T* right = b + column * depth;
-      if (width - column >= panel<T>) multiply_tile<T, 3>(depth, left, right, out, c_stride, accumulate);
-      else if (width - column == 2 * lanes<T>) multiply_tile<T, 2>(depth, left, right, out, c_stride, accumulate);
-      else
-        // Few results, each a long sum: in short pieces, since the library sums these in as many parts as a vector has
-        // lanes, and 255 terms one by one have 3 times its error.
-        for (int64_t k = 0; k < depth; k += 32)
-          multiply_tile<T, 1>(depth - k < 32 ? depth - k : 32, left + k, right + k * lanes<T>, out, c_stride,
-                              accumulate || k > 0);
+      const int64_t vectors = (width - column) / lanes<T>;
+      if (vectors >= 3) multiply_pieces<T, 3>(piece, depth, left, right, out, c_stride, accumulate);
+      else if (vectors == 2) multiply_pieces<T, 2>(piece, depth, left, right, out, c_stride, accumulate);
+      else multiply_pieces<T, 1>(piece, depth, left, right, out, c_stride, accumulate);
     }
   }
 }

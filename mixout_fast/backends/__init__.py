@@ -16,7 +16,7 @@ BACKENDS = {"cpu": cpu, "reference": reference}
 
 
 DEFAULT = os.environ.get("MIXOUT_FAST_BACKEND") or None
-"""The backend of every call that names none; None chooses by device. Read once: a look-up costs a microsecond a call."""
+"""The backend of calls that name none; None chooses by device. Read once, for a look-up takes a microsecond."""
 
 
 def describe(device_type: str) -> dict[str, str | None]:

@@ -77,6 +77,7 @@ def linear(
 ) -> tuple[Tensor, Tensor, Tensor]:
     one_pass, _ = is_one_pass(input.dtype, input.numel() // weight.shape[1])
     bound = _capacity(weight, p, mask)
+    bias = None if bias is None else bias.contiguous()
     return torch.ops.mixout_fast.linear.default(
         input, weight, target, bias, seed, threshold(p), scale(p), bound, one_pass, gathers, static
     )
