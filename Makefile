@@ -18,7 +18,7 @@ bench: build $(VENV)/.bench
 	$(PY) -m benchmarks.finetune
 
 test: build ctest
-	$(PY) -m pytest
+	$(PY) -m pytest $(PYTEST_ARGS)
 	$(PY) -m mixout_fast check
 
 ctest:
