@@ -86,8 +86,7 @@ class MixLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_output):
-        # The wrapper refuses a second derivative, and takes 20 us of host time behind a large product: only where a
-        # second derivative is possible.
+        # The wrapper refuses a second derivative; it costs host time, so only where a second derivative is possible.
         if torch.is_grad_enabled():
             return once_differentiable(MixLinear.gradients)(ctx, grad_output)
         return MixLinear.gradients(ctx, grad_output)
