@@ -144,7 +144,8 @@ def grad_weight(
     columns: Tensor, grad: Tensor, index: Tensor, in_features: int, factor: float, dtype: torch.dtype
 ) -> Tensor:
     """The dense weight gradient (N, K) of an input mask: (columnsᵀ grad)ᵀ · factor in the kept columns, 0 elsewhere."""
-    compact = columns.t().mm(grad)
+    # MKL runs the first form faster, and sums a handful of outputs less accurately.
+    compact = columns.t().mm(grad) if grad.shape[1] >= 16 else grad.t().mm(columns).t()
     scaled = (compact.to(compute_dtype(compact.dtype)) * factor).to(dtype)
     slots = torch.where(index < 0, in_features, index).long()
     rows = scaled.new_zeros(in_features + 1, compact.shape[1]).index_copy(0, slots, scaled)
