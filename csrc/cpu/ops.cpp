@@ -316,8 +316,7 @@ Tensor grad_weight(const Tensor& columns, const Tensor& grad, const Tensor& inde
   // (C, N) where few columns are kept: MKL runs this form at the dense product's rate, the other at half of it for C =
   // 77 (2048x768x768, p = 0.9: 0.12 of the dense product's time against 0.21). (N, C) where many are: its rate is level
   // from C = K / 2 on, and its rows expand without a transpose (128x768x768, p = 0.1: 0.79 against 0.99 ms).
-  // Nor for a handful of outputs, where that form sums rows one by one: 2.5 times the error at N = 1.
-  const bool by_columns = 2 * columns.size(1) < in_features && grad.size(1) >= 16;
+  const bool by_columns = 2 * columns.size(1) < in_features;
   Tensor compact = by_columns ? library_mm(torch::stable::transpose(columns, 0, 1), grad)
                               : library_mm(torch::stable::transpose(grad, 0, 1), columns);
   if (!by_columns) compact = torch::stable::transpose(compact, 0, 1);

@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from mixout_fast import reference
 from mixout_fast.reference import capacity, scale, threshold
 
 # Rows up to which a product in one pass over W and U beats mixing and then multiplying with the library: (y, dX).
@@ -93,6 +94,8 @@ def grad_input(grad: Tensor, weight: Tensor, target: Tensor | None, seed: Tensor
 def grad_weight(
     columns: Tensor, grad: Tensor, index: Tensor, in_features: int, factor: float, dtype: torch.dtype
 ) -> Tensor:
+    if grad.shape[1] < reference.THIN_OUTPUT:
+        return reference.grad_weight(columns, grad, index, in_features, factor, dtype)
     return torch.ops.mixout_fast.grad_weight.default(columns, grad, index, in_features, factor, dtype)
 
 
