@@ -103,24 +103,25 @@ def mix_linear(
     Raises:
         TypeError, ValueError: naming the argument, what it got and what it takes.
     """
+    # Behind a large product every Python step runs from cold caches, at five times its usual cost: no look-up twice.
     check_options(p, mask, grad_scale, distribution)
-    _check_weight("weight", weight, target)
-    device_type = weight.device.type
-    autocast = device_type != "meta" and torch.is_autocast_enabled(device_type) and weight.dtype != torch.float64
-    _check_linear(input, weight, bias, autocast)
-    if p == 0.0 or not training or weight.numel() == 0:
+    dtype, device, shape = _check_weight("weight", weight, target)
+    device_type = device.type
+    autocast = device_type != "meta" and dtype != torch.float64 and torch.is_autocast_enabled(device_type)
+    _check_linear(input, bias, dtype, device, shape, autocast)
+    if p == 0.0 or not training or 0 in shape:
         return F.linear(input, weight, bias)
     chosen = _select_backend(backend, device_type, distribution)
-    seed = _seed_tensor(seed, weight.device)
+    seed = _seed_tensor(seed, device)
     if distribution == "gaussian":
         return F.linear(input, reference.mix_gaussian(weight, target, seed, p, mask), bias)
     if autocast:
-        dtype = torch.get_autocast_dtype(device_type)
-        input = input.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
-        if weight.dtype != torch.float32:
-            weight = weight.to(dtype)
-            target = None if target is None else target.to(dtype)
+        compute_dtype = torch.get_autocast_dtype(device_type)
+        input = input.to(compute_dtype)
+        bias = None if bias is None else bias.to(compute_dtype)
+        if dtype != torch.float32:
+            weight = weight.to(compute_dtype)
+            target = None if target is None else target.to(compute_dtype)
     return autograd.MixLinear.apply(input, weight, target, bias, seed, p, mask, _factor(p, grad_scale), chosen)
 
 
@@ -140,52 +141,59 @@ def check_options(p: float, mask: str, grad_scale: str, distribution: str) -> No
         raise ValueError("p: 1 with distribution='gaussian', whose variance p/(1-p) is then infinite")
 
 
-def _check_weight(name: str, weight: Tensor, target: Tensor | None) -> None:
+def _check_weight(name: str, weight: Tensor, target: Tensor | None) -> tuple[torch.dtype, torch.device, torch.Size]:
     if not isinstance(weight, Tensor):
         raise TypeError(f"{name}: {type(weight).__name__}; it takes a tensor")
-    if weight.dtype not in DTYPES:
-        raise TypeError(f"{name}: dtype {weight.dtype}; it takes one of {', '.join(map(str, DTYPES))}")
-    if target is None:
-        return
-    if not isinstance(target, Tensor):
-        raise TypeError(f"target: {type(target).__name__}; it takes a tensor or None")
-    if target.shape != weight.shape:
-        raise ValueError(f"target: shape {tuple(target.shape)}, {name} has {tuple(weight.shape)}; they must be equal")
-    _check_same("target", target, name, weight)
-    if target.requires_grad:
-        raise ValueError("target: it requires grad; it is a constant: pass target.detach()")
+    dtype, device, shape = weight.dtype, weight.device, weight.shape
+    if dtype not in DTYPES:
+        raise TypeError(f"{name}: dtype {dtype}; it takes one of {', '.join(map(str, DTYPES))}")
+    if target is not None:
+        if not isinstance(target, Tensor):
+            raise TypeError(f"target: {type(target).__name__}; it takes a tensor or None")
+        if target.shape != shape:
+            raise ValueError(f"target: shape {tuple(target.shape)}, {name} has {tuple(shape)}; they must be equal")
+        _check_dtype("target", target, name, dtype)
+        _check_device("target", target, name, device)
+        if target.requires_grad:
+            raise ValueError("target: it requires grad; it is a constant: pass target.detach()")
+    return dtype, device, shape
 
 
-def _check_same(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
-    if tensor.dtype != other.dtype:
-        raise TypeError(f"{name}: dtype {tensor.dtype}, {other_name} has {other.dtype}; they must be the same")
-    if tensor.device != other.device:
-        raise ValueError(f"{name}: on {tensor.device}, {other_name} on {other.device}; they must be on one device")
+def _check_dtype(name: str, tensor: Tensor, other_name: str, dtype: torch.dtype) -> None:
+    if tensor.dtype != dtype:
+        raise TypeError(f"{name}: dtype {tensor.dtype}, {other_name} has {dtype}; they must be the same")
 
 
-def _check_linear(input: Tensor, weight: Tensor, bias: Tensor | None, autocast: bool) -> None:
+def _check_device(name: str, tensor: Tensor, other_name: str, device: torch.device) -> None:
+    if tensor.device != device:
+        raise ValueError(f"{name}: on {tensor.device}, {other_name} on {device}; they must be on one device")
+
+
+def _check_linear(
+    input: Tensor, bias: Tensor | None, dtype: torch.dtype, device: torch.device, shape: torch.Size, autocast: bool
+) -> None:
+    """Of mix_linear's input and bias beside a weight of so dtype, device and shape."""
     if not isinstance(input, Tensor):
         raise TypeError(f"input: {type(input).__name__}; it takes a tensor")
     if bias is not None and not isinstance(bias, Tensor):
         raise TypeError(f"bias: {type(bias).__name__}; it takes a tensor or None")
-    if weight.dim() != 2:
-        raise ValueError(f"weight: shape {tuple(weight.shape)}; it takes (out_features, in_features)")
-    if input.dim() == 0 or input.shape[-1] != weight.shape[1]:
+    if len(shape) != 2:
+        raise ValueError(f"weight: shape {tuple(shape)}; it takes (out_features, in_features)")
+    if input.shape[-1:] != shape[1:]:
         raise ValueError(
-            f"input: shape {tuple(input.shape)}, weight has {tuple(weight.shape)}; "
+            f"input: shape {tuple(input.shape)}, weight has {tuple(shape)}; "
             "input's last dimension must be in_features, weight's second"
         )
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias: shape {tuple(bias.shape)}, weight has {tuple(weight.shape)}; it takes (out_features,)")
+    if bias is not None and bias.shape != shape[:1]:
+        raise ValueError(f"bias: shape {tuple(bias.shape)}, weight has {tuple(shape)}; it takes (out_features,)")
     for name, tensor in (("input", input), ("bias", bias)):
         if tensor is None:
             continue
         if not autocast:
-            _check_same(name, tensor, "weight", weight)
+            _check_dtype(name, tensor, "weight", dtype)
         elif tensor.dtype not in DTYPES:
             raise TypeError(f"{name}: dtype {tensor.dtype}; it takes one of {', '.join(map(str, DTYPES))}")
-        elif tensor.device != weight.device:
-            raise ValueError(f"{name}: on {tensor.device}, weight on {weight.device}; they must be on one device")
+        _check_device(name, tensor, "weight", device)
 
 
 def _select_backend(backend: str | None, device_type: str, distribution: str) -> ModuleType:

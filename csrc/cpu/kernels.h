@@ -34,16 +34,14 @@ struct Kernels {
   // Rows [begin, end) of W' into out (rows, columns).
   void (*mix)(const Mixing& mixing, int64_t begin, int64_t end, void* out);
 
-  // Columns [begin, end) of y (m, rows) = x W'^T + bias, from the weight's rows [begin, end), read once. x is packed
-  // first, in units of which there are packed_linear_units(); bias may be null.
-  void (*pack_linear)(Matrix x, int64_t m, int64_t columns, int64_t begin, int64_t end, void* packed);
+  // Columns [begin, end) of y (m, rows) = x W'^T + bias, or of dx (m, columns) = dy W', from the rows or columns
+  // [begin, end) of W and U, read once. x or dy is packed first, in units of which there are packed_units(); bias may
+  // be null.
+  void (*pack)(Matrix x, int64_t m, int64_t columns, int64_t block, int64_t begin, int64_t end, void* packed);
   void (*linear)(const Mixing& mixing, const void* packed, int64_t m, int64_t begin, int64_t end, const void* bias,
                  void* y);
-
-  // Columns [begin, end) of dx (m, columns) = dy W', from the weight's columns [begin, end), read once. dy is packed
-  // first, in units of which there are packed_grad_units().
-  void (*pack_grad)(Matrix dy, int64_t m, int64_t rows, int64_t begin, int64_t end, void* packed);
-  void (*grad_input)(const Mixing& mixing, const void* packed, int64_t m, int64_t begin, int64_t end, void* dx);
+  void (*grad_input)(const Mixing& mixing, const void* packed, int64_t m, int64_t begin, int64_t end, const void* bias,
+                     void* dx);
 
   // Rows [begin, end) of mask * grad * factor into out (rows, columns).
   void (*mask_grad)(Matrix grad, int64_t columns, const Mask& mask, double factor, int64_t begin, int64_t end,
@@ -71,24 +69,18 @@ struct InstructionSet {
 
 constexpr int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
-// Blocks of the one-pass products. A block of mixed weight stays in L2: 48 x 256 (forward), 256 x 144 (backward).
-constexpr int64_t depth_block = 256;
-constexpr int64_t weight_row_block = 48;
-constexpr int64_t grad_column_block = 144;
-// Where threads may split the output: a multiple of every tile height, and of every panel of fp32.
-constexpr int64_t weight_row_unit = 16;
-constexpr int64_t grad_column_unit = 48;
-// A packed row of a block: off the power of two, whose rows would share one L1 set.
-constexpr int64_t tile_stride = depth_block + 16;
+// Blocks of the one-pass products: of mixed weight, in L2, 48 x 256 forward and 256 x 256 backward.
+constexpr int64_t linear_block = 48;
+constexpr int64_t linear_depth = 256;
+constexpr int64_t grad_input_block = 256;
+constexpr int64_t grad_input_depth = 128;
+// Where threads may split the outputs: a multiple of every tile's height.
+constexpr int64_t output_unit = 16;
 
-constexpr int64_t packed_linear_units(int64_t m, int64_t columns, int64_t lanes) {
-  return round_up(columns, depth_block) / depth_block * (round_up(m, lanes) / lanes);
+constexpr int64_t packed_units(int64_t m, int64_t columns, int64_t block, int64_t lanes) {
+  return round_up(columns, block) / block * (round_up(m, lanes) / lanes);
 }
-constexpr int64_t packed_linear_size(int64_t m, int64_t columns, int64_t lanes) { return columns * round_up(m, lanes); }
-constexpr int64_t packed_grad_units(int64_t m, int64_t rows) {
-  return round_up(rows, depth_block) / depth_block * round_up(m, weight_row_unit);
-}
-constexpr int64_t packed_grad_size(int64_t m, int64_t rows) { return packed_grad_units(m, rows) * tile_stride; }
+constexpr int64_t packed_size(int64_t m, int64_t columns, int64_t lanes) { return columns * round_up(m, lanes); }
 
 namespace baseline {
 extern const InstructionSet instruction_set;

@@ -326,23 +326,79 @@ void expand(Matrix compact, const int32_t* index, int64_t count, int64_t columns
 #endif
 }
 
-// c[tile_rows][vectors] (+)= a[tile_rows][depth] * b[depth][vectors]. Each depth block is summed from zero: summing on
-// from c doubles the error at 1023 terms, to twice the library's.
-template <typename T, int vectors>
+// A part of W: rows and columns that are mixed together.
+struct Range {
+  int64_t row, rows, column, columns;
+};
+
+// The next part of W and U on its way to L2 while this one is multiplied, a line of each at a time: mixing waits for
+// memory, and multiplying leaves it idle.
+struct Prefetch {
+  const char* weight;
+  const char* target;
+  int64_t weight_stride, target_stride; // bytes
+  int64_t rows, lines;
+  int64_t line = 0;
+
+  MIXOUT_INLINE void step() {
+    if (rows == 0) return;
+    __builtin_prefetch(weight + line * 64, 0, 2);
+    if (target) __builtin_prefetch(target + line * 64, 0, 2);
+    if (++line < lines) return;
+    line = 0;
+    --rows;
+    weight += weight_stride;
+    if (target) target += target_stride;
+  }
+};
+
+template <typename Operand>
+Prefetch prefetch_of(const Mixing& mixing, Range next) {
+  constexpr int64_t size = sizeof(Operand);
+  const auto start = [=](const Matrix& matrix) {
+    return static_cast<const char*>(matrix.data) + (next.row * matrix.row_stride + next.column) * size;
+  };
+  const bool adjacent = mixing.weight.column_stride == 1;
+  const bool has_target = mixing.target.data && mixing.target.column_stride == 1;
+  return {start(mixing.weight),
+          has_target ? start(mixing.target) : nullptr,
+          mixing.weight.row_stride * size,
+          mixing.target.row_stride * size,
+          adjacent ? next.rows : 0,
+          (next.columns * size + 63) / 64};
+}
+
+// How a block of W' lies: as in W, so [outputs][depth] for y = x W'^T and [depth][outputs] for dx = dy W'.
+template <bool forward>
+struct Block {
+  static constexpr int64_t outputs = forward ? linear_block : grad_input_block;
+  static constexpr int64_t depth = forward ? linear_depth : grad_input_depth;
+  // Off the power of two, whose rows would share one L1 set.
+  static constexpr int64_t stride = (forward ? depth : outputs) + 16;
+  static constexpr int64_t output_stride = forward ? stride : 1;
+  static constexpr int64_t depth_stride = forward ? 1 : stride;
+  static constexpr int64_t size = (forward ? outputs : depth) * stride;
+};
+
+// c[tile_rows][vectors] (+)= block[tile_rows][depth] * b[depth][vectors]. Each depth block is summed from zero: summing
+// on from c doubles the error at 1023 terms, to twice the library's.
+template <bool forward, typename T, int vectors>
 MIXOUT_INLINE void multiply_tile(int64_t depth, const T* __restrict a, const T* __restrict b, T* __restrict c,
-                                 int64_t c_stride, bool accumulate) {
+                                 int64_t c_stride, bool accumulate, Prefetch& prefetch) {
+  using A = Block<forward>;
   Vector<T> sum[tile_rows][vectors];
 #pragma GCC unroll 16
   for (int i = 0; i < tile_rows; ++i)
 #pragma GCC unroll 3
     for (int v = 0; v < vectors; ++v) sum[i][v] = Vector<T>{};
   for (int64_t k = 0; k < depth; ++k) {
+    if (k % 4 == 0) prefetch.step();
     Vector<T> right[vectors];
 #pragma GCC unroll 3
     for (int v = 0; v < vectors; ++v) right[v] = load(b + (k * vectors + v) * lanes<T>);
 #pragma GCC unroll 16
     for (int i = 0; i < tile_rows; ++i) {
-      const Vector<T> left = broadcast(a[i * tile_stride + k]);
+      const Vector<T> left = broadcast(a[i * A::output_stride + k * A::depth_stride]);
 #pragma GCC unroll 3
       for (int v = 0; v < vectors; ++v) sum[i][v] = multiply_add(left, right[v], sum[i][v]);
     }
@@ -356,30 +412,31 @@ MIXOUT_INLINE void multiply_tile(int64_t depth, const T* __restrict a, const T* 
     }
 }
 
-template <typename T, int vectors>
+template <bool forward, typename T, int vectors>
 MIXOUT_INLINE void multiply_pieces(int64_t piece, int64_t depth, const T* a, const T* b, T* c, int64_t c_stride,
-                                   bool accumulate) {
+                                   bool accumulate, Prefetch& prefetch) {
   for (int64_t k = 0; k < depth; k += piece)
-    multiply_tile<T, vectors>(depth - k < piece ? depth - k : piece, a + k, b + k * vectors * lanes<T>, c, c_stride,
-                              accumulate || k > 0);
+    multiply_tile<forward, T, vectors>(depth - k < piece ? depth - k : piece, a + k * Block<forward>::depth_stride,
+                                       b + k * vectors * lanes<T>, c, c_stride, accumulate || k > 0, prefetch);
 }
 
-// c[rows][width] (+)= a[rows][depth] * b, b in panels [depth][panel], the last one narrower where width ends.
-template <typename T>
-void multiply_block(int64_t rows, int64_t width, int64_t depth, const T* a, const T* b, T* c, int64_t c_stride,
-                    bool accumulate) {
+// c[outputs][width] (+)= block * b, b in panels [depth][panel], the last one narrower where width ends.
+template <bool forward, typename T>
+void multiply_block(int64_t outputs, int64_t width, int64_t depth, const T* a, const T* b, T* c, bool accumulate,
+                    Prefetch prefetch) {
   // Where one side is a vector or little more, the library sums in as many parts as its vectors have lanes, and 255
   // terms one by one would have 3 times its error.
-  const int64_t piece = rows <= tile_rows || width <= lanes<T> ? 32 : depth;
+  const int64_t piece = outputs <= tile_rows || width <= lanes<T> ? 32 : depth;
   for (int64_t column = 0; column < width; column += panel<T>) {
-    for (int64_t row = 0; row < rows; row += tile_rows) {
-      const T* left = a + row * tile_stride;
-      T* out = c + row * c_stride + column;
+    for (int64_t row = 0; row < outputs; row += tile_rows) {
+      const T* left = a + row * Block<forward>::output_stride;
       const T* right = b + column * depth;
+      T* out = c + row * width + column;
       const int64_t vectors = (width - column) / lanes<T>;
-      if (vectors >= 3) multiply_pieces<T, 3>(piece, depth, left, right, out, c_stride, accumulate);
-      else if (vectors == 2) multiply_pieces<T, 2>(piece, depth, left, right, out, c_stride, accumulate);
-      else multiply_pieces<T, 1>(piece, depth, left, right, out, c_stride, accumulate);
+      if (vectors >= 3) multiply_pieces<forward, T, 3>(piece, depth, left, right, out, width, accumulate, prefetch);
+      else if (vectors == 2)
+        multiply_pieces<forward, T, 2>(piece, depth, left, right, out, width, accumulate, prefetch);
+      else multiply_pieces<forward, T, 1>(piece, depth, left, right, out, width, accumulate, prefetch);
     }
   }
 }
@@ -387,14 +444,14 @@ void multiply_block(int64_t rows, int64_t width, int64_t depth, const T* a, cons
 // x (m, columns), transposed for the vector operand: [depth blocks][panels of m][depth][panel]. A unit is a depth block
 // of one vector's rows.
 template <typename Element>
-void pack_linear(Matrix x, int64_t m, int64_t columns, int64_t begin, int64_t end, void* packed) {
+void pack(Matrix x, int64_t m, int64_t columns, int64_t block, int64_t begin, int64_t end, void* packed) {
   using T = Compute<Element>;
   constexpr int64_t width = lanes<T>;
   const int64_t padded = round_up(m, width);
   for (int64_t unit = begin; unit < end; ++unit) {
-    const int64_t start = unit / (padded / width) * depth_block;
+    const int64_t start = unit / (padded / width) * block;
     const int64_t row = unit % (padded / width) * width;
-    const int64_t depth = columns - start < depth_block ? columns - start : depth_block;
+    const int64_t depth = columns - start < block ? columns - start : block;
     const int64_t first = row / panel<T> * panel<T>;
     const int64_t stride = padded - first < panel<T> ? padded - first : panel<T>;
     T* out = static_cast<T*>(packed) + start * padded + first * depth + (row - first);
@@ -411,27 +468,42 @@ void pack_linear(Matrix x, int64_t m, int64_t columns, int64_t begin, int64_t en
   }
 }
 
-template <typename Operand, typename Result>
-void linear(const Mixing& mixing, const void* packed, int64_t m, int64_t begin, int64_t end, const void* bias,
-            void* y) {
+// x W'^T + bias (forward) or dy W': its columns [begin, end), for x or dy of m rows.
+template <bool forward, typename Operand, typename Result>
+void multiply(const Mixing& mixing, const void* packed, int64_t m, int64_t begin, int64_t end, const void* bias,
+              void* result) {
   using T = Compute<Operand>;
+  using B = Block<forward>;
   constexpr int64_t width = lanes<T>;
+  const int64_t terms = forward ? mixing.columns : mixing.rows;
+  const int64_t result_stride = forward ? mixing.rows : mixing.columns;
   const int64_t padded = round_up(m, width);
-  T* mixed = scratch<T>(Slot::block, weight_row_block * (tile_stride + padded));
-  T* sum = mixed + weight_row_block * tile_stride;
-  for (int64_t first = begin; first < end; first += weight_row_block) {
-    const int64_t rows = end - first < weight_row_block ? end - first : weight_row_block;
-    for (int64_t start = 0; start < mixing.columns; start += depth_block) {
-      const int64_t depth = mixing.columns - start < depth_block ? mixing.columns - start : depth_block;
-      for (int64_t row = 0; row < rows; ++row)
-        mix_segment<Operand, Result>(mixing, first + row, start, depth, mixed + row * tile_stride);
-      memset(mixed + rows * tile_stride, 0, (round_up(rows, tile_rows) - rows) * tile_stride * sizeof(T));
-      multiply_block(round_up(rows, tile_rows), padded, depth, mixed, static_cast<const T*>(packed) + start * padded,
-                     sum, padded, start > 0);
+  T* mixed = scratch<T>(Slot::block, B::size + B::outputs * padded);
+  T* sum = mixed + B::size;
+  const auto range = [=](int64_t first, int64_t start) -> Range {
+    const int64_t outputs = end - first < B::outputs ? end - first : B::outputs;
+    const int64_t depth = terms - start < B::depth ? terms - start : B::depth;
+    if (outputs <= 0) return {};
+    return forward ? Range{first, outputs, start, depth} : Range{start, depth, first, outputs};
+  };
+  for (int64_t first = begin; first < end; first += B::outputs) {
+    for (int64_t start = 0; start < terms; start += B::depth) {
+      const Range part = range(first, start);
+      for (int64_t row = 0; row < part.rows; ++row)
+        mix_segment<Operand, Result>(mixing, part.row + row, part.column, part.columns, mixed + row * B::stride);
+      const int64_t outputs = forward ? part.rows : part.columns, depth = forward ? part.columns : part.rows;
+      const int64_t filled = round_up(outputs, tile_rows);
+      for (int64_t i = outputs; i < filled; ++i)
+        for (int64_t k = 0; k < depth; ++k) mixed[i * B::output_stride + k * B::depth_stride] = T{0};
+      const bool last = start + B::depth >= terms;
+      const Range next = last ? range(first + B::outputs, 0) : range(first, start + B::depth);
+      multiply_block<forward>(filled, padded, depth, mixed, static_cast<const T*>(packed) + start * padded, sum,
+                              start > 0, prefetch_of<Operand>(mixing, next));
     }
-    for (int64_t column = 0; column < rows; column += width) {
-      const int64_t count = rows - column < width ? rows - column : width;
-      Result* out = static_cast<Result*>(y) + first + column;
+    const int64_t outputs = end - first < B::outputs ? end - first : B::outputs;
+    for (int64_t column = 0; column < outputs; column += width) {
+      const int64_t count = outputs - column < width ? outputs - column : width;
+      Result* out = static_cast<Result*>(result) + first + column;
       const Vector<T> offset =
           bias ? load_widened<T>(static_cast<const Result*>(bias) + first + column, 1, count) : Vector<T>{};
       for (int64_t row = 0; row < m; row += width) {
@@ -439,69 +511,20 @@ void linear(const Mixing& mixing, const void* packed, int64_t m, int64_t begin, 
         for (int64_t i = 0; i < width; ++i) values[i] = load(sum + (column + i) * padded + row);
         transpose<T>(values);
         for (int64_t i = 0; i < width && row + i < m; ++i)
-          store_narrowed<T>(values[i] + offset, count, out + (row + i) * mixing.rows);
+          store_narrowed<T>(values[i] + offset, count, out + (row + i) * result_stride);
       }
-    }
-  }
-}
-
-// dy (m, n) for the broadcast operand: [depth blocks][m rounded up to weight_row_unit][tile_stride]. A unit is a row of
-// a block.
-template <typename Element>
-void pack_grad(Matrix dy, int64_t m, int64_t n, int64_t begin, int64_t end, void* packed) {
-  using T = Compute<Element>;
-  const int64_t padded = round_up(m, weight_row_unit);
-  for (int64_t unit = begin; unit < end; ++unit) {
-    const int64_t start = unit / padded * depth_block;
-    const int64_t row = unit % padded;
-    const int64_t depth = n - start < depth_block ? n - start : depth_block;
-    T* __restrict out = static_cast<T*>(packed) + unit * tile_stride;
-    if (row < m) {
-      const Element* __restrict source = row_segment<Element>(dy, row, start, depth, Slot::weight);
-      for (int64_t k = 0; k < depth; ++k) out[k] = widen(source[k]);
-    } else {
-      memset(out, 0, depth * sizeof(T));
-    }
-  }
-}
-
-template <typename Operand, typename Result>
-void grad_input(const Mixing& mixing, const void* packed, int64_t m, int64_t begin, int64_t end, void* dx) {
-  using T = Compute<Operand>;
-  constexpr int64_t width = lanes<T>;
-  const int64_t rows = round_up(m, tile_rows);
-  const int64_t padded = round_up(m, weight_row_unit);
-  T* mixed = scratch<T>(Slot::block, grad_column_block * (depth_block + padded) + grad_column_block);
-  T* sum = mixed + grad_column_block * depth_block;
-  T* line = sum + grad_column_block * padded;
-  for (int64_t first = begin; first < end; first += grad_column_block) {
-    const int64_t columns = end - first < grad_column_block ? end - first : grad_column_block;
-    const int64_t used = round_up(columns, width);
-    for (int64_t start = 0; start < mixing.rows; start += depth_block) {
-      const int64_t depth = mixing.rows - start < depth_block ? mixing.rows - start : depth_block;
-      for (int64_t row = 0; row < depth; ++row) {
-        mix_segment<Operand, Result>(mixing, start + row, first, columns, line);
-        for (int64_t column = columns; column < used; ++column) line[column] = T{0};
-        for (int64_t column = 0; column < used; column += width) {
-          const int64_t panel_start = column / panel<T> * panel<T>;
-          const int64_t stride = used - panel_start < panel<T> ? used - panel_start : panel<T>;
-          store(mixed + panel_start * depth + row * stride + (column - panel_start), load(line + column));
-        }
-      }
-      multiply_block(rows, used, depth, static_cast<const T*>(packed) + start / depth_block * padded * tile_stride,
-                     mixed, sum, used, start > 0);
-    }
-    for (int64_t row = 0; row < m; ++row) {
-      Result* out = static_cast<Result*>(dx) + row * mixing.columns + first;
-      for (int64_t column = 0; column < columns; ++column) put<Result>(sum[row * used + column], out + column);
     }
   }
 }
 
 template <typename Operand, typename Result>
 constexpr Kernels kernels_for = {
-    mix<Operand, Result>,        pack_linear<Result>,        linear<Operand, Result>, pack_grad<Result>,
-    grad_input<Operand, Result>, mask_grad<Operand, Result>, expand<Operand, Result>,
+    mix<Operand, Result>,
+    pack<Result>,
+    multiply<true, Operand, Result>,
+    multiply<false, Operand, Result>,
+    mask_grad<Operand, Result>,
+    expand<Operand, Result>,
 };
 
 const Kernels* kernels(Dtype operand, Dtype result) {

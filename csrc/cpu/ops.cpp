@@ -202,52 +202,29 @@ std::tuple<Tensor, Tensor> gather(const Tensor& rows, const Tensor& seed, int64_
   return {index, columns};
 }
 
-int64_t units_of(int64_t count, int64_t unit) { return round_up(count, unit) / unit; }
-
-// x W'^T + bias, reading W and U once and writing no W'.
-// `beside` is done in the slices that pack x.
-template <typename Function>
-Tensor one_pass_linear(const Tensor& rows, const Mixing& mixing, const std::optional<Tensor>& bias,
-                       const Kernels& kernels, const Function& beside) {
+// The product of rows (m, terms) with W'^T or W', with `bias` added, reading W and U once and writing no W'. `kernel`
+// is the kernel of one of the two; `beside` is done in the slices that pack the rows.
+template <typename Kernel, typename Function>
+Tensor one_pass(const Tensor& rows, const Mixing& mixing, int64_t outputs, const std::optional<Tensor>& bias,
+                int64_t block, const Kernels& kernels, Kernel kernel, const Function& beside) {
   const ScalarType dtype = rows.scalar_type();
-  const int64_t m = rows.size(0), lanes = accumulation_lanes(dtype);
-  Tensor out = allocate({m, mixing.rows}, dtype);
+  const int64_t m = rows.size(0), terms = rows.size(1), lanes = accumulation_lanes(dtype);
+  Tensor out = allocate({m, outputs}, dtype);
   if (m == 0) return out;
   void* data = out.mutable_data_ptr();
   STD_TORCH_CHECK(!bias || bias->is_contiguous(), "bias: must be contiguous");
   const void* bias_data = bias ? bias->const_data_ptr() : nullptr;
-  const auto packed = packed_buffer(packed_linear_size(m, mixing.columns, lanes), dtype);
-  const int64_t pack_units = packed_linear_units(m, mixing.columns, lanes);
+  const auto packed = packed_buffer(packed_size(m, terms, lanes), dtype);
+  const int64_t pack_units = packed_units(m, terms, block, lanes);
   const Matrix x = matrix_of(rows);
   in_slices(2 * bytes_of(rows), [&](Slice slice) {
     beside(slice);
-    kernels.pack_linear(x, m, mixing.columns, slice.first(pack_units), slice.last(pack_units), packed.get());
+    kernels.pack(x, m, terms, block, slice.first(pack_units), slice.last(pack_units), packed.get());
   });
-  const int64_t units = units_of(mixing.rows, weight_row_unit);
+  const int64_t units = round_up(outputs, output_unit) / output_unit;
   in_slices(2 * mixing.rows * mixing.columns * static_cast<int64_t>(rows.element_size()), [&](Slice slice) {
-    kernels.linear(mixing, packed.get(), m, slice.first(units) * weight_row_unit,
-                   std::min(slice.last(units) * weight_row_unit, mixing.rows), bias_data, data);
-  });
-  return out;
-}
-
-// dy W', reading W and U once and writing no W'.
-Tensor one_pass_grad_input(const Tensor& grad, const Mixing& mixing, const Kernels& kernels) {
-  const ScalarType dtype = grad.scalar_type();
-  const int64_t m = grad.size(0);
-  Tensor out = allocate({m, mixing.columns}, dtype);
-  if (m == 0) return out;
-  void* data = out.mutable_data_ptr();
-  const auto packed = packed_buffer(packed_grad_size(m, mixing.rows), dtype);
-  const int64_t pack_units = packed_grad_units(m, mixing.rows);
-  const Matrix dy = matrix_of(grad);
-  in_slices(2 * bytes_of(grad), [&](Slice slice) {
-    kernels.pack_grad(dy, m, mixing.rows, slice.first(pack_units), slice.last(pack_units), packed.get());
-  });
-  const int64_t units = units_of(mixing.columns, grad_column_unit);
-  in_slices(2 * mixing.rows * mixing.columns * static_cast<int64_t>(grad.element_size()), [&](Slice slice) {
-    kernels.grad_input(mixing, packed.get(), m, slice.first(units) * grad_column_unit,
-                       std::min(slice.last(units) * grad_column_unit, mixing.columns), data);
+    kernel(mixing, packed.get(), m, slice.first(units) * output_unit,
+           std::min(slice.last(units) * output_unit, outputs), bias_data, data);
   });
   return out;
 }
@@ -269,7 +246,7 @@ Tensor library_mm(const Tensor& a, const Tensor& b) {
 std::tuple<Tensor, Tensor, Tensor> linear(const Tensor& input, const Tensor& weight,
                                           const std::optional<Tensor>& target, const std::optional<Tensor>& bias,
                                           const Tensor& seed, int64_t threshold, double scale,
-                                          std::optional<int64_t> capacity, bool one_pass, bool gathers,
+                                          std::optional<int64_t> capacity, bool in_one_pass, bool gathers,
                                           bool fixed_size) {
   const ScalarType dtype = input.scalar_type();
   const DrawnMask drawn(seed, threshold, capacity, weight.size(1));
@@ -287,8 +264,8 @@ std::tuple<Tensor, Tensor, Tensor> linear(const Tensor& input, const Tensor& wei
     if (gathers) gather_rows(rows, indices, width, columns, slice);
   };
 
-  if (one_pass) {
-    Tensor output = one_pass_linear(rows, mixing, bias, kernels, gather_slice);
+  if (in_one_pass) {
+    Tensor output = one_pass(rows, mixing, mixing.rows, bias, linear_depth, kernels, kernels.linear, gather_slice);
     if (is_matrix) return {output, index, columns};
     std::vector<int64_t> sizes(input.sizes().begin(), input.sizes().end());
     sizes.back() = mixing.rows;
@@ -304,11 +281,13 @@ std::tuple<Tensor, Tensor, Tensor> linear(const Tensor& input, const Tensor& wei
 }
 
 Tensor grad_input(const Tensor& grad, const Tensor& weight, const std::optional<Tensor>& target, const Tensor& seed,
-                  int64_t threshold, double scale, std::optional<int64_t> capacity, bool one_pass) {
-  if (!one_pass) return library_mm(grad, mix(weight, target, seed, threshold, scale, capacity, grad.scalar_type()));
+                  int64_t threshold, double scale, std::optional<int64_t> capacity, bool in_one_pass) {
+  if (!in_one_pass) return library_mm(grad, mix(weight, target, seed, threshold, scale, capacity, grad.scalar_type()));
   const DrawnMask drawn(seed, threshold, capacity, weight.size(1));
-  return one_pass_grad_input(grad, mixing_of(weight, target, scale, drawn.mask),
-                             kernels_of(weight.scalar_type(), grad.scalar_type()));
+  const Mixing mixing = mixing_of(weight, target, scale, drawn.mask);
+  const Kernels& kernels = kernels_of(weight.scalar_type(), grad.scalar_type());
+  return one_pass(grad, mixing, mixing.columns, std::nullopt, grad_input_depth, kernels, kernels.grad_input,
+                  [](Slice) {});
 }
 
 Tensor grad_weight(const Tensor& columns, const Tensor& grad, const Tensor& index, int64_t in_features, double factor,

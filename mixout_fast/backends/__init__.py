@@ -31,7 +31,9 @@ def select(name: str | None, device_type: str) -> ModuleType:
     """
     name = name or DEFAULT
     if name is None:
-        return next(module for module in BACKENDS.values() if module.unavailable(device_type) is None)
+        for module in BACKENDS.values():
+            if module.unavailable(device_type) is None:
+                return module
     reasons = describe(device_type)
     if reasons.get(name, "unknown") is not None:
         why = f": {reasons[name]}" if name in reasons else ""
