@@ -28,18 +28,6 @@ def keeps_compact_copy(in_features: int, p: float) -> bool:
     return 2 * reference.capacity(in_features, p) <= in_features
 
 
-def masks_input(rows: Tensor, p: float) -> bool:
-    """Whether dW = dYᵀ (m ⊙ X · s), a full product that is the dense gradient, beats the compact one and its expansion.
-
-    The compact product saves 2 · p · rows operations a weight, and the expansion costs a constant. Measured on 2 cores,
-    fp32, forward and backward of the layer, masked / compact: 128x768x768 at p = 0.1, 0.3, 0.5: 0.84, 0.92, 0.99;
-    128x1024x4096 at 0.1: 0.92; 256x1024x4096 at 0.3: 1.03; 1024x1024x4096 at 0.1: 0.96; 2048x768x768 at 0.1: 0.99.
-    Not for bf16 and fp16, where rounding X · s costs accuracy. A dY that is not finite makes dropped columns NaN, as it
-    makes the kept ones.
-    """
-    return (p <= 0.15 or p * rows.shape[0] <= 64) and rows.dtype in (torch.float32, torch.float64)
-
-
 class Mix(torch.autograd.Function):
     """(weight, target) -> W'. Twice differentiable: its backward is linear and made of MaskGrad."""
 
@@ -104,7 +92,7 @@ class MixLinear(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             if input is not None:
                 rows = input.reshape(-1, weight.shape[1])
-                masked = compact and masks_input(rows, p)
+                masked = compact and backend.masks_input(rows, p)
                 if compact and not masked:
                     index, columns = backend.gather(rows, seed, p, static)
             if masked:

@@ -28,6 +28,14 @@ def unavailable(device_type: str) -> str | None:
     return None
 
 
+def masks_input(rows: Tensor, p: float) -> bool:
+    """Whether dW = dYᵀ (m ⊙ X · s), a full product that is the dense gradient, beats the compact one and its expansion.
+
+    A dY that is not finite then makes dropped columns NaN, as it makes the kept ones.
+    """
+    return False
+
+
 def threshold(p: float) -> int:
     """T in [0, 2**32]: an entry is kept iff its 32-bit word is at least T, so with probability 1 - p."""
     return round(p * 2**32)
