@@ -84,22 +84,21 @@ class MixLinear(torch.autograd.Function):
         p, mask, factor, backend, compact, static = ctx.arguments
         grad = grad_output if grad_output.dim() == 2 else grad_output.reshape(-1, weight.shape[0])
         grad_input = grad_weight = grad_bias = None
-        masked = False
 
         if ctx.needs_input_grad[0]:
             grad_input = backend.grad_input(grad, weight, target, seed, p, mask).view(ctx.input_shape)
         if ctx.needs_input_grad[1]:
-            if input is not None:
-                rows = input.reshape(-1, weight.shape[1])
-                masked = compact and backend.masks_input(rows, p)
-                if compact and not masked:
-                    index, columns = backend.gather(rows, seed, p, static)
-            if masked:
+            rows = None if input is None else input.reshape(-1, weight.shape[1])
+            in_full = rows is not None and (not compact or backend.full_product(rows, p))
+            # The mask of an input may stand before the product or behind it: on the smaller matrix.
+            if in_full and compact and rows.numel() < weight.numel():
                 grad_weight = grad.t().mm(backend.mask_grad(rows, seed, p, mask, factor, rows.dtype))
-            elif compact:
-                grad_weight = backend.grad_weight(columns, grad, index, weight.shape[1], factor, weight.dtype)
-            else:
+            elif in_full:
                 grad_weight = backend.mask_grad(grad.t().mm(rows), seed, p, mask, factor, weight.dtype)
+            else:
+                if rows is not None:
+                    index, columns = backend.gather(rows, seed, p, static)
+                grad_weight = backend.grad_weight(columns, grad, index, weight.shape[1], factor, weight.dtype)
         if ctx.needs_input_grad[3]:
             grad_bias = grad.sum(0)
         return grad_input, grad_weight, None, grad_bias, None, None, None, None, None

@@ -28,10 +28,10 @@ def unavailable(device_type: str) -> str | None:
     return None
 
 
-def masks_input(rows: Tensor, p: float) -> bool:
-    """Whether dW = dYᵀ (m ⊙ X · s), a full product that is the dense gradient, beats the compact one and its expansion.
+def full_product(rows: Tensor, p: float) -> bool:
+    """Whether dW from one full product, dYᵀ (m ⊙ X · s) or m ⊙ (dYᵀ X) · s, beats the compact one and its expansion.
 
-    A dY that is not finite then makes dropped columns NaN, as it makes the kept ones.
+    With a dY that is not finite the former makes dropped columns NaN, as it makes the kept ones.
     """
     return False
 

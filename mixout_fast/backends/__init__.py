@@ -1,8 +1,8 @@
 """The backends and the choice among them.
 
 A backend is a module with `unavailable(device_type)` and the functions of `mixout_fast.reference` that the autograd
-functions call: masks_input, mix, mask_grad, gather, linear, grad_input and grad_weight, with the same arguments. How it
-shares the work between its kernels and the library's matrix products is its own affair.
+functions call: full_product, mix, mask_grad, gather, linear, grad_input and grad_weight, with the same arguments. How
+it shares the work between its kernels and the library's matrix products is its own affair.
 """
 
 import os

@@ -48,10 +48,10 @@ def is_one_pass(dtype: torch.dtype, rows: int) -> tuple[bool, bool]:
     return rows <= forward, rows <= backward
 
 
-def masks_input(rows: Tensor, p: float) -> bool:
+def full_product(rows: Tensor, p: float) -> bool:
     """As reference's. The compact product saves 2 · p · rows operations a weight, and its expansion costs a constant.
 
-    Measured on 2 cores, fp32, forward and backward of the layer, masked / compact: 128x768x768 at p = 0.1, 0.3, 0.5:
+    Measured on 2 cores, fp32, forward and backward of the layer, full / compact: 128x768x768 at p = 0.1, 0.3, 0.5:
     0.84, 0.92, 0.99; 128x1024x4096 at 0.1: 0.92; 256x1024x4096 at 0.3: 1.03; 1024x1024x4096 at 0.1: 0.96; 2048x768x768
     at 0.1: 0.99. Not for bf16 and fp16, where rounding X · s costs accuracy.
     """
