@@ -1,1 +1,1 @@
-"""Benchmarks: `python -m benchmarks.layer`, `python -m benchmarks.finetune`, `pytest benchmarks`."""
+"""Benchmarks: `python -m benchmarks.run`, `.finetune` and `.report`; `pytest benchmarks`."""

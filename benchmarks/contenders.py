@@ -4,13 +4,15 @@ A contender is a function Case -> nn.Module; x and dy are the case's. Every laye
 target), as layers of a network do, so none finds its weight in the cache because another has just read it.
 """
 
-from dataclasses import astuple, dataclass
+import functools
+from collections.abc import Callable
+from dataclasses import astuple, dataclass, replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mixout_fast import MixLinear
+from mixout_fast import MixLinear, backends
 from mixout_fast.testing import Case, random_case
 
 
@@ -28,11 +30,19 @@ class Shape:
         return f"{self.rows}x{self.in_features}x{self.out_features}"
 
 
-def problem(shape: Shape, p: float, dtype: torch.dtype) -> Case:
-    """Normal x, dy, U and b, and W a finetuning's distance from U. x requires grad, as inside a network."""
-    case = random_case(*astuple(shape), p=p, dtype=dtype)
+@functools.lru_cache(maxsize=1)
+def _tensors(shape: Shape, dtype: torch.dtype, device: str) -> Case:
+    case = random_case(*astuple(shape), p=0.5, dtype=dtype, device=device)
     case.input.requires_grad_()
     return case
+
+
+def problem(shape: Shape, p: float, dtype: torch.dtype, device: str = "cpu") -> Case:
+    """Normal x, dy, U and b, and W a finetuning's distance from U. x requires grad, as inside a network.
+
+    Calls that differ in p alone share the tensors: at large sizes making them takes longer than timing them.
+    """
+    return replace(_tensors(shape, dtype, device), p=p)
 
 
 class PublishedMixout(torch.autograd.Function):
@@ -67,12 +77,19 @@ class PublishedMixLinear(nn.Linear):
 
 def three_line_mixout(x: Tensor, weight: Tensor, target: Tensor, bias: Tensor, p: Tensor) -> Tensor:
     """What one would write for torch.compile to fuse. p is a tensor, so that one compilation serves every p."""
-    mask = (torch.rand(weight.shape[1]) >= p).to(weight.dtype)
+    mask = (torch.rand(weight.shape[1], device=weight.device) >= p).to(weight.dtype)
     mixed = target + mask * (weight - target) / (1 - p)
     return F.linear(x, mixed, bias)
 
 
-compiled_mixout = torch.compile(three_line_mixout, dynamic=False)
+def dropout_and_linear(x: Tensor, weight: Tensor, bias: Tensor, p: float) -> Tensor:
+    return F.linear(F.dropout(x, p), weight, bias)
+
+
+# Past 8 compilations of a function torch.compile would run it uncompiled; fullgraph makes that an error. Whoever times
+# many shapes or p calls torch.compiler.reset() in between.
+compiled_mixout = torch.compile(three_line_mixout, fullgraph=True, dynamic=False)
+compiled_dropout_and_linear = torch.compile(dropout_and_linear, fullgraph=True, dynamic=False)
 
 
 class CompiledMixLinear(nn.Linear):
@@ -81,6 +98,13 @@ class CompiledMixLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         return compiled_mixout(input, self.weight, self.target, self.bias, self.p)
+
+
+class CompiledDropoutLinear(nn.Linear):
+    p: float
+
+    def forward(self, input: Tensor) -> Tensor:
+        return compiled_dropout_and_linear(input, self.weight, self.bias, self.p)
 
 
 def linear_of(case: Case, kind: type[nn.Linear] = nn.Linear) -> nn.Linear:
@@ -108,12 +132,18 @@ def published(case: Case) -> nn.Module:
 def compiled(case: Case) -> nn.Module:
     layer = linear_of(case, CompiledMixLinear)
     layer.register_buffer("target", case.target.clone())
-    layer.register_buffer("p", torch.tensor(case.p, dtype=case.weight.dtype))
+    layer.register_buffer("p", torch.tensor(case.p, dtype=case.weight.dtype, device=case.weight.device))
     return layer
 
 
-def ours(case: Case) -> nn.Module:
-    return MixLinear.from_linear(linear_of(case), case.p, case.target.clone())
+def compiled_dropout(case: Case) -> nn.Module:
+    layer = linear_of(case, CompiledDropoutLinear)
+    layer.p = case.p
+    return layer
+
+
+def ours(case: Case, **options) -> nn.Module:
+    return MixLinear.from_linear(linear_of(case), case.p, case.target.clone(), **options)
 
 
 CONTENDERS = {
@@ -122,12 +152,43 @@ CONTENDERS = {
     "dropout": dropout,
     "published": published,
     "compiled": compiled,
+    "compiled-dropout": compiled_dropout,
+}
+"""Name -> set-up; `variants` has more of ours."""
+
+TITLES = {
+    "ours": "ours",
+    "linear": "nn.Linear",
+    "dropout": "Dropout+Linear",
+    "published": "published mixout",
+    "compiled": "compiled mixout",
+    "compiled-dropout": "compiled Dropout+Linear",
 }
 
 
-def why_not_compiled() -> str | None:
+def variants(device_type: str) -> dict[str, dict]:
+    """Our layer in its forms on a device: contender's name -> MixLinear's options."""
+    served = [name for name, reason in backends.describe(device_type).items() if reason is None]
+    return {"ours": {}, "ours-element": {"mask": "element"}, **{f"ours-{name}": {"backend": name} for name in served}}
+
+
+def contenders(device_type: str) -> dict[str, Callable[[Case], nn.Module]]:
+    """CONTENDERS, and every variant of ours: the element mask, and each backend that serves the device by its name."""
+    forms = {name: functools.partial(ours, **options) for name, options in variants(device_type).items()}
+    return {**CONTENDERS, **forms}
+
+
+def why_not(name: str, p: float, device: str) -> str | None:
+    """Why a contender cannot run at p, in one line; None: it can."""
+    if p == 1 and name in ("published", "compiled"):
+        return "it divides by 1 - p"
+    return why_not_compiled(device) if name.startswith("compiled") else None
+
+
+@functools.cache
+def why_not_compiled(device: str = "cpu") -> str | None:
     """Why torch.compile cannot run here, in one line; None: it can."""
-    tiny = problem(Shape(4, 4, 4), 0.5, torch.float32)
+    tiny = problem(Shape(4, 4, 4), 0.5, torch.float32, device)
     try:
         compiled(tiny)(tiny.input).backward(tiny.grad_output)
     except Exception as error:  # Inductor reports a missing or broken C++ compiler through several exception types.

@@ -3,6 +3,7 @@
 import copy
 import os
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -83,11 +84,15 @@ def with_mixout(model: nn.Module, p: float) -> nn.Module:
     The fresh head has no pretrained weight to return to and stays as it is.
     """
     model = with_dropout(model, 0.0)
-    for parent in list(model.base_model.modules()):
+    replace_linears(model.base_model, lambda linear: MixLinear.from_linear(linear, p))
+    return model
+
+
+def replace_linears(root: nn.Module, replacement: Callable[[nn.Linear], nn.Module]) -> None:
+    for parent in list(root.modules()):
         for name, child in parent.named_children():
             if type(child) is nn.Linear:
-                setattr(parent, name, MixLinear.from_linear(child, p))
-    return model
+                setattr(parent, name, replacement(child))
 
 
 def linear_weights(model: nn.Module) -> list[Tensor]:

@@ -24,11 +24,12 @@ from tqdm import tqdm
 import mixout_fast
 from benchmarks import data
 from benchmarks.encoder import Pretrained, distance, linear_weights, with_dropout, with_mixout
+from benchmarks.environment import backend_name, cpu_model
 from benchmarks.finetune_plot import plot
-from mixout_fast.backends import select
+from benchmarks.records import RESULTS
+from benchmarks.run import probability
 
 BASELINE = "dropout(0.1)"
-RESULTS = Path(__file__).parent / "results"
 EVALUATION_BATCH = 100
 
 
@@ -167,7 +168,7 @@ def settings(pretrained: Pretrained, task: data.Task, options: argparse.Namespac
         "training": f"{counted(options.epochs, 'epoch')}, batch {options.batch}, at most {options.max_tokens} tokens, "
         "AdamW, linear decay, fp32",
         "learning rate": f"{options.lr:g}",
-        "machine": f"{processor()}, {torch.get_num_threads()} threads, mixout_fast's {backend_name()} backend",
+        "machine": f"{cpu_model()}, {torch.get_num_threads()} threads, mixout_fast's {backend_name('cpu')} backend",
         "versions": f"mixout_fast {mixout_fast.__version__}, torch {torch.__version__}, "
         f"transformers {version('transformers')}, Python {platform.python_version()}",
         "command": shlex.join(["python", "-m", "benchmarks.finetune", *sys.argv[1:]]),
@@ -176,25 +177,6 @@ def settings(pretrained: Pretrained, task: data.Task, options: argparse.Namespac
 
 def counted(count: int, noun: str) -> str:
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
-
-
-def backend_name() -> str:
-    return select(None, "cpu").__name__.rpartition(".")[2]
-
-
-def processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def probability(text: str) -> float:
-    p = float(text)
-    if not 0.0 <= p <= 1.0:
-        raise argparse.ArgumentTypeError(f"{text} is not in [0, 1]")
-    return p
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -3,7 +3,7 @@
     pytest benchmarks --benchmark-only                    a table of times
     pytest benchmarks --benchmark-disable                 a smoke run: every step once, on a tiny shape
 
-Ratios between rows of a group suffer from a changing load; `python -m benchmarks.layer` alternates and does not.
+Ratios between rows of a group suffer from a changing load; `python -m benchmarks.run` alternates and does not.
 """
 
 import pytest
@@ -12,8 +12,8 @@ import torch
 pytest.importorskip("pytest_benchmark")
 
 from benchmarks.agreement import check_ours
-from benchmarks.contenders import CONTENDERS, Shape, problem, why_not_compiled
-from benchmarks.timing import reset_gradients
+from benchmarks.contenders import CONTENDERS, Shape, problem, why_not
+from benchmarks.layer import reset_gradients
 from mixout_fast.testing import Case
 
 pytestmark = [pytest.mark.parametrize("p", (0.9, 0.5)), pytest.mark.parametrize("contender", CONTENDERS)]
@@ -26,10 +26,11 @@ def case(shape: Shape, p: float) -> Case:
 
 @pytest.fixture
 def layer(contender: str, case: Case) -> torch.nn.Module:
+    torch.compiler.reset()
     if contender == "ours":
         check_ours(case)
-    if contender == "compiled" and (reason := why_not_compiled()):
-        pytest.skip(f"torch.compile: {reason}")
+    if reason := why_not(contender, case.p, "cpu"):
+        pytest.skip(reason)
     return CONTENDERS[contender](case)
 
 

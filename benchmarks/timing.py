@@ -1,45 +1,83 @@
 """Alternating timings in one process, so that ratios hold on a machine whose speed changes with its load."""
 
 import gc
+import itertools
 import os
 import random
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-PHASES = ("forward", "backward", "both")
 MIN_ROUNDS, MAX_ROUNDS = 5, 400
 WARMUP_ROUNDS = 2
 
+Step = Callable[[Callable[[], None]], None]
+"""One training step; it calls its argument before the first phase and after each."""
+
 Times = dict[str, list[float]]
-"""Phase -> seconds, one entry per round."""
+"""Phase -> seconds, one entry per round. "step" is all phases together, "host" the time Python took to issue them."""
 
 
-def reset_gradients(layer: nn.Module, x: Tensor) -> None:
-    layer.zero_grad(set_to_none=True)
-    x.grad = None
+class CpuClock:
+    def __init__(self) -> None:
+        self.marks: list[float] = []
+
+    def start(self) -> None:
+        self.marks.clear()
+
+    def mark(self) -> None:
+        self.marks.append(time.perf_counter())
+
+    def read(self, phases: int) -> list[list[float]]:
+        """Seconds from mark to mark, a list per step."""
+        steps = _chunks(self.marks, phases + 1)
+        return [[end - start for start, end in itertools.pairwise(step)] for step in steps]
 
 
-def time_step(layer: nn.Module, x: Tensor, dy: Tensor) -> tuple[float, float]:
-    """Seconds of one forward and one backward."""
-    reset_gradients(layer, x)
-    start = time.perf_counter()
-    output = layer(x)
-    middle = time.perf_counter()
-    output.backward(dy)
-    return middle - start, time.perf_counter() - middle
+class CudaClock:
+    """Events on the stream: a phase is as long as the GPU takes, or as long as the host takes where that is longer."""
+
+    def __init__(self) -> None:
+        self.marks: list[torch.cuda.Event] = []
+
+    def start(self) -> None:
+        self.marks.clear()
+        # Work left over by the step before would hide how long the host takes.
+        torch.cuda.synchronize()
+
+    def mark(self) -> None:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        self.marks.append(event)
+
+    def read(self, phases: int) -> list[list[float]]:
+        torch.cuda.synchronize()
+        steps = _chunks(self.marks, phases + 1)
+        return [[start.elapsed_time(end) / 1e3 for start, end in itertools.pairwise(step)] for step in steps]
 
 
-def alternate(layers: dict[str, nn.Module], x: Tensor, dy: Tensor, seconds: float) -> dict[str, Times]:
-    """Run one step of every layer per round, in a fresh order each round, for about `seconds`."""
-    times: dict[str, Times] = {name: {phase: [] for phase in PHASES} for name in layers}
-    order = list(layers)
+def _chunks(items: list, size: int) -> list[list]:
+    return [items[start : start + size] for start in range(0, len(items), size)]
+
+
+def alternate(
+    steps: dict[str, Step], phases: tuple[str, ...], device_type: str, seconds: float, repeats: int = 1
+) -> dict[str, Times]:
+    """Run `repeats` steps of every contender per round, in a fresh order each round, for about `seconds`.
+
+    An entry of the result is the mean over the `repeats` steps, which follow each other without waiting for the device,
+    as in training.
+    """
+    clock = CudaClock() if device_type == "cuda" else CpuClock()
+    times: dict[str, Times] = {name: {phase: [] for phase in (*phases, "step", "host")} for name in steps}
+    order = list(steps)
     shuffle = random.Random(0).shuffle
     for name in order * WARMUP_ROUNDS:
-        time_step(layers[name], x, dy)
+        _run(steps[name], phases, clock, repeats)
     gc.collect()
     gc.disable()
     try:
@@ -49,12 +87,21 @@ def alternate(layers: dict[str, nn.Module], x: Tensor, dy: Tensor, seconds: floa
                 break
             shuffle(order)
             for name in order:
-                forward, backward = time_step(layers[name], x, dy)
-                for phase, value in zip(PHASES, (forward, backward, forward + backward), strict=True):
+                for phase, value in _run(steps[name], phases, clock, repeats).items():
                     times[name][phase].append(value)
     finally:
         gc.enable()
     return times
+
+
+def _run(step: Step, phases: tuple[str, ...], clock: CpuClock | CudaClock, repeats: int) -> dict[str, float]:
+    clock.start()
+    start = time.perf_counter()
+    for _ in range(repeats):
+        step(clock.mark)
+    host = (time.perf_counter() - start) / repeats
+    means = [statistics.fmean(values) for values in zip(*clock.read(len(phases)), strict=True)]
+    return {**dict(zip(phases, means, strict=True)), "step": sum(means), "host": host}
 
 
 class OtherLoad:
@@ -73,7 +120,7 @@ class OtherLoad:
     def __exit__(self, *_) -> None:
         if self.start is not None:
             total, busy, own = (end - start for end, start in zip(cpu_seconds(), self.start, strict=True))
-            self.share = max(0.0, busy - own) / total
+            self.share = round(max(0.0, busy - own) / total, 3)
 
 
 def cpu_seconds() -> tuple[float, float, float] | None:
@@ -99,9 +146,30 @@ def ratio(times: Times, base: Times, phase: str) -> dict[str, float]:
     return spread([a / b for a, b in zip(times[phase], base[phase], strict=True)])
 
 
-def saved_bytes(layer: nn.Module, x: Tensor) -> int:
-    """Bytes that forward keeps for backward beyond parameters and buffers, each storage once."""
-    own = {tensor.untyped_storage().data_ptr() for tensor in (*layer.parameters(), *layer.buffers())}
+def copy_bandwidth(nbytes: int, device_type: str) -> float:
+    """Bytes read and written per second by copying buffers of `nbytes`, each of which has last been used long ago."""
+    count = max(2, -(-2 * cache_bytes(device_type) // nbytes))
+    buffers = [torch.ones(nbytes, dtype=torch.uint8, device=device_type) for _ in range(count)]
+    clock = CudaClock() if device_type == "cuda" else CpuClock()
+    seconds = []
+    for _ in range(7):
+        clock.start()
+        clock.mark()
+        for source, destination in zip(buffers, buffers[1:] + buffers[:1], strict=True):
+            destination.copy_(source)
+        clock.mark()
+        seconds.append(clock.read(1)[0][0])
+    return 2 * nbytes * count / statistics.median(seconds)
+
+
+def cache_bytes(device_type: str) -> int:
+    """The cache that a step behind other layers' steps finds cold: a GPU's L2; of CPUs 4 MiB, two cores' private L2."""
+    return torch.cuda.get_device_properties(0).L2_cache_size if device_type == "cuda" else 4 << 20
+
+
+def saved_bytes(module: torch.nn.Module, forward: Callable[[], Tensor]) -> int:
+    """Bytes that `forward` keeps for backward beyond the module's parameters and buffers, each storage once."""
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*module.parameters(), *module.buffers())}
     # The tensors are held until the count is done: a storage freed in between could lend its address to the next.
     saved = []
 
@@ -110,7 +178,7 @@ def saved_bytes(layer: nn.Module, x: Tensor) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = layer(x)
+        output = forward()
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in saved}
     del output
     return sum(size for address, size in storages.items() if address not in own)

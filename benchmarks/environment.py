@@ -1,0 +1,105 @@
+"""What figures hold for: the machine, the versions, and exactly which code ran."""
+
+import datetime
+import hashlib
+import os
+import platform
+import re
+import shlex
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+import mixout_fast
+from mixout_fast.backends import select
+
+ROOT = Path(__file__).parent.parent
+
+
+def environment(device_type: str, sources: tuple[str, ...]) -> dict[str, str | int]:
+    """Everything that must be the same for two figures to belong into one table.
+
+    `sources` are the modules of benchmarks that decide a figure, besides the package.
+    """
+    facts = {
+        "device": device_name(device_type),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "mixout_fast": mixout_fast.__version__,
+        "backend": backend_name(device_type),
+        "code": code_digest(sources),
+    }
+    if device_type == "cuda":
+        facts |= {"cuda": torch.version.cuda, "driver": driver_version(), "triton": package_version("triton")}
+    return facts
+
+
+def occasion(module: str) -> dict[str, str]:
+    """When, by which command and from which commit."""
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "command": shlex.join(["python", "-m", module, *sys.argv[1:]]),
+        "commit": commit(),
+    }
+
+
+def device_name(device_type: str) -> str:
+    return torch.cuda.get_device_name() if device_type == "cuda" else cpu_model()
+
+
+def cpu_model() -> str:
+    if os.path.exists("/proc/cpuinfo"):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def machine_slug(device_type: str) -> str:
+    """The machine as part of a file's name: intel-xeon-processor-2threads, nvidia-h100-80gb-hbm3."""
+    words = re.sub(r"\((r|tm)\)", "", device_name(device_type).lower())
+    slug = re.sub(r"[^a-z0-9]+", "-", words).strip("-")
+    return slug if device_type == "cuda" else f"{slug}-{torch.get_num_threads()}threads"
+
+
+def backend_name(device_type: str) -> str:
+    """The backend of calls that name none."""
+    return select(None, device_type).__name__.rpartition(".")[2]
+
+
+def driver_version() -> str:
+    return _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").partition("\n")[0] or "unknown"
+
+
+def package_version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "none"
+
+
+def commit() -> str:
+    """The commit, with a + where the package or its sources differ from it."""
+    name = _output("git", "rev-parse", "--short", "HEAD")
+    changed = _output("git", "status", "--porcelain", "--", "mixout_fast", "csrc", "benchmarks/*.py")
+    return f"{name}{'+' if changed else ''}" if name else "unknown"
+
+
+def code_digest(sources: tuple[str, ...]) -> str:
+    files = ("mixout_fast/**/*.py", "mixout_fast/*.so", *(f"benchmarks/{name}.py" for name in sources))
+    digest = hashlib.sha256()
+    for path in sorted(path for pattern in files for path in ROOT.glob(pattern)):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def _output(*command: str) -> str:
+    """What a command prints; nothing where it is missing or fails."""
+    try:
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""

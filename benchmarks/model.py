@@ -1,0 +1,184 @@
+"""The model suite, Supplement E of the paper: a finetuning step of BERT with dropout, with mixout and with neither.
+
+A step is forward, backward and AdamW on an RTE-like batch of 32 pairs, 128 tokens each. Weights are random: time does
+not depend on them. Every ratio is a method's time over that of dropout(0.1) in the same round, median over rounds.
+"""
+
+import argparse
+import itertools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from benchmarks import timing
+from benchmarks.agreement import max_error
+from benchmarks.bert import SIZES, Classifier, rte_like_batch
+from benchmarks.contenders import PublishedMixLinear, why_not_compiled
+from benchmarks.encoder import replace_linears, with_dropout, with_mixout
+from benchmarks.layer import matmul_precision
+
+BASELINE = "dropout(0.1)"
+PHASES = ("forward", "backward", "optimizer")
+SOURCES = ("timing", "contenders", "encoder", "bert", "model")
+MODES = ("eager", "compile")
+PRECISIONS = ("fp32", "tf32", "bf16")
+"""bf16 is autocast's: parameters, gradients and AdamW's state stay fp32."""
+
+RTE_STEPS = 3 * -(-2490 // 32)
+"""Steps of 3 epochs of RTE's 2490 training pairs in batches of 32."""
+
+# (models, precisions, modes): those measured first matter most, for a --budget may end a run.
+CPU_SWEEPS = (
+    (("bert-base-4-layers",), ("fp32",), ("eager", "compile")),
+    (("minilm", "bert-base-4-layers"), ("fp32", "bf16"), ("eager",)),
+)
+GPU_SWEEPS = (
+    (("bert-large",), ("bf16", "tf32", "fp32"), ("eager",)),
+    # Compiling is by the layer: 24 of them, five methods over, take minutes.
+    (("bert-large-4-layers",), ("bf16", "tf32"), ("eager", "compile")),
+)
+QUICK_SWEEPS = ((("tiny",), ("fp32",), ("eager",)),)
+
+REPEATS = {"cpu": 1, "cuda": 3}
+"""Steps per timing: on a GPU the host gets ahead of the device from the second on."""
+
+
+def cells(options: argparse.Namespace) -> list[dict]:
+    """What to measure: the named models, precisions and modes in every combination, or the set for this device."""
+    sweeps = QUICK_SWEEPS if options.quick else GPU_SWEEPS if options.device == "cuda" else CPU_SWEEPS
+    if options.models or options.precisions or options.modes:
+        models, precisions, modes = sweeps[0]
+        sweeps = ((options.models or models, options.precisions or precisions, options.modes or modes),)
+    chosen = [
+        {"model": model, "precision": precision, "mode": mode}
+        for models, precisions, modes in sweeps
+        for precision, model, mode in itertools.product(precisions, models, modes)
+    ]
+    return list({tuple(cell.values()): cell for cell in chosen}.values())
+
+
+def wanted(options: argparse.Namespace) -> list[str]:
+    probabilities = options.p or (0.7, 0.9)
+    published = [f"published({probabilities[-1]:g})"]
+    return [BASELINE, "none", *(f"mixout({p:g})" for p in probabilities), *published]
+
+
+def seconds(options: argparse.Namespace) -> float:
+    return options.seconds or (1.0 if options.quick else 12.0)
+
+
+def measure(cell: dict, options: argparse.Namespace) -> dict:
+    """Times of a step with every method, their ratios to dropout's, and the time of 3 epochs of RTE."""
+    device, compiles = options.device, cell["mode"] == "compile"
+    names = wanted(options)
+    if compiles and (reason := why_not_compiled(device)):
+        raise RuntimeError(f"torch.compile: {reason}")
+    torch.compiler.reset()
+    plain = pretrained(cell["model"], device)
+    batch = rte_like_batch(device)
+    with matmul_precision(cell["precision"]):
+        check_start(plain, batch, cell["precision"])
+        steps = {name: TrainingStep(method(name)(plain), batch, cell["precision"], compiles) for name in names}
+        with timing.OtherLoad() as others:
+            times = timing.alternate(steps, PHASES, device, seconds(options), REPEATS[device])
+    phases = (*PHASES, "step") + (("host",) if device == "cuda" else ())
+    contenders = {
+        name: {f"{phase}_ms": timing.spread(times[name][phase], unit=1e-3) for phase in phases} for name in names
+    }
+    for figures in contenders.values():
+        figures["rte_3_epochs_s"] = round(RTE_STEPS * figures["step_ms"]["median"] / 1e3, 1)
+    return {
+        "rounds": len(times[BASELINE]["step"]),
+        "other_load": others.share,
+        "contenders": contenders,
+        "ratios": {
+            name: {phase: timing.ratio(times[name], times[BASELINE], phase) for phase in (*PHASES, "step")}
+            for name in names
+            if name != BASELINE
+        },
+        "left_out": {},
+    }
+
+
+class TrainingStep:
+    def __init__(self, model: nn.Module, batch: dict[str, Tensor], precision: str, compiles: bool = False) -> None:
+        self.model = model.train()
+        self.forward = torch.compile(self.loss, fullgraph=True) if compiles else self.loss
+        self.batch = batch
+        self.labels = torch.arange(len(batch["tokens"]), device=batch["tokens"].device) % 2
+        self.precision = precision
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=2e-5, fused=True)
+
+    def loss(self) -> Tensor:
+        with autocast(self.labels.device.type, self.precision):
+            return F.cross_entropy(self.model(**self.batch), self.labels)
+
+    def __call__(self, mark: Callable[[], None]) -> None:
+        mark()
+        loss = self.forward()
+        mark()
+        loss.backward()
+        mark()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        mark()
+
+
+def autocast(device_type: str, precision: str) -> torch.autocast:
+    return torch.autocast(device_type, torch.bfloat16, enabled=precision == "bf16")
+
+
+def pretrained(name: str, device: str) -> nn.Module:
+    torch.manual_seed(0)
+    with torch.device(device):
+        return Classifier(SIZES[name])
+
+
+def method(name: str) -> Callable[[nn.Module], nn.Module]:
+    """none, dropout(p), mixout(p) or published(p) -> a copy of the model in that form."""
+    kind, _, p = name.rstrip(")").partition("(")
+    forms = {"none": with_dropout, "dropout": with_dropout, "mixout": with_mixout, "published": with_published_mixout}
+    return lambda model: forms[kind](model, float(p or 0.0))
+
+
+def with_published_mixout(model: nn.Module, p: float) -> nn.Module:
+    """As with_mixout, with the published code's layer."""
+
+    def published(linear: nn.Linear) -> nn.Module:
+        layer = PublishedMixLinear(linear.in_features, linear.out_features, device="meta")
+        layer.weight, layer.bias, layer.p = linear.weight, linear.bias, p
+        layer.register_buffer("target", linear.weight.detach().clone(), persistent=False)
+        return layer
+
+    model = with_dropout(model, 0.0)
+    replace_linears(model.base_model, published)
+    return model
+
+
+@torch.no_grad()
+def check_start(plain: nn.Module, batch: dict[str, Tensor], precision: str) -> None:
+    """Raise AssertionError where a model that has not yet left its target differs from the pretrained one.
+
+    Of the encoder's hidden states, the error against fp64 is at most twice the plain model's.
+    """
+    few = {name: value[:4] for name, value in batch.items()}
+    unregularised = with_dropout(plain, 0.0)
+    library, ours = (hidden_states(model, few, precision) for model in (unregularised, with_mixout(plain, 0.9)))
+    exact = hidden_states(unregularised.double(), few, "fp64")
+    ours_error, library_error = (max_error(states, exact) for states in (ours, library))
+    if not ours_error <= 2 * library_error:
+        raise AssertionError(
+            f"hidden states at the start: error {ours_error:.3g} against fp64, the plain model's {library_error:.3g}"
+        )
+
+
+def hidden_states(model: nn.Module, batch: dict[str, Tensor], precision: str) -> Tensor:
+    """What the last block of the model in training gives, (batch, length, width)."""
+    states = []
+    hook = model.base_model.blocks[-1].register_forward_hook(lambda block, inputs, output: states.append(output))
+    with autocast(batch["tokens"].device.type, precision):
+        model.train()(**batch)
+    hook.remove()
+    return states[0]
