@@ -11,11 +11,16 @@ LIBRARY := mixout_fast/_C.so
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*)
 FORMATTED := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.inl)
 
-.PHONY: bench test ctest lint format build clean
+.PHONY: bench gpu test ctest lint format build clean
 
 bench: build $(VENV)/.bench
-	$(PY) -m benchmarks.layer
+	$(PY) -m benchmarks.run
 	$(PY) -m benchmarks.finetune
+	$(PY) -m benchmarks.report
+
+# Uses the Python that is there, with its torch: no virtual environment, nothing is installed.
+gpu:
+	benchmarks/gpu.sh
 
 test: build ctest
 	$(PY) -m pytest $(PYTEST_ARGS)

@@ -1,0 +1,313 @@
+"""Tables and pictures of what benchmarks.run and benchmarks.finetune measured: `python -m benchmarks.report`.
+
+Prints every figure, says which limits are missed and by how much, and draws a picture per file of results. With
+--readme, README.md's measured parts, which stand between comments, are made anew from the same files.
+"""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from statistics import fmean
+
+from benchmarks.contenders import TITLES, Shape
+from benchmarks.environment import ROOT
+from benchmarks.layer import TARGET_P, TARGET_SAVED, TARGETS
+from benchmarks.model import BASELINE
+from benchmarks.records import RESULTS, Records, is_disturbed
+
+SUITES = ("layer", "model", "memory")
+NOT_MEASURED = "On GPUs: not measured yet."
+
+LEGEND = """Each figure is the median over rounds of our time divided by the other's in the same round; below 1 ours is
+faster. * marks cells that other processes disturbed."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--results", type=Path, default=RESULTS, metavar="FOLDER", help="default benchmarks/results")
+    parser.add_argument("--quick", action="store_true", help="of the --quick runs' results")
+    parser.add_argument("--readme", action="store_true", help="put the tables into README.md")
+    options = parser.parse_args(arguments)
+    results = {suite: load(options.results, suite, options.quick) for suite in SUITES}
+    if not any(results.values()):
+        sys.exit(f"no results in {options.results}: python -m benchmarks.run measures")
+    for records in results["layer"]:
+        print(f"{caption(records)}\n\n{LEGEND}\n\n{layer_details(records)}\n\n{limits_section(records)}\n")
+    for records in results["model"]:
+        print(f"{caption(records)}\n\n{model_table(records)}\n")
+    for records in results["memory"]:
+        print(f"{caption(records)}\n\n{memory_table(records)}\n")
+    for records in (*results["layer"], *results["memory"]):
+        draw(records)
+    if options.readme:
+        readme = ROOT / "README.md"
+        readme.write_text(with_parts(readme.read_text(), readme_parts(results, options.results)))
+        print(f"written: {readme}")
+    return 0
+
+
+def load(folder: Path, suite: str, quick: bool = False) -> list[Records]:
+    """The suite's results, machine by machine."""
+    paths = sorted(path for path in folder.glob(f"{suite}-*.jsonl") if path.stem.endswith("-quick") == quick)
+    return [records for records in map(Records, paths) if records.cells]
+
+
+def measured(records: Records) -> list[dict]:
+    """The cells that were measured, in the order in which they were; those that failed are left to the limits."""
+    return [cell for cell in records.cells.values() if "error" not in cell]
+
+
+def caption(records: Records) -> str:
+    """Where, with what and by which command, in one paragraph."""
+    facts, run = records.environment, records.runs[-1]
+    device = facts["device"] if is_gpu(records) else f"{facts['device']}, {facts['threads']} threads"
+    versions = [f"{name} {facts[name]}" for name in ("torch", "cuda", "driver", "triton") if name in facts]
+    commands = " and ".join(f"`{command}`" for command in dict.fromkeys(run["command"] for run in records.runs))
+    return f"**{device}**: {', '.join(versions)}, backend {facts['backend']}, commit {run['commit']}; {commands}."
+
+
+def is_gpu(records: Records) -> bool:
+    return "cuda" in records.environment
+
+
+def table(header: list[str], rows: Iterable[list[str]]) -> str:
+    """A markdown table that is aligned as plain text too."""
+    lines = [header, *rows]
+    widths = [max(3, *map(len, column)) for column in zip(*lines, strict=True)]
+    rule = "|".join("-" * (width + 1) + (":" if place else "-") for place, width in enumerate(widths))
+    texts = [
+        " | ".join(text.rjust(width) if place else text.ljust(width) for place, (text, width) in cells)
+        for cells in (enumerate(zip(line, widths, strict=True)) for line in lines)
+    ]
+    return "\n".join([f"| {texts[0]} |", f"|{rule}|", *(f"| {text} |" for text in texts[1:])])
+
+
+def layer_details(records: Records) -> str:
+    """Every cell of the layer suite with every figure of a whole step."""
+    cells = measured(records)
+    others = [name for name in TITLES if any(name in cell["ratios"] for cell in cells)]
+    others += sorted({name for cell in cells for name in cell["ratios"]} - {*others})
+    header = ["rows x K x N", "dtype", "p", "ours, ms"]
+    header += [f"/ {TITLES.get(name, name)}" for name in others]
+    header += ["+-", "floor share", "saved / nn.Linear's"]
+    return table(header, (layer_row(cell, others) for cell in cells))
+
+
+def layer_row(cell: dict, others: list[str]) -> list[str]:
+    name, ratios = cell["cell"], cell["ratios"]
+    spread = (ratios["linear"]["step"]["p80"] - ratios["linear"]["step"]["p20"]) / 2
+    return [
+        name["shape"] + "*" * is_disturbed(cell),
+        name["dtype"],
+        f"{name['p']:g}",
+        f"{cell['contenders']['ours']['step_ms']['median']:.3f}",
+        *(f"{ratios[other]['step']['median']:.2f}" if other in ratios else "-" for other in others),
+        f"{spread:.2f}",
+        f"{cell['floor_share']:.2f}",
+        f"{saved_share(cell):.2f}",
+    ]
+
+
+def step_ratio(cell: dict, other: str) -> float:
+    return cell["ratios"][other]["step"]["median"]
+
+
+def saved_share(cell: dict) -> float:
+    return cell["contenders"]["ours"]["saved_bytes"] / cell["contenders"]["linear"]["saved_bytes"]
+
+
+LIMITS: tuple[tuple[str, int, float, Callable[[dict], float]], ...] = (
+    (
+        "slower than Dropout+Linear, of {} with at least 256 rows and p >= 0.3",
+        256,
+        0.3,
+        lambda c: step_ratio(c, "dropout"),
+    ),
+    ("slower than nn.Linear, of {} with at least 256 rows and p >= 0.7", 256, 0.7, lambda c: step_ratio(c, "linear")),
+    (
+        "below 0.88 of the floor, of {} with at least 1024 rows and p >= 0.7",
+        1024,
+        0.7,
+        lambda c: 0.88 / c["floor_share"],
+    ),
+)
+"""(what is wrong with a cell, from how many rows, from which p, what may be at most 1)."""
+
+
+def limits_section(records: Records) -> str:
+    """What should not be, cell by cell, the worst first, and what could not be measured."""
+    lines = []
+    for what, rows, p, excess in LIMITS:
+        judged = [c for c in measured(records) if Shape.parse(c["cell"]["shape"]).rows >= rows and c["cell"]["p"] >= p]
+        worst = sorted((c for c in judged if excess(c) > 1), key=excess, reverse=True)
+        lines.append(f"{len(worst)} cells {what.format(len(judged))}")
+        lines += [f"    {excess(cell):.2f} times the limit: {cell_name(cell)}" for cell in worst]
+    lines += [f"failed: {cell_name(cell)}: {cell['error']}" for cell in records.cells.values() if "error" in cell]
+    targets = "" if is_gpu(records) else targets_table(measured(records))
+    return "\n".join(lines) + (f"\n\n{targets}" if targets else "")
+
+
+def cell_name(cell: dict) -> str:
+    return " ".join(f"{value}" if isinstance(value, str) else f"p={value:g}" for value in cell["cell"].values())
+
+
+def targets_table(cells: list[dict]) -> str:
+    """The targets' cells, measured beside target."""
+    by_name = {(c["cell"]["shape"], c["cell"]["p"]): c for c in cells if c["cell"]["dtype"] == "fp32"}
+    rows = []
+    for shapes, limits in TARGETS.items():
+        for shape in shapes:
+            row = [by_name.get((shape, p)) for p in TARGET_P]
+            if not any(row):
+                continue
+            for other, bounds in limits.items():
+                ratios = [cell and step_ratio(cell, other) for cell in row]
+                rows.append([f"{shape} / {TITLES[other]}", *map(verdict, ratios, bounds)])
+            rows.append(
+                [f"{shape} saved / nn.Linear's", *map(verdict, [c and saved_share(c) for c in row], TARGET_SAVED)]
+            )
+    if not rows:
+        return ""
+    missed = sum("miss" in text for row in rows for text in row)
+    return f"targets (fp32, 2 threads): {missed} missed\n\n" + table(["a step", *(f"p {p}" for p in TARGET_P)], rows)
+
+
+def verdict(value: float | None, limit: float) -> str:
+    if value is None:
+        return "-"
+    # Saving x itself, as nn.Linear does, our layer also saves its seed: 8 bytes, which three decimals leave out.
+    return f"{value:.3f} <= {limit:.2f} {'pass' if round(value, 3) <= limit else 'miss'}"
+
+
+def model_table(records: Records) -> str:
+    """A finetuning step: dropout's time, every other method's relative to it, and 3 epochs of RTE."""
+    cells = measured(records)
+    methods = list(dict.fromkeys(name for cell in cells for name in cell["ratios"]))
+    header = ["model", "precision", "mode", f"{BASELINE}, s", *(f"{name} /" for name in methods), "+-"]
+    header += [f"RTE: {BASELINE}, s", *(f"{name}, s" for name in methods if name.startswith("mixout"))]
+    return table(header, (model_row(cell, methods) for cell in cells))
+
+
+def model_row(cell: dict, methods: list[str]) -> list[str]:
+    contenders, ratios = cell["contenders"], cell["ratios"]
+    row = [cell["cell"]["model"] + "*" * is_disturbed(cell), cell["cell"]["precision"], cell["cell"]["mode"]]
+    row.append(f"{contenders[BASELINE]['step_ms']['median'] / 1e3:.3f}")
+    row += [f"{ratios[name]['step']['median']:.2f}" if name in ratios else "-" for name in methods]
+    row.append(f"{fmean((r['step']['p80'] - r['step']['p20']) / 2 for r in ratios.values()):.2f}")
+    timed = [BASELINE, *(name for name in methods if name.startswith("mixout"))]
+    return row + [f"{contenders[name]['rte_3_epochs_s']:.0f}" if name in contenders else "-" for name in timed]
+
+
+def memory_table(records: Records) -> str:
+    """MB saved for backward and at the peak of a step, method by method."""
+    cells = measured(records)
+    methods = list(dict.fromkeys(name for cell in cells for name in cell["contenders"]))
+    header = ["MB saved / MB at the peak", "precision", *methods]
+    return table(header, (memory_row(cell, methods) for cell in cells))
+
+
+def memory_row(cell: dict, methods: list[str]) -> list[str]:
+    figures = [cell["contenders"].get(name) for name in methods]
+    texts = [f"{f['saved_bytes'] / 1e6:.0f} / {f['peak_bytes'] / 1e6:.0f}" if f else "-" for f in figures]
+    return [cell["cell"]["model"], cell["cell"]["precision"], *texts]
+
+
+def draw(records: Records) -> None:
+    try:
+        from benchmarks.report_plot import plot_layers, plot_memory
+    except ModuleNotFoundError as error:
+        print(f"no picture of {records.path.name}: {error}")
+        return
+    plot = plot_layers if records.path.name.startswith("layer") else plot_memory
+    path = records.path.with_suffix(".png")
+    plot(measured(records), records.environment["device"], path)
+    print(f"picture: {path}")
+
+
+def readme_parts(results: dict[str, list[Records]], folder: Path) -> dict[str, str]:
+    """The README's measured parts by the names of their markers."""
+    parts = {
+        "layers": "\n\n".join(map(layer_part, results["layer"])),
+        "models": "\n\n".join(f"{caption(records)}\n\n{model_table(records)}" for records in results["model"]),
+        "memory": "\n\n".join(f"{caption(records)}\n\n{memory_table(records)}" for records in results["memory"]),
+    }
+    for name, suite in (("layers", "layer"), ("models", "model"), ("memory", "memory")):
+        if not any(map(is_gpu, results[suite])):
+            parts[name] = f"{parts[name]}\n\n{NOT_MEASURED}".strip()
+    finetune = folder / "finetune.json"
+    if finetune.exists():
+        parts["finetune"] = finetune_part(json.loads(finetune.read_text()))
+    return parts
+
+
+def layer_part(records: Records) -> str:
+    """Ratios by shape and p, a table per dtype, and the picture."""
+    parts = [caption(records)]
+    cells = measured(records)
+    for dtype in dict.fromkeys(cell["cell"]["dtype"] for cell in cells):
+        parts.append(f"{dtype}, time of a step over `nn.Linear`'s / over `nn.Dropout(p)` + `nn.Linear`'s:")
+        parts.append(ratio_pivot([cell for cell in cells if cell["cell"]["dtype"] == dtype]))
+    picture = records.path.with_suffix(".png")
+    if picture.exists() and picture.is_relative_to(ROOT):
+        parts.append(f"![ratios, memory and share of the floor]({picture.relative_to(ROOT)})")
+    return "\n\n".join(parts)
+
+
+def ratio_pivot(cells: list[dict]) -> str:
+    """Shapes down, p across; share of the floor and saved bytes at the largest p."""
+    probabilities = [p for p in TARGET_P if any(cell["cell"]["p"] == p for cell in cells)]
+    by_name = {(cell["cell"]["shape"], cell["cell"]["p"]): cell for cell in cells}
+    header = ["rows × K × N", *(f"p = {p:g}" for p in probabilities), "share of the floor", "saved bytes"]
+    rows = []
+    for shape in dict.fromkeys(cell["cell"]["shape"] for cell in cells):
+        row = [by_name.get((shape, p)) for p in probabilities]
+        at_largest_p = [f"{row[0]['floor_share']:.2f}", f"{saved_share(row[0]):.2f}"] if row[0] else ["–", "–"]
+        if any(row):
+            rows.append([shape.replace("x", "×"), *map(ratio_pair, row), *at_largest_p])
+    return table(header, rows)
+
+
+def ratio_pair(cell: dict | None) -> str:
+    if cell is None:
+        return "–"
+    dropout = f"{step_ratio(cell, 'dropout'):.2f}" if "dropout" in cell["ratios"] else "–"
+    return f"{step_ratio(cell, 'linear'):.2f} / {dropout}" + "*" * is_disturbed(cell)
+
+
+def finetune_part(record: dict) -> str:
+    header = ["", "s a step", "ratio", f"dev {record['metric']} of each restart", "mean"]
+    rows = [
+        [
+            result["method"],
+            f"{result['seconds']:.3f}",
+            f"{result['ratio']:.2f}",
+            " ".join(f"{score:.3f}" for score in result["scores"]),
+            f"{fmean(result['scores']):.3f}",
+        ]
+        for result in record["results"]
+    ]
+    where = f"{record['model']} on {record['data']}; {record['training']}, learning rate {record['learning rate']}; "
+    return f"{where}{record['machine']}; {record['versions']}; `{record['command']}`.\n\n{table(header, rows)}"
+
+
+def with_parts(text: str, parts: dict[str, str]) -> str:
+    """The text with each part between `<!-- measured: NAME -->` and `<!-- /measured: NAME -->`.
+
+    Raises ValueError where the text has no such place.
+    """
+    for name, part in parts.items():
+        begin, end = f"<!-- measured: {name} -->", f"<!-- /measured: {name} -->"
+        pattern = re.compile(f"{re.escape(begin)}\n.*?{re.escape(end)}", re.DOTALL)
+        if not pattern.search(text):
+            raise ValueError(f"no {begin} … {end} to put the part into")
+        text = pattern.sub(lambda _, whole=f"{begin}\n{part}\n{end}": whole, text)
+    return text
+
+
+if __name__ == "__main__":
+    sys.exit(main())
