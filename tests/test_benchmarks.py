@@ -1,0 +1,368 @@
+"""The benchmarks' own arithmetic: what is counted, kept, compared and reported."""
+
+import json
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from benchmarks import data, layer, model, report, run, timing
+from benchmarks.agreement import check_ours
+from benchmarks.bert import POSITIONS, SEGMENTS, SIZES, VOCABULARY, Classifier, rte_like_batch
+from benchmarks.contenders import PublishedMixout, Shape, problem
+from benchmarks.encoder import with_mixout
+from benchmarks.records import Records
+from mixout_fast import MixLinear
+
+README = Path(report.__file__).parent.parent / "README.md"
+
+
+def test_metrics_by_hand():
+    predicted, labels = torch.tensor([1, 1, 0, 0, 1.0]), torch.tensor([1, 0, 0, 1, 1])
+    assert data.accuracy(predicted, labels) == pytest.approx(3 / 5)
+    assert data.f1(predicted, labels) == pytest.approx(2 * 2 / (3 + 3))
+    # Two hits, one correct rejection, one false alarm, one miss.
+    assert data.correlation(predicted, labels) == pytest.approx((2 * 1 - 1 * 1) / (3 * 2 * 3 * 2) ** 0.5)
+    assert data.f1(torch.zeros(5), labels) == 0.0
+    assert data.correlation(torch.ones(5), labels) == 0.0
+
+
+def test_spearman_shares_the_ranks_of_ties():
+    # Ranks 1, 2.5, 2.5, 4 and 1, 2, 3.5, 3.5.
+    a, b = torch.tensor([0.1, 5.0, 5.0, 7.0]), torch.tensor([-3.0, 0.0, 2.0, 2.0])
+    assert data._ranks(a).tolist() == [1, 2.5, 2.5, 4]
+    deviations = [(-1.5, -1.5), (0, -0.5), (0, 1.0), (1.5, 1.0)]
+    products, squares = sum(x * y for x, y in deviations), [sum(d[i] ** 2 for d in deviations) for i in (0, 1)]
+    assert data.spearman(a, b) == pytest.approx(products / (squares[0] * squares[1]) ** 0.5)
+    assert data.spearman(a, a**3) == pytest.approx(1.0)
+    assert data.spearman(a, -a) == pytest.approx(-1.0)
+
+
+def test_results_survive_being_cut_off_in_the_middle_of_a_line(tmp_path):
+    records = started(tmp_path)
+    records.append({"cell": {"p": 0.1}, "value": 1})
+    records.append({"cell": {"p": 0.2}, "value": 2})
+    with records.path.open("a") as file:
+        file.write('{"cell": {"p": 0.3}, "va')
+    again = started(tmp_path)
+    assert [cell["value"] for cell in again.cells.values()] == [1, 2]
+    again.append({"cell": {"p": 0.1}, "value": 3})
+    lines = [json.loads(line) for line in records.path.read_text().splitlines()]
+    assert [line["cell"]["p"] for line in lines if "cell" in line] == [0.1, 0.2, 0.1]
+    assert [cell["value"] for cell in Records(records.path).cells.values()] == [3, 2], "the later line counts"
+
+
+def test_results_of_another_environment_do_not_count_and_stay_until_there_are_new_ones(tmp_path):
+    started(tmp_path).append({"cell": {"p": 0.1}})
+    other = Records(tmp_path / "results.jsonl")
+    assert other.start({"code": "b", "threads": 2}, {}) == ["code"]
+    assert not other.cells
+    assert Records(other.path).cells
+    other.append({"cell": {"p": 0.2}})
+    assert [cell["cell"]["p"] for cell in Records(other.path).cells.values()] == [0.2]
+
+
+def started(folder):
+    records = Records(folder / "results.jsonl")
+    records.start({"code": "a", "threads": 2}, {"date": "", "command": "", "commit": ""})
+    return records
+
+
+@pytest.fixture
+def suite(monkeypatch):
+    """A suite of three cells that counts what is measured, in place of the others."""
+    measured = []
+
+    def measure(cell, options):
+        measured.append(cell["p"])
+        if cell["p"] in stand_in.failing:
+            raise AssertionError("dW: error too large")
+        return {"contenders": dict.fromkeys(stand_in.contenders), "left_out": {}, "ratios": {}, "other_load": 0.0}
+
+    stand_in = SimpleNamespace(
+        SOURCES=(),
+        failing=[],
+        contenders=["ours"],
+        measured=measured,
+        cells=lambda options: [{"p": p} for p in (0.1, 0.5, 0.9)],
+        wanted=lambda options: stand_in.contenders,
+        seconds=lambda options: options.seconds or 1.0,
+        measure=measure,
+    )
+    monkeypatch.setattr(run, "SUITES", {"layer": stand_in})
+    return stand_in
+
+
+def test_a_second_run_measures_only_what_is_missing(suite, tmp_path):
+    def measured(*arguments):
+        suite.measured.clear()
+        status = run.main(["--suite", "layer", "--device", "cpu", "--results", str(tmp_path), *arguments])
+        return status, list(suite.measured)
+
+    suite.failing = [0.5]
+    assert measured() == (1, [0.1, 0.5, 0.9]), "a failing cell does not cost the others, but shows in the exit status"
+    assert measured() == (1, [0.5])
+    suite.failing = []
+    assert measured() == (0, [0.5])
+    assert measured() == (0, [])
+    assert measured("--seconds", "2") == (0, [0.1, 0.5, 0.9]), "longer than before"
+    assert measured("--seconds", "1") == (0, [])
+    suite.contenders.append("dropout")
+    assert measured("--seconds", "1") == (0, [0.1, 0.5, 0.9]), "another contender"
+    assert measured("--fresh", "--budget", "0") == (0, []), "no time, no cell, and what is there stays"
+    assert measured() == (0, [])
+    assert measured("--fresh") == (0, [0.1, 0.5, 0.9])
+
+
+def test_a_disturbed_cell_is_measured_again():
+    suite = SimpleNamespace(wanted=lambda options: [], seconds=lambda options: 1.0)
+    record = {"contenders": {}, "left_out": {}, "seconds": 1.0}
+    assert run.is_finished({**record, "other_load": 0.01}, suite, None)
+    assert not run.is_finished({**record, "other_load": 0.2}, suite, None)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    (
+        (["--p", "1.5"], "not in [0, 1]"),
+        (["--contenders", "dropuot"], "dropuot; on this cpu: ours, linear, dropout"),
+        (["--dtypes", "tf32"], "only GPUs have it"),
+    ),
+)
+def test_bad_arguments_are_named(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        run.main(["--device", "cpu", *arguments])
+    assert message in capsys.readouterr().err
+
+
+def layer_cells(*arguments):
+    return layer.cells(run.parse_options(["--device", "cpu", *arguments]))
+
+
+def test_cells_are_every_combination_once():
+    cells = layer_cells("--shapes", "16x32x8", "4x32x8", "--p", "0.5", "1", "--dtypes", "fp32", "bf16")
+    assert len(cells) == 8
+    assert {"shape": "4x32x8", "p": 1.0, "dtype": "bf16"} in cells
+    default = [tuple(cell.values()) for cell in layer_cells()]
+    assert len(default) == len(set(default))
+    assert len(layer_cells("--targets")) == 24
+    sizes = {size for sizes in layer.LAYERS.values() for size in sizes}
+    assert len(layer_cells("--full")) == len(sizes) * len(layer.ROWS) * len(layer.P)
+
+
+def test_phases_are_timed_apart_and_contenders_in_every_round():
+    order = []
+
+    def step(name, first, second):
+        def sleep(mark):
+            order.append(name)
+            mark()
+            time.sleep(first)
+            mark()
+            time.sleep(second)
+            mark()
+
+        return sleep
+
+    steps = {"a": step("a", 0.002, 0.004), "b": step("b", 0.001, 0.001)}
+    times = timing.alternate(steps, ("forward", "backward"), "cpu", seconds=0.0, repeats=2)
+    assert all(len(times[name]["step"]) == timing.MIN_ROUNDS for name in steps)
+    rounds = [order[i : i + 4] for i in range(4 * timing.WARMUP_ROUNDS, len(order), 4)]
+    assert all(sorted(names) == ["a", "a", "b", "b"] for names in rounds)
+    assert len({tuple(names) for names in rounds}) == 2, "the order changes"
+    # Sleeps may last longer, never shorter.
+    assert min(times["a"]["forward"]) >= 0.002
+    assert min(times["a"]["backward"]) >= 0.004
+    for forward, backward, step_seconds, host in zip(*times["a"].values(), strict=True):
+        assert step_seconds == pytest.approx(forward + backward)
+        assert host >= step_seconds
+    assert timing.ratio({"step": [2.0, 6.0, 4.0]}, {"step": [1.0, 2.0, 2.0]}, "step")["median"] == 2.0
+
+
+def test_saved_bytes_are_the_input_of_a_linear_layer():
+    case = problem(Shape(32, 48, 16), 0.9, torch.float32)
+    assert layer.saved_bytes(torch.nn.Linear(48, 16), case.input) == 32 * 48 * 4
+
+
+def test_floor_by_hand():
+    """10 rows, K = 100, N = 20, p = 0.99, where the capacity is 16 of 100 columns."""
+    shape = Shape(10, 100, 20)
+    mixing, gathering, expanding = 6 * 2000, 2 * 10 * 16, 20 * 16 + 1980
+    assert layer.moved_bytes(shape, 0.99, 4) == 4 * (mixing + gathering + expanding)
+    assert layer.moved_bytes(shape, 0.0, 4) == 0
+    assert layer.floor_ms(0.9, 3.0, 0.5) == pytest.approx(2.1 + 0.5)
+
+
+def test_published_mixout_keeps_whole_columns_and_leaves_out_the_scale_in_backward():
+    weight, target = torch.randn(5, 64, requires_grad=True), torch.randn(5, 64)
+    mixed = PublishedMixout.apply(weight, target, 0.75)
+    mixed.sum().backward()
+    kept = weight.grad[0] == 1
+    assert 0 < kept.sum() < 64
+    assert torch.equal(weight.grad, kept.float().expand(5, -1))
+    torch.testing.assert_close(mixed[:, kept], (target + (weight - target) * 4)[:, kept])
+    torch.testing.assert_close(mixed[:, ~kept], target[:, ~kept])
+
+
+def test_a_wrong_layer_is_not_timed(broken, monkeypatch):
+    case = problem(Shape(33, 64, 17), 0.5, torch.float32)
+    check_ours(case, backend="broken")
+    right = broken.mix
+    monkeypatch.setattr(broken, "mix", lambda weight, target, *rest: right(target, weight, *rest))
+    with pytest.raises(AssertionError, match="the rule allows"):
+        check_ours(case, backend="broken")
+
+
+@pytest.fixture
+def measure_layer(tmp_path):
+    """Runs the layer suite on one small shape and returns its results."""
+
+    def measure(folder):
+        cell = ["--shapes", "256x64x48", "--p", "0.9", "--contenders", "dropout", "--seconds", "0.05"]
+        assert run.main(["--suite", "layer", "--device", "cpu", "--results", str(tmp_path / folder), *cell]) == 0
+        (records,) = report.load(tmp_path / folder, "layer")
+        return records
+
+    return measure
+
+
+def test_a_slowed_layer_shows_in_the_report(measure_layer, monkeypatch):
+    (usual,) = report.measured(measure_layer("usual"))
+    forward = MixLinear.forward
+
+    def slowed(self, input):
+        time.sleep(0.02)
+        return forward(self, input)
+
+    monkeypatch.setattr(MixLinear, "forward", slowed)
+    records = measure_layer("slowed")
+    (slow,) = report.measured(records)
+    for other in ("linear", "dropout"):
+        assert report.step_ratio(slow, other) > 2 * report.step_ratio(usual, other)
+    assert slow["floor_share"] < usual["floor_share"] / 2
+    assert slow["contenders"]["ours"]["forward_ms"]["median"] > 20
+    limits = report.limits_section(records)
+    assert "1 cells slower than nn.Linear, of 1" in limits
+    assert re.search(r"[\d.]+ times the limit: 256x64x48 p=0.9 fp32", limits)
+    assert f"{report.step_ratio(slow, 'dropout'):.2f}" in report.layer_details(records)
+
+
+def test_the_readme_gets_its_tables_and_no_others(measure_layer, tmp_path, monkeypatch, capsys):
+    records = measure_layer("results")
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    text = README.read_text()
+    (tmp_path / "README.md").write_text(text)
+    arguments = ["--results", str(records.path.parent), "--readme"]
+    assert report.main(arguments) == 0
+    written = (tmp_path / "README.md").read_text()
+    (cell,) = report.measured(records)
+    assert f"{report.step_ratio(cell, 'linear'):.2f} / {report.step_ratio(cell, 'dropout'):.2f}" in written
+    assert report.NOT_MEASURED in written
+    outside = re.compile(r"(<!-- measured: (\w+) -->\n).*?(<!-- /measured: \2 -->)", re.DOTALL)
+    assert outside.sub(r"\1\3", written) == outside.sub(r"\1\3", text)
+    assert report.main(arguments) == 0
+    assert (tmp_path / "README.md").read_text() == written, "the same results, the same README"
+    with pytest.raises(ValueError, match="measured: tables"):
+        report.with_parts(written, {"tables": ""})
+
+
+def test_failed_and_missed_cells_are_named(tmp_path):
+    records = started(tmp_path)
+    records.append({"cell": {"shape": "512x8x8", "p": 0.9, "dtype": "fp32"}, "error": "AssertionError: dW"})
+    assert "failed: 512x8x8 p=0.9 fp32: AssertionError: dW" in report.limits_section(records)
+    assert report.verdict(0.7404, 0.74).endswith("pass")
+    assert report.verdict(0.741, 0.74).endswith("miss")
+
+
+def test_table_is_aligned():
+    text = report.table(["name", "x"], [["a", "1.00"], ["longer", "10.00"]])
+    assert text.splitlines() == [
+        "| name   |     x |",
+        "|--------|------:|",
+        "| a      |  1.00 |",
+        "| longer | 10.00 |",
+    ]
+
+
+def test_a_step_of_every_method_runs_and_starts_at_the_pretrained_model(monkeypatch):
+    plain, batch = model.pretrained("tiny", "cpu"), rte_like_batch("cpu", 4, 16)
+    for precision in ("fp32", "bf16"):
+        model.check_start(plain, batch, precision)
+    for name in (model.BASELINE, "none", "mixout(0.5)", "published(0.5)"):
+        step = model.TrainingStep(model.method(name)(plain), batch, "fp32")
+        start = [parameter.clone() for parameter in step.model.parameters()]
+        step(lambda: None)
+        moved = [not torch.equal(a, b) for a, b in zip(start, step.model.parameters(), strict=True)]
+        assert sum(moved) > len(moved) / 2, name
+    mixed = with_mixout(plain, 0.5)
+    assert sum(isinstance(module, MixLinear) for module in mixed.modules()) == 6 * 2 + 1
+    with torch.no_grad():
+        mixed.base_model.blocks[0].attention.query.target += 1e-3
+    monkeypatch.setattr(model, "with_mixout", lambda plain, p: mixed)
+    with pytest.raises(AssertionError, match="hidden states"):
+        model.check_start(plain, batch, "fp32")
+
+
+def test_memory_of_a_method_is_measured_in_a_process_of_its_own():
+    command = [sys.executable, "-m", "benchmarks.memory", "tiny", "fp32"]
+    figures = {}
+    for name in ("dropout(0.1)", "mixout(0.9)"):
+        done = subprocess.run(
+            [*command, name, "cpu", "1"], cwd=README.parent, capture_output=True, text=True, check=True
+        )
+        figures[name] = json.loads(done.stdout)
+    assert figures["mixout(0.9)"]["saved_bytes"] < figures["dropout(0.1)"]["saved_bytes"]
+    assert figures["mixout(0.9)"]["peak_bytes"] > figures["mixout(0.9)"]["saved_bytes"]
+
+
+def test_bert_is_transformers_bert():
+    transformers = pytest.importorskip("transformers")
+    size = SIZES["tiny"]
+    config = transformers.BertConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=size.width,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.heads,
+        intermediate_size=size.inner,
+        max_position_embeddings=POSITIONS,
+        type_vocab_size=SEGMENTS,
+    )
+    theirs = transformers.BertForSequenceClassification(config).eval()
+    ours = Classifier(size).eval()
+    names = {
+        "bert.embeddings.word_embeddings": "base_model.embeddings.words",
+        "bert.embeddings.position_embeddings": "base_model.embeddings.positions",
+        "bert.embeddings.token_type_embeddings": "base_model.embeddings.segments",
+        "bert.embeddings.LayerNorm": "base_model.embeddings.norm",
+        "bert.encoder.layer": "base_model.blocks",
+        "attention.self": "attention",
+        "attention.output.dense": "attention_output",
+        "attention.output.LayerNorm": "attention_norm",
+        "intermediate.dense": "inner",
+        "output.dense": "output",
+        "output.LayerNorm": "output_norm",
+        "bert.pooler.dense": "base_model.pooler",
+        "classifier": "head",
+    }
+
+    def renamed(key):
+        for theirs_name, ours_name in names.items():
+            key = key.replace(theirs_name, ours_name)
+        return key
+
+    state = {renamed(key): value for key, value in theirs.state_dict().items() if not key.endswith("_ids")}
+    ours.load_state_dict(state)
+    batch = rte_like_batch("cpu", 4, 32)
+    with torch.no_grad():
+        want = theirs(input_ids=batch["tokens"], token_type_ids=batch["segments"]).logits
+        exact = theirs.double()(input_ids=batch["tokens"], token_type_ids=batch["segments"]).logits
+        got = ours(**batch)
+    rounding = torch.finfo(torch.float32).eps * exact.abs().max()
+    assert (got - exact).abs().max() <= max(2 * (want - exact).abs().max(), rounding)
+    drops = [sum(isinstance(m, torch.nn.Dropout) for m in classifier.modules()) for classifier in (ours, theirs)]
+    assert drops[0] == drops[1]
