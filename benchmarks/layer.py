@@ -130,7 +130,8 @@ def measure(cell: dict, options: argparse.Namespace) -> dict:
     phases = (*PHASES, "step") + (("host",) if device == "cuda" else ())
     bandwidth = timing.copy_bandwidth(case.weight.nbytes, device)
     linear, ours = (timing.spread(times[name]["step"], unit=1e-3)["median"] for name in ("linear", "ours"))
-    floor = floor_ms(p, linear, moved_bytes(shape, p, case.weight.itemsize) / bandwidth * 1e3)
+    moved = sum(moved_bytes(shape, p, case.weight.itemsize).values())
+    floor = floor_ms(p, linear, 1e3 * moved / bandwidth)
     return {
         "rounds": len(times["ours"]["step"]),
         "other_load": others.share,
@@ -154,11 +155,24 @@ def measure(cell: dict, options: argparse.Namespace) -> dict:
 
 
 class LayerStep:
-    """Forward and backward of a contender, over copies of it, x and dy in turn, so that none is found in the cache."""
+    """Forward and backward of a contender to the gradients named.
 
-    def __init__(self, make: Callable[[Case], nn.Module], case: Case, count: int) -> None:
+    It takes `count` copies of the layer, x and dy in turn, so that none is found in the cache.
+    """
+
+    def __init__(
+        self,
+        make: Callable[[Case], nn.Module],
+        case: Case,
+        count: int,
+        gradients: tuple[str, ...] = ("dX", "dW", "db"),
+    ) -> None:
         self.layers = [make(case) for _ in range(count)]
-        inputs = [case.input] + [case.input.detach().clone().requires_grad_() for _ in range(count - 1)]
+        for layer in self.layers:
+            for name, parameter in layer.named_parameters():
+                parameter.requires_grad_(("db" if name.endswith("bias") else "dW") in gradients)
+        inputs = [case.input.detach()] + [case.input.detach().clone() for _ in range(count - 1)]
+        inputs = [x.requires_grad_("dX" in gradients) for x in inputs]
         grads = [case.grad_output] + [case.grad_output.clone() for _ in range(count - 1)]
         self.rotation = itertools.cycle(zip(self.layers, inputs, grads, strict=True))
 
@@ -209,17 +223,19 @@ def floor_ms(p: float, linear_ms: float, moving_ms: float) -> float:
     return linear_ms * (3 - p) / 3 + moving_ms
 
 
-def moved_bytes(shape: Shape, p: float, itemsize: int) -> int:
-    """Bytes read and written beside the products by mixing W' before each of two, gathering, and expanding dW.
+def moved_bytes(shape: Shape, p: float, itemsize: int) -> dict[str, int]:
+    """Bytes read and written beside the products, for y, dX and dW.
 
-    Mixing reads W and U and writes W', (N, K) each; gathering reads and writes X[:, kept], (M, C); the expansion reads
-    the compact gradient, (N, C), and writes the p of the dense one that the product would not have written.
+    For y and for dX W' is mixed: W and U are read and W' written, (N, K) each. With y X[:, kept] is gathered: read and
+    written, (M, C). For dW the compact gradient, (N, C), is read, and the p of the dense one written that the product
+    has not.
     """
     if p == 0:
-        return 0
+        return {}
     weight = shape.in_features * shape.out_features
     kept = capacity(shape.in_features, p)
-    mixing = 2 * 3 * weight
-    gathering = 2 * shape.rows * kept
-    expanding = shape.out_features * kept + round(p * weight)
-    return itemsize * (mixing + gathering + expanding)
+    return {
+        "y": itemsize * (3 * weight + 2 * shape.rows * kept),
+        "dX": itemsize * 3 * weight,
+        "dW": itemsize * (shape.out_features * kept + round(p * weight)),
+    }

@@ -1,7 +1,7 @@
 """Tables and pictures of what benchmarks.run and benchmarks.finetune measured: `python -m benchmarks.report`.
 
 Prints every figure, says which limits are missed and by how much, and draws a picture per file of results. With
---readme, README.md's measured parts, which stand between comments, are made anew from the same files.
+--readme, the measured parts of README.md and docs/performance.md, which stand between comments, are made anew.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from benchmarks.layer import TARGET_P, TARGET_SAVED, TARGETS
 from benchmarks.model import BASELINE
 from benchmarks.records import RESULTS, Records, is_disturbed
 
-SUITES = ("layer", "model", "memory")
+SUITES = ("layer", "terms", "model", "memory")
 NOT_MEASURED = "On GPUs: not measured yet."
 
 LEGEND = """Each figure is the median over rounds of our time divided by the other's in the same round; below 1 ours is
@@ -31,13 +31,15 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="FOLDER", help="default benchmarks/results")
     parser.add_argument("--quick", action="store_true", help="of the --quick runs' results")
-    parser.add_argument("--readme", action="store_true", help="put the tables into README.md")
+    parser.add_argument("--readme", action="store_true", help="put the tables into README.md and docs/")
     options = parser.parse_args(arguments)
     results = {suite: load(options.results, suite, options.quick) for suite in SUITES}
     if not any(results.values()):
         sys.exit(f"no results in {options.results}: python -m benchmarks.run measures")
     for records in results["layer"]:
         print(f"{caption(records)}\n\n{LEGEND}\n\n{layer_details(records)}\n\n{limits_section(records)}\n")
+    for records in results["terms"]:
+        print(f"{terms_part(records)}\n")
     for records in results["model"]:
         print(f"{caption(records)}\n\n{model_table(records)}\n")
     for records in results["memory"]:
@@ -45,9 +47,11 @@ def main(arguments: list[str] | None = None) -> int:
     for records in (*results["layer"], *results["memory"]):
         draw(records)
     if options.readme:
-        readme = ROOT / "README.md"
-        readme.write_text(with_parts(readme.read_text(), readme_parts(results, options.results)))
-        print(f"written: {readme}")
+        terms = "\n\n".join(map(terms_part, results["terms"]))
+        parts = {"README.md": readme_parts(results, options.results), "docs/performance.md": {"terms": terms}}
+        for name, of_file in parts.items():
+            (ROOT / name).write_text(with_parts((ROOT / name).read_text(), of_file))
+            print(f"written: {name}")
     return 0
 
 
@@ -182,6 +186,28 @@ def verdict(value: float | None, limit: float) -> str:
         return "-"
     # Saving x itself, as nn.Linear does, our layer also saves its seed: 8 bytes, which three decimals leave out.
     return f"{value:.3f} <= {limit:.2f} {'pass' if round(value, 3) <= limit else 'miss'}"
+
+
+def terms_part(records: Records) -> str:
+    titles = (f"{cell_name(cell)}{'*' * is_disturbed(cell)}" for cell in measured(records))
+    tables = map(terms_table, measured(records))
+    return "\n\n".join([caption(records), *(f"{title}:\n\n{text}" for title, text in zip(titles, tables, strict=True))])
+
+
+def terms_table(cell: dict) -> str:
+    """Term by term: nn.Linear's time, ours, the floor."""
+    ours, linear, floor = cell["contenders"]["ours"], cell["contenders"]["linear"], cell["floor_ms"]
+    rows = [
+        [term, f"{linear[f'{term}_ms']['median']:.3f}", f"{ours[f'{term}_ms']['median']:.3f}", f"{floor[term]:.3f}"]
+        for term in floor
+    ]
+    rows.append([
+        "a whole step",
+        f"{linear['step_ms']['median']:.3f}",
+        f"{ours['step_ms']['median']:.3f}",
+        f"{sum(floor.values()):.3f}",
+    ])  # fmt: skip
+    return table(["ms", "nn.Linear", "ours", "floor"], rows)
 
 
 def model_table(records: Records) -> str:

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import data, layer, model, report, run, timing
+from benchmarks import contenders, data, layer, model, report, run, timing
 from benchmarks.agreement import check_ours
 from benchmarks.bert import POSITIONS, SEGMENTS, SIZES, VOCABULARY, Classifier, rte_like_batch
 from benchmarks.contenders import PublishedMixout, Shape, problem
@@ -192,10 +192,35 @@ def test_saved_bytes_are_the_input_of_a_linear_layer():
 def test_floor_by_hand():
     """10 rows, K = 100, N = 20, p = 0.99, where the capacity is 16 of 100 columns."""
     shape = Shape(10, 100, 20)
-    mixing, gathering, expanding = 6 * 2000, 2 * 10 * 16, 20 * 16 + 1980
-    assert layer.moved_bytes(shape, 0.99, 4) == 4 * (mixing + gathering + expanding)
-    assert layer.moved_bytes(shape, 0.0, 4) == 0
+    mixing, gathering, expanding = 3 * 2000, 2 * 10 * 16, 20 * 16 + 1980
+    want = {"y": 4 * (mixing + gathering), "dX": 4 * mixing, "dW": 4 * expanding}
+    assert layer.moved_bytes(shape, 0.99, 4) == want
+    assert layer.moved_bytes(shape, 0.0, 4) == {}
     assert layer.floor_ms(0.9, 3.0, 0.5) == pytest.approx(2.1 + 0.5)
+
+
+def test_a_step_has_the_gradients_that_it_is_asked_for():
+    case = problem(Shape(4, 8, 3), 0.5, torch.float32)
+    for gradients in (("dX",), ("dW",), ("db",), ("dX", "dW", "db")):
+        step = layer.LayerStep(contenders.ours, case, 2, gradients)
+        for _ in range(3):
+            step(lambda: None)
+        for x, linear in ((x, linear) for linear, x, _ in (next(step.rotation) for _ in range(2))):
+            named = {"dX": x, "dW": linear.weight, "db": linear.bias}
+            assert [name for name, tensor in named.items() if tensor.grad is not None] == list(gradients)
+
+
+def test_terms_are_measured_and_reported(tmp_path):
+    arguments = ["--suite", "terms", "--quick", "--device", "cpu", "--seconds", "0.01", "--results", str(tmp_path)]
+    assert run.main(arguments) == 0
+    (records,) = report.load(tmp_path, "terms", quick=True)
+    (cell,) = report.measured(records)
+    figures = cell["contenders"]["ours"]
+    assert figures["step_ms"]["median"] > figures["y_ms"]["median"]
+    text = report.terms_table(cell)
+    for term in ("y", "dX", "dW", "db"):
+        assert f"{figures[f'{term}_ms']['median']:.3f}" in text
+    assert cell["floor_ms"]["dX"] > cell["contenders"]["linear"]["dX_ms"]["median"]
 
 
 def test_published_mixout_keeps_whole_columns_and_leaves_out_the_scale_in_backward():
@@ -257,6 +282,8 @@ def test_the_readme_gets_its_tables_and_no_others(measure_layer, tmp_path, monke
     monkeypatch.setattr(report, "ROOT", tmp_path)
     text = README.read_text()
     (tmp_path / "README.md").write_text(text)
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs/performance.md").write_text((README.parent / "docs/performance.md").read_text())
     arguments = ["--results", str(records.path.parent), "--readme"]
     assert report.main(arguments) == 0
     written = (tmp_path / "README.md").read_text()
