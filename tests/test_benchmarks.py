@@ -221,6 +221,7 @@ def test_terms_are_measured_and_reported(tmp_path):
     for term in ("y", "dX", "dW", "db"):
         assert f"{figures[f'{term}_ms']['median']:.3f}" in text
     assert cell["floor_ms"]["dX"] > cell["contenders"]["linear"]["dX_ms"]["median"]
+    assert figures["db_ms"]["median"] < figures["dX_ms"]["median"] / 2, "a sum over rows beside a product"
 
 
 def test_published_mixout_keeps_whole_columns_and_leaves_out_the_scale_in_backward():
