@@ -19,6 +19,8 @@ from benchmarks.model import BASELINE
 from benchmarks.records import RESULTS, Records, is_disturbed
 
 SUITES = ("layer", "terms", "model", "memory")
+PIVOT = ("ours", "linear", "dropout")
+"""The contenders of a table's pairs; all others have a column of their own."""
 NOT_MEASURED = "On GPUs: not measured yet."
 
 LEGEND = """Each figure is the median over rounds of our time divided by the other's in the same round; below 1 ours is
@@ -285,16 +287,22 @@ def layer_part(records: Records) -> str:
 
 
 def ratio_pivot(cells: list[dict]) -> str:
-    """Shapes down, p across; share of the floor and saved bytes at the largest p."""
+    """Shapes down, p across; the other contenders, share of the floor and saved bytes at the largest p."""
     probabilities = [p for p in TARGET_P if any(cell["cell"]["p"] == p for cell in cells)]
     by_name = {(cell["cell"]["shape"], cell["cell"]["p"]): cell for cell in cells}
-    header = ["rows × K × N", *(f"p = {p:g}" for p in probabilities), "share of the floor", "saved bytes"]
+    others = [name for name in TITLES if name not in PIVOT and any(name in cell["ratios"] for cell in cells)]
+    header = ["rows × K × N", *(f"p = {p:g}" for p in probabilities), *(f"/ {TITLES[name]}" for name in others)]
+    header += ["share of the floor", "saved bytes"]
     rows = []
     for shape in dict.fromkeys(cell["cell"]["shape"] for cell in cells):
         row = [by_name.get((shape, p)) for p in probabilities]
-        at_largest_p = [f"{row[0]['floor_share']:.2f}", f"{saved_share(row[0]):.2f}"] if row[0] else ["–", "–"]
-        if any(row):
-            rows.append([shape.replace("x", "×"), *map(ratio_pair, row), *at_largest_p])
+        if not any(row):
+            continue
+        at_largest_p = ["–"] * (len(others) + 2)
+        if row[0]:
+            at_largest_p = [f"{step_ratio(row[0], name):.2f}" if name in row[0]["ratios"] else "–" for name in others]
+            at_largest_p += [f"{row[0]['floor_share']:.2f}", f"{saved_share(row[0]):.2f}"]
+        rows.append([shape.replace("x", "×"), *map(ratio_pair, row), *at_largest_p])
     return table(header, rows)
 
 
