@@ -184,6 +184,38 @@ def test_phases_are_timed_apart_and_contenders_in_every_round():
     assert timing.ratio({"step": [2.0, 6.0, 4.0]}, {"step": [1.0, 2.0, 2.0]}, "step")["median"] == 2.0
 
 
+def test_on_a_gpu_phases_come_from_events_of_back_to_back_steps(monkeypatch):
+    """With events and a synchronisation that note when they were asked for."""
+    log = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.time = len(log)
+            log.append("mark")
+
+        def elapsed_time(self, end):
+            return 1000.0 * (end.time - self.time)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: log.append("wait"))
+
+    def step(mark):
+        mark()
+        log.append("forward")
+        mark()
+        log.extend(["backward"] * 3)
+        mark()
+
+    times = timing.alternate({"a": step}, ("forward", "backward"), "cuda", seconds=0.0, repeats=2)
+    one_step = ["mark", "forward", "mark", *["backward"] * 3, "mark"]
+    assert log[: len(log) // (timing.MIN_ROUNDS + timing.WARMUP_ROUNDS)] == ["wait", *one_step, *one_step, "wait"]
+    assert times["a"]["forward"] == [2.0] * timing.MIN_ROUNDS
+    assert times["a"]["backward"] == [4.0] * timing.MIN_ROUNDS
+
+
 def test_saved_bytes_are_the_input_of_a_linear_layer():
     case = problem(Shape(32, 48, 16), 0.9, torch.float32)
     assert layer.saved_bytes(torch.nn.Linear(48, 16), case.input) == 32 * 48 * 4
