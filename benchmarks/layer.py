@@ -99,11 +99,11 @@ def all_shapes() -> list[str]:
 
 
 def wanted(options: argparse.Namespace) -> list[str]:
-    """The contenders to time; ours and nn.Linear always, whose ratio every table holds."""
+    """The contenders to time; always ours, nn.Linear and dropout, whose ratios every table holds."""
     # A first torch.compile takes about 20 seconds, the whole of a quick run.
     brief = options.quick or options.targets
-    chosen = options.contenders or (["dropout", "published"] if brief else CONTENDERS)
-    return ["ours", "linear", *(name for name in chosen if name not in ("ours", "linear"))]
+    chosen = options.contenders or (["published"] if brief else CONTENDERS)
+    return list(dict.fromkeys(["ours", "linear", "dropout", *chosen]))
 
 
 def seconds(options: argparse.Namespace) -> float:

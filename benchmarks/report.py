@@ -8,7 +8,7 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from statistics import fmean
 
@@ -128,19 +128,9 @@ def saved_share(cell: dict) -> float:
 
 
 LIMITS: tuple[tuple[str, int, float, Callable[[dict], float]], ...] = (
-    (
-        "slower than Dropout+Linear, of {} with at least 256 rows and p >= 0.3",
-        256,
-        0.3,
-        lambda c: step_ratio(c, "dropout"),
-    ),
-    ("slower than nn.Linear, of {} with at least 256 rows and p >= 0.7", 256, 0.7, lambda c: step_ratio(c, "linear")),
-    (
-        "below 0.88 of the floor, of {} with at least 1024 rows and p >= 0.7",
-        1024,
-        0.7,
-        lambda c: 0.88 / c["floor_share"],
-    ),
+    ("slower than Dropout+Linear", 256, 0.3, lambda cell: step_ratio(cell, "dropout")),
+    ("slower than nn.Linear", 256, 0.7, lambda cell: step_ratio(cell, "linear")),
+    ("below 0.88 of the floor", 1024, 0.7, lambda cell: 0.88 / cell["floor_share"]),
 )
 """(what is wrong with a cell, from how many rows, from which p, what may be at most 1)."""
 
@@ -148,14 +138,20 @@ LIMITS: tuple[tuple[str, int, float, Callable[[dict], float]], ...] = (
 def limits_section(records: Records) -> str:
     """What should not be, cell by cell, the worst first, and what could not be measured."""
     lines = []
-    for what, rows, p, excess in LIMITS:
-        judged = [c for c in measured(records) if Shape.parse(c["cell"]["shape"]).rows >= rows and c["cell"]["p"] >= p]
-        worst = sorted((c for c in judged if excess(c) > 1), key=excess, reverse=True)
-        lines.append(f"{len(worst)} cells {what.format(len(judged))}")
-        lines += [f"    {excess(cell):.2f} times the limit: {cell_name(cell)}" for cell in worst]
+    for sentence, worst in beyond_limits(measured(records)):
+        lines += [sentence, *(f"    {excess:.2f} times the limit: {cell_name(cell)}" for excess, cell in worst)]
     lines += [f"failed: {cell_name(cell)}: {cell['error']}" for cell in records.cells.values() if "error" in cell]
     targets = "" if is_gpu(records) else targets_table(measured(records))
     return "\n".join(lines) + (f"\n\n{targets}" if targets else "")
+
+
+def beyond_limits(cells: list[dict]) -> Iterator[tuple[str, list[tuple[float, dict]]]]:
+    """For each limit how many cells are beyond it, in words, and by how much which, the worst first."""
+    for what, rows, p, excess in LIMITS:
+        judged = [c for c in cells if Shape.parse(c["cell"]["shape"]).rows >= rows and c["cell"]["p"] >= p]
+        beyond = [(excess(cell), cell) for cell in judged if excess(cell) > 1]
+        beyond.sort(key=lambda pair: pair[0], reverse=True)
+        yield f"{len(beyond)} of {len(judged)} cells with at least {rows} rows and p >= {p} are {what}", beyond
 
 
 def cell_name(cell: dict) -> str:
@@ -280,6 +276,7 @@ def layer_part(records: Records) -> str:
     for dtype in dict.fromkeys(cell["cell"]["dtype"] for cell in cells):
         parts.append(f"{dtype}, time of a step over `nn.Linear`'s / over `nn.Dropout(p)` + `nn.Linear`'s:")
         parts.append(ratio_pivot([cell for cell in cells if cell["cell"]["dtype"] == dtype]))
+    parts.append("; ".join(sentence for sentence, _ in beyond_limits(cells)) + ".")
     picture = records.path.with_suffix(".png")
     if picture.exists() and picture.is_relative_to(ROOT):
         parts.append(f"![ratios, memory and share of the floor]({picture.relative_to(ROOT)})")
@@ -309,8 +306,7 @@ def ratio_pivot(cells: list[dict]) -> str:
 def ratio_pair(cell: dict | None) -> str:
     if cell is None:
         return "–"
-    dropout = f"{step_ratio(cell, 'dropout'):.2f}" if "dropout" in cell["ratios"] else "–"
-    return f"{step_ratio(cell, 'linear'):.2f} / {dropout}" + "*" * is_disturbed(cell)
+    return f"{step_ratio(cell, 'linear'):.2f} / {step_ratio(cell, 'dropout'):.2f}" + "*" * is_disturbed(cell)
 
 
 def finetune_part(record: dict) -> str:

@@ -51,7 +51,7 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
     layers.add_argument("--shapes", nargs="+", type=Shape.parse, metavar="ROWSxKxN", help="rows x in x out features")
     layers.add_argument("--dtypes", nargs="+", choices=layer.DTYPES)
     layers.add_argument(
-        "--contenders", nargs="+", metavar="NAME", help="ours and linear always run; wrong names list all"
+        "--contenders", nargs="+", metavar="NAME", help="ours, linear and dropout always run; a wrong name lists all"
     )
     models = parser.add_argument_group("model and memory suites")
     models.add_argument("--models", nargs="+", choices=bert.SIZES)

@@ -305,7 +305,7 @@ def test_a_slowed_layer_shows_in_the_report(measure_layer, monkeypatch):
     assert slow["floor_share"] < usual["floor_share"] / 2
     assert slow["contenders"]["ours"]["forward_ms"]["median"] > 20
     limits = report.limits_section(records)
-    assert "1 cells slower than nn.Linear, of 1" in limits
+    assert "1 of 1 cells with at least 256 rows and p >= 0.7 are slower than nn.Linear" in limits
     assert re.search(r"[\d.]+ times the limit: 256x64x48 p=0.9 fp32", limits)
     assert f"{report.step_ratio(slow, 'dropout'):.2f}" in report.layer_details(records)
 
