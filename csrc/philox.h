@@ -6,10 +6,13 @@
 
 #if defined(__CUDACC__) || defined(__HIPCC__)
 #define MIXOUT_INLINE __host__ __device__ __forceinline__
+#define MIXOUT_UNROLL _Pragma("unroll")
 #elif defined(__GNUC__)
 #define MIXOUT_INLINE inline __attribute__((always_inline))
+#define MIXOUT_UNROLL _Pragma("GCC unroll 16")
 #else
 #define MIXOUT_INLINE inline
+#define MIXOUT_UNROLL
 #endif
 
 namespace mixout_fast {
@@ -35,7 +38,7 @@ struct MultiplyWords {
 template <typename Word, typename Multiply = MultiplyWords>
 MIXOUT_INLINE Words<Word> philox4x32_10(Words<Word> counter, uint32_t key0, uint32_t key1,
                                         Multiply multiply_words = {}) {
-#pragma GCC unroll 10
+  MIXOUT_UNROLL
   for (int round = 0; round < 10; ++round) {
     const Product<Word> product0 = multiply_words(0xD2511F53, counter.word[0]);
     const Product<Word> product1 = multiply_words(0xCD9E8D57, counter.word[2]);

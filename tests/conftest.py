@@ -8,6 +8,7 @@ import zlib
 import pytest
 import torch
 
+import cuda_emulation
 from mixout_fast import backends, reference, testing
 
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
@@ -15,9 +16,14 @@ DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 
 def pytest_addoption(parser):
     parser.addoption("--seed", type=int, default=random.SystemRandom().getrandbits(31), help="of the random inputs")
+    parser.addoption(
+        "--emulate-cuda", action="store_true", help="test the CUDA backend and no other, its kernels run on the CPU"
+    )
 
 
 def pytest_configure(config):
+    if config.getoption("--emulate-cuda"):
+        cuda_emulation.install()
     config.addinivalue_line("markers", "slow: compiles, so takes seconds; leave out with -m 'not slow'")
 
 

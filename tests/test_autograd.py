@@ -128,7 +128,8 @@ def test_only_the_needed_products_are_computed(device, backend, seed):
     rows, in_features, out_features = 512, 255, 64
     case = testing.random_case(rows, in_features, out_features, p=0.9, device=device, seed=seed)
     assert not any(testing.is_one_pass(case, backend))
-    kept = int(reference.keep_mask(case.seed, case.weight.shape, case.p, "input").sum())
+    kept = len(backends.BACKENDS[backend].gather(case.rows, case.seed, case.p, False)[0])
+    assert kept <= reference.capacity(in_features, case.p)
     dense, compact = rows * in_features * out_features, rows * kept * out_features
     assert counted_backward_products(case, backend, "w") == compact
     assert counted_backward_products(case, backend, "x") == dense
@@ -255,7 +256,7 @@ class OperatorCalls(TorchDispatchMode):
         self.calls = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "mixout_fast":
+        if func.namespace.startswith("mixout_fast"):
             self.calls.append((func, tree_map_only(torch.Tensor, torch.Tensor.detach, (args, kwargs or {}))))
         return func(*args, **kwargs or {})
 

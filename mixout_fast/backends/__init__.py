@@ -9,9 +9,9 @@ import os
 from types import ModuleType
 
 from mixout_fast import reference
-from mixout_fast.backends import cpu
+from mixout_fast.backends import cpu, cuda
 
-BACKENDS = {"cpu": cpu, "reference": reference}
+BACKENDS = {"cpu": cpu, "cuda": cuda, "reference": reference}
 """Name -> module, in the order in which an automatic choice tries them."""
 
 

@@ -1,0 +1,57 @@
+// What the kernels take from the hardware beyond CUDA C++, and how they are launched. csrc/tests/emulation.h gives the
+// same on the CPU.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+namespace mixout_fast::cuda {
+
+constexpr unsigned whole_warp = 0xFFFFFFFF;
+
+struct FragmentA {
+  uint32_t part[4];
+};
+struct FragmentB {
+  uint32_t part[2];
+};
+
+// c (16 x 8) += a (16 x depth) b (depth x 8) on tensor cores, summed in fp32. With g = lane / 4 and t = lane % 4 a lane
+// holds c[0], c[1] of row g and c[2], c[3] of row g + 8, columns 2t and 2t + 1; a's parts 0 and 2 of row g, 1 and 3 of
+// row g + 8; b's of column g. a's parts 0 and 1 and b's part 0 stand at one place of the depth, the others at another;
+// both places are t's own, so lanes may agree on any order of the depth.
+#define MIXOUT_MULTIPLY(name, instruction)                                                                             \
+  struct name {                                                                                                        \
+    __device__ __forceinline__ void operator()(float* c, FragmentA a, FragmentB b) const {                             \
+      asm(instruction " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                               \
+          : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                                             \
+          : "r"(a.part[0]), "r"(a.part[1]), "r"(a.part[2]), "r"(a.part[3]), "r"(b.part[0]), "r"(b.part[1]));           \
+    }                                                                                                                  \
+  }
+MIXOUT_MULTIPLY(MultiplyBfloat16, "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32");
+MIXOUT_MULTIPLY(MultiplyFloat16, "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32");
+MIXOUT_MULTIPLY(MultiplyTf32, "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32");
+#undef MIXOUT_MULTIPLY
+
+__device__ __forceinline__ uint32_t round_to_tf32(float value) {
+  uint32_t bits;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(value));
+  return bits;
+}
+
+// On `device` whatever device this library's own copy of the runtime last ran on; PyTorch's guard is known to another.
+template <typename... Parameters>
+const char* launch_kernel(void (*kernel)(Parameters...), int64_t blocks, int threads, void* stream, int device,
+                          Parameters... parameters) {
+  int current = -1;
+  cudaError_t error = cudaGetDevice(&current);
+  if (error == cudaSuccess && current != device) error = cudaSetDevice(device);
+  if (error == cudaSuccess) {
+    kernel<<<static_cast<unsigned>(blocks), threads, 0, static_cast<cudaStream_t>(stream)>>>(parameters...);
+    error = cudaGetLastError();
+  }
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+} // namespace mixout_fast::cuda

@@ -1,0 +1,78 @@
+// The CUDA kernels' launchers, in plain C++: ops.cpp checks tensors and allocates, kernels.cu launches.
+//
+// Every launcher is asynchronous, waits for nothing on the host, and returns null or what the launch failed with. The
+// mask is drawn inside each kernel from the seed on the device, so that nothing about it is known on the host.
+#pragma once
+
+#include <cstdint>
+
+namespace mixout_fast::cuda {
+
+enum class Dtype { f64, f32, bf16, f16 };
+
+struct Matrix {
+  const void* data;   // null: a matrix of zeros
+  int64_t row_stride; // in elements
+  int64_t column_stride;
+  bool vectors; // rows and data start at multiples of 16 bytes and neighbouring columns are neighbours in memory
+};
+
+struct Mask {
+  const int64_t* seed; // on the device
+  uint64_t threshold;
+  bool per_element; // one entry per element, row-major; else one per `repeats` neighbouring columns, the three below
+  int64_t entries;  // of an input mask
+  int64_t capacity; // kept entries past it count as dropped
+  int64_t repeats;  // the offsets of a convolution's input channel share its entry
+};
+
+// W' = U + m (W - U) scale.
+struct Mixing {
+  Matrix weight;
+  Matrix target;
+  int64_t rows;
+  int64_t columns;
+  double scale;
+  Mask mask;
+};
+
+// Kept columns of x (rows, columns) into columns (rows, capacity), and their numbers, ascending, padded with -1, into
+// index (capacity,). index null: nothing to gather.
+struct Gather {
+  Matrix x;
+  int64_t rows;
+  int64_t columns;
+  int64_t capacity;
+  int32_t* index;
+  void* out;
+};
+
+struct Launch {
+  void* stream; // a cudaStream_t
+  int device;
+};
+
+// W' into out (rows, columns); in the same launch the gather, of elements of the result's type.
+const char* launch_mix(Dtype operand, Dtype result, const Mixing& mixing, void* out, const Gather& gather,
+                       Launch launch);
+
+// mask * grad * factor into out (rows, columns).
+const char* launch_mask_grad(Dtype operand, Dtype result, Matrix grad, int64_t rows, int64_t columns, const Mask& mask,
+                             double factor, void* out, Launch launch);
+
+const char* launch_gather(Dtype dtype, const Mask& mask, const Gather& gather, Launch launch);
+
+// One pass over W and U that writes no W'. linear: out (m, rows) = x W'^T + bias, bias data null for none.
+// grad_input: out (m, columns) = x W'. x is of the result's type; tf32 allows fp32 products to round their operands.
+const char* launch_linear(Dtype operand, Dtype result, const Mixing& mixing, Matrix x, int64_t m, Matrix bias,
+                          bool tf32, void* out, const Gather& gather, Launch launch);
+const char* launch_grad_input(Dtype operand, Dtype result, const Mixing& mixing, Matrix x, int64_t m, bool tf32,
+                              void* out, Launch launch);
+// Columns that linear takes: their mask stands in shared memory, a bit each.
+constexpr int64_t one_pass_columns = 1 << 18;
+
+// out (rows, columns): column index[j] is compact's row j (count, rows) times factor, the others are 0.
+const char* launch_expand(Dtype operand, Dtype result, Matrix compact, const int32_t* index, int64_t count,
+                          int64_t rows, int64_t columns, double factor, void* out, Launch launch);
+
+} // namespace mixout_fast::cuda

@@ -1,0 +1,149 @@
+"""The C++ backend for CUDA tensors: mixout_fast_cuda::* operators of csrc/cuda/, on LibTorch's stable ABI.
+
+Nothing in it waits for the device: kept columns have always the static size, capacity(in_features, p), padded with -1,
+so that every call can be captured in a CUDA graph.
+"""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mixout_fast import reference
+from mixout_fast.reference import capacity, scale, threshold
+
+# Rows up to which a product in one pass over W and U is taken: (y, dX). One pass reads W and U once per 64 rows (16 where
+# no tensor core serves) and writes no W'; so these are the rows of one such reading. Not measured: there was no GPU.
+ONE_PASS_ROWS = {
+    torch.float32: (16, 16),
+    torch.float64: (16, 16),
+    torch.bfloat16: (64, 64),
+    torch.float16: (64, 64),
+}
+# The one pass of y holds the mask in shared memory: one_pass_columns in csrc/cuda/kernels.h.
+ONE_PASS_COLUMNS = 2**18
+
+
+def _load_error() -> str | None:
+    if torch.version.cuda is None:
+        return "this PyTorch is built without CUDA"
+    libraries = sorted(Path(__file__).parent.parent.glob("_CUDA*.so"))
+    if not libraries:
+        return "its CUDA library was not built (no nvcc at installation, or MIXOUT_FAST_BUILD without cuda?)"
+    return load(libraries[0])
+
+
+def load(library: Path) -> str | None:
+    """Load the operators; None, or why they do not load."""
+    try:
+        torch.ops.load_library(library)
+    except OSError as error:
+        return f"its CUDA library does not load: {error}"
+    _register_fakes()
+    return None
+
+
+def unavailable(device_type: str) -> str | None:
+    """Why this backend cannot serve a device; None: it can."""
+    return "it serves CUDA tensors only" if device_type != "cuda" else LOAD_ERROR
+
+
+def is_one_pass(dtype: torch.dtype, rows: int) -> tuple[bool, bool]:
+    """Whether y, and whether dX, of so many rows is computed in one pass."""
+    forward, backward = ONE_PASS_ROWS[dtype]
+    return rows <= forward, rows <= backward
+
+
+def mix(weight: Tensor, target: Tensor | None, seed: Tensor, p: float, mask: str, dtype: torch.dtype) -> Tensor:
+    if weight.dim() == 3:
+        weight, target = weight.contiguous(), None if target is None else target.contiguous()
+    return torch.ops.mixout_fast_cuda.mix.default(
+        weight, target, seed, threshold(p), scale(p), _capacity(weight, p, mask), dtype
+    )
+
+
+def mask_grad(grad: Tensor, seed: Tensor, p: float, mask: str, factor: float, dtype: torch.dtype) -> Tensor:
+    grad = grad.contiguous() if grad.dim() == 3 else grad
+    return torch.ops.mixout_fast_cuda.mask_grad.default(
+        grad, seed, threshold(p), _capacity(grad, p, mask), factor, dtype
+    )
+
+
+def gather(rows: Tensor, seed: Tensor, p: float, static: bool) -> tuple[Tensor, Tensor]:
+    return torch.ops.mixout_fast_cuda.gather.default(rows, seed, threshold(p), capacity(rows.shape[1], p))
+
+
+def linear(
+    input: Tensor,
+    weight: Tensor,
+    target: Tensor | None,
+    bias: Tensor | None,
+    seed: Tensor,
+    p: float,
+    mask: str,
+    gathers: bool,
+    static: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    in_features = weight.shape[1]
+    one_pass, _ = is_one_pass(input.dtype, input.numel() // in_features)
+    one_pass = one_pass and in_features <= ONE_PASS_COLUMNS
+    bound, tf32 = _capacity(weight, p, mask), torch.backends.cuda.matmul.allow_tf32
+    return torch.ops.mixout_fast_cuda.linear.default(
+        input, weight, target, bias, seed, threshold(p), scale(p), bound, one_pass, tf32, gathers
+    )
+
+
+def grad_input(grad: Tensor, weight: Tensor, target: Tensor | None, seed: Tensor, p: float, mask: str) -> Tensor:
+    _, one_pass = is_one_pass(grad.dtype, grad.shape[0])
+    bound, tf32 = _capacity(weight, p, mask), torch.backends.cuda.matmul.allow_tf32
+    return torch.ops.mixout_fast_cuda.grad_input.default(
+        grad, weight, target, seed, threshold(p), scale(p), bound, one_pass, tf32
+    )
+
+
+def grad_weight(
+    columns: Tensor, grad: Tensor, index: Tensor, in_features: int, factor: float, dtype: torch.dtype
+) -> Tensor:
+    if grad.shape[1] < reference.THIN_OUTPUT:
+        return reference.grad_weight(columns, grad, index, in_features, factor, dtype)
+    return torch.ops.mixout_fast_cuda.grad_weight.default(columns, grad, index, in_features, factor, dtype)
+
+
+def _capacity(weight: Tensor, p: float, mask: str) -> int | None:
+    return capacity(weight.shape[1], p) if mask == "input" else None
+
+
+def _register_fakes() -> None:
+    fake = torch.library.register_fake
+
+    @fake("mixout_fast_cuda::mix")
+    def _(weight, target, seed, threshold, scale, capacity, dtype):
+        return torch.empty(weight.shape, dtype=dtype, device=weight.device)
+
+    @fake("mixout_fast_cuda::mask_grad")
+    def _(grad, seed, threshold, capacity, factor, dtype):
+        return torch.empty(grad.shape, dtype=dtype, device=grad.device)
+
+    @fake("mixout_fast_cuda::gather")
+    def gather(rows, seed, threshold, capacity):
+        index = torch.empty(capacity, dtype=torch.int32, device=rows.device)
+        return index, rows.new_empty(rows.shape[0], capacity)
+
+    @fake("mixout_fast_cuda::linear")
+    def _(input, weight, target, bias, seed, threshold, scale, capacity, one_pass, tf32, gathers):
+        output = input.new_empty(*input.shape[:-1], weight.shape[0])
+        if gathers:
+            return output, *gather(input.reshape(-1, weight.shape[1]), seed, threshold, capacity)
+        return output, torch.empty(0, dtype=torch.int32, device=input.device), input.new_empty(0, 0)
+
+    @fake("mixout_fast_cuda::grad_input")
+    def _(grad, weight, target, seed, threshold, scale, capacity, one_pass, tf32):
+        return grad.new_empty(grad.shape[0], weight.shape[1])
+
+    @fake("mixout_fast_cuda::grad_weight")
+    def _(columns, grad, index, in_features, factor, dtype):
+        return torch.empty(grad.shape[1], in_features, dtype=dtype, device=grad.device)
+
+
+# At import and not at first use: torch.compile traces `unavailable`, and cannot trace a search of the file system.
+LOAD_ERROR = _load_error()

@@ -1,0 +1,41 @@
+"""The CUDA backend with its kernels run on the CPU by csrc/tests/emulation.h: `pytest --emulate-cuda`.
+
+The same kernel source and the same operators, on CPU tensors. What it cannot show: what nvcc makes of the source, the
+rounding of the tensor cores' sums, and time.
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+
+from torch.utils import cpp_extension
+
+from mixout_fast import backends
+from mixout_fast.backends import cuda
+
+ROOT = Path(__file__).parent.parent
+LIBRARY = ROOT / "build" / "emulation" / "_CUDA.so"
+SOURCES = [ROOT / "csrc" / "cuda" / name for name in ("ops.cpp", "kernels.cu")]
+FLAGS = "-shared -fPIC -std=c++20 -O2 -g0 -ffp-contract=off -fvisibility=hidden -Wno-unknown-pragmas".split()
+MACROS = ["-DMIXOUT_DEVICE=CPU", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
+
+
+def build() -> None:
+    LIBRARY.parent.mkdir(parents=True, exist_ok=True)
+    includes = [f"-isystem{path}" for path in cpp_extension.include_paths()]
+    paths = [f"-L{path}" for path in cpp_extension.library_paths()]
+    subprocess.run(
+        ["c++", *FLAGS, *MACROS, *includes, "-xc++", *SOURCES, "-o", LIBRARY, *paths, "-ltorch_cpu", "-ldl"], check=True
+    )
+
+
+def install() -> None:
+    """Have the CUDA backend serve CPU tensors, and alone."""
+    if cuda.LOAD_ERROR is None:
+        sys.exit("--emulate-cuda: the CUDA library itself is loaded here; test that")
+    build()
+    error = cuda.load(LIBRARY)
+    if error:
+        sys.exit(f"--emulate-cuda: {error}")
+    cuda.unavailable = lambda device_type: None if device_type == "cpu" else "emulated: it serves CPU tensors only"
+    backends.BACKENDS = {"cuda": cuda}
