@@ -1,30 +1,43 @@
-"""Builds mixout_fast._C, a shared library of torch ops without Python symbols, so that one wheel serves every Python.
+"""Builds mixout_fast._C and mixout_fast._CUDA, shared libraries of torch ops without Python symbols, so that one wheel
+serves every Python.
 
-MIXOUT_FAST_BUILD=auto (default) builds it where it can and says why where it can't, cpu makes failure fatal, none
-skips it. Without the library the package works on its reference backend.
+MIXOUT_FAST_BUILD=auto (default) builds what it can, _CUDA beside a CUDA torch only, and says why where it can't; cpu
+builds _C alone and cuda both, and failure is fatal; none skips them. Without a library the package works on its other
+backends. _CUDA takes nvcc, and neither a GPU nor a CUDA torch. TORCH_CUDA_ARCH_LIST names the GPUs it serves.
 """
 
 import os
+import re
 import shutil
+import subprocess
 from glob import glob
+from pathlib import Path
 
-from setuptools import setup
+from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
+from setuptools.modified import newer_group
 
 BUILD = os.environ.get("MIXOUT_FAST_BUILD", "auto")
-if BUILD not in ("auto", "none", "cpu"):
-    raise SystemExit(f"MIXOUT_FAST_BUILD: {BUILD!r}; it takes auto, none or cpu")
+if BUILD not in ("auto", "none", "cpu", "cuda"):
+    raise SystemExit(f"MIXOUT_FAST_BUILD: {BUILD!r}; it takes auto, none, cpu or cuda")
 
 OLDEST_TORCH = (2, 11)
 # The stable ABI as of OLDEST_TORCH: a binary built against a newer torch must not use anything that came later.
 TARGET_VERSION = "0x{:02x}{:02x}000000000000".format(*OLDEST_TORCH)
 
 
-def give_up(reason):
-    if BUILD == "cpu":
-        raise SystemExit(f"mixout_fast: MIXOUT_FAST_BUILD=cpu, but the library cannot be built: {reason}")
-    print(f"mixout_fast: installing without the compiled library: {reason}")
+# Ampere, Hopper and Blackwell of the data centre; their relatives run the same code, and later ones the PTX.
+CUDA_ARCHITECTURES = os.environ.get("TORCH_CUDA_ARCH_LIST") or "8.0;9.0a;10.0+PTX"
+# Registers and memory of every kernel, as ptxas reports them; tests/test_cuda_build.py reads it.
+PTXAS_REPORT = Path("build/cuda/ptxas.txt")
+
+
+def give_up(reason, library="library"):
+    if BUILD in ("cpu", "cuda"):
+        raise SystemExit(f"mixout_fast: MIXOUT_FAST_BUILD={BUILD}, but the {library} cannot be built: {reason}")
+    print(f"mixout_fast: installing without the compiled {library}: {reason}")
     return []
 
 
@@ -50,7 +63,60 @@ def extensions():
         py_limited_api=True,
         optional=BUILD == "auto",
     )
-    return [library]
+    return [library, *cuda_extensions(torch.version.cuda)]
+
+
+def cuda_extensions(torch_cuda):
+    if BUILD == "cpu":
+        return []
+    if BUILD == "auto" and torch_cuda is None:
+        reason = "this torch is built without CUDA (MIXOUT_FAST_BUILD=cuda builds it all the same)"
+        return give_up(reason, "CUDA library")
+    if nvcc() is None:
+        return give_up("nvcc is neither on PATH nor in CUDA_HOME", "CUDA library")
+    # kernels.cu among the sources would have torch's build look for a CUDA torch.
+    depends = sorted(["csrc/cuda/kernels.cu", *glob("csrc/*.h"), *glob("csrc/cuda/*.h")])
+    options = {"depends": depends, "py_limited_api": True, "optional": BUILD == "auto"}
+    return [Extension("mixout_fast._CUDA", ["csrc/cuda/ops.cpp"], **options)]
+
+
+def nvcc():
+    home = os.environ.get("CUDA_HOME")
+    return shutil.which("nvcc") or (shutil.which("nvcc", path=os.path.join(home, "bin")) if home else None)
+
+
+def architecture_flags():
+    """nvcc's flags for CUDA_ARCHITECTURES: "8.0;9.0a+PTX", PTX being code that later GPUs compile when they load it."""
+    flags = []
+    for architecture in CUDA_ARCHITECTURES.replace(" ", ";").strip(";").split(";"):
+        match = re.fullmatch(r"(\d+)\.(\d[af]?)(\+PTX)?", architecture)
+        if match is None:
+            raise SystemExit(f"TORCH_CUDA_ARCH_LIST: {architecture!r}; it takes numbers such as 8.0, 9.0a or 10.0+PTX")
+        number = match[1] + match[2]
+        for code in (f"sm_{number}", *([f"compute_{number}"] if match[3] else [])):
+            flags.append(f"-gencode=arch=compute_{number},code={code}")
+    return flags
+
+
+def build_cuda(library):
+    """One call of nvcc: torch's own build of CUDA extensions needs a CUDA torch.
+
+    The CUDA runtime is linked in, so that the library needs no version of it at run time.
+    """
+    from torch.utils import cpp_extension
+
+    flags = ["-shared", "-O3", "-std=c++20", "-fmad=false", "--threads=0", "-Xptxas=-v", "-cudart=static"]
+    flags += ["-Xcompiler=-fPIC,-fvisibility=hidden", f"-DTORCH_TARGET_VERSION={TARGET_VERSION}"]
+    includes = [f"-isystem={path}" for path in cpp_extension.include_paths()]
+    libraries = [*(f"-L{path}" for path in cpp_extension.library_paths()), "-ltorch_cpu", "-ldl"]
+    sources = ["csrc/cuda/ops.cpp", "csrc/cuda/kernels.cu"]
+    command = [nvcc(), *flags, *architecture_flags(), *includes, *sources, "-o", library, *libraries]
+    Path(library).parent.mkdir(parents=True, exist_ok=True)
+    result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if result.returncode:
+        raise CompileError(f"nvcc failed:\n{result.stdout}")
+    PTXAS_REPORT.parent.mkdir(parents=True, exist_ok=True)
+    PTXAS_REPORT.write_text(result.stdout)
 
 
 def builder():
@@ -66,6 +132,13 @@ def builder():
                 super().build_extensions()
             except Exception as error:
                 give_up(f"{error}; what the compiler said stands above")
+
+        def build_extension(self, extension):
+            if extension.name != "mixout_fast._CUDA":
+                return super().build_extension(extension)
+            library = self.get_ext_fullpath(extension.name)
+            if self.force or newer_group([*extension.sources, *extension.depends], library, "newer"):
+                build_cuda(library)
 
     return Build.with_options(no_python_abi_suffix=True)
 

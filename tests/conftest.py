@@ -8,7 +8,6 @@ import zlib
 import pytest
 import torch
 
-import cuda_emulation
 from mixout_fast import backends, reference, testing
 
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
@@ -23,6 +22,8 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     if config.getoption("--emulate-cuda"):
+        import cuda_emulation
+
         cuda_emulation.install()
     config.addinivalue_line("markers", "slow: compiles, so takes seconds; leave out with -m 'not slow'")
 
@@ -42,6 +43,8 @@ def pytest_runtest_makereport(item):
 def pytest_generate_tests(metafunc):
     if "backend" in metafunc.fixturenames:
         served = [(d, name) for d in DEVICES for name, reason in backends.describe(d).items() if reason is None]
+        if metafunc.config.getoption("--emulate-cuda"):
+            served = [("cpu", "cuda")]
         if "path" in metafunc.fixturenames:
             served = [(d, name, path) for d, name in served for path in paths_of(backends.BACKENDS[name])]
         names = ("device", "backend", "path")[: len(served[0])]

@@ -16,7 +16,7 @@ from mixout_fast.backends import cuda
 ROOT = Path(__file__).parent.parent
 LIBRARY = ROOT / "build" / "emulation" / "_CUDA.so"
 SOURCES = [ROOT / "csrc" / "cuda" / name for name in ("ops.cpp", "kernels.cu")]
-FLAGS = "-shared -fPIC -std=c++20 -O2 -g0 -ffp-contract=off -fvisibility=hidden -Wno-unknown-pragmas".split()
+FLAGS = ["-shared", "-fPIC", "-std=c++20", "-O2", "-ffp-contract=off", "-fvisibility=hidden", "-Wno-unknown-pragmas"]
 MACROS = ["-DMIXOUT_DEVICE=CPU", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
 
 
@@ -30,7 +30,7 @@ def build() -> None:
 
 
 def install() -> None:
-    """Have the CUDA backend serve CPU tensors, and alone."""
+    """Have the CUDA backend serve CPU tensors, before all others."""
     if cuda.LOAD_ERROR is None:
         sys.exit("--emulate-cuda: the CUDA library itself is loaded here; test that")
     build()
@@ -38,4 +38,4 @@ def install() -> None:
     if error:
         sys.exit(f"--emulate-cuda: {error}")
     cuda.unavailable = lambda device_type: None if device_type == "cpu" else "emulated: it serves CPU tensors only"
-    backends.BACKENDS = {"cuda": cuda}
+    backends.BACKENDS = {"cuda": cuda} | backends.BACKENDS

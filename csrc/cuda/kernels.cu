@@ -77,16 +77,18 @@ __device__ __forceinline__ void store_vector(const T (&values)[count], T* out) {
     reinterpret_cast<Piece*>(out)[i] = pieces[i];
 }
 
-// Entries [column, column + count) of a row, of which the first `valid` exist; the others are 0.
-template <typename T, int count>
+// Entries [column, column + count) of a row, of which the first `valid` exist; the others are 0. Unit: neighbouring
+// columns are neighbours in memory, as the compiler should know where registers are short.
+template <bool unit, typename T, int count>
 __device__ __forceinline__ void load_row(const Matrix& matrix, int64_t row, int64_t column, int64_t valid,
                                          T (&out)[count]) {
-  const T* source = static_cast<const T*>(matrix.data) + row * matrix.row_stride + column * matrix.column_stride;
+  const int64_t stride = unit ? 1 : matrix.column_stride;
+  const T* source = static_cast<const T*>(matrix.data) + row * matrix.row_stride + column * stride;
   if (matrix.vectors && valid >= count) {
     load_vector(source, out);
   } else {
 #pragma unroll
-    for (int i = 0; i < count; ++i) out[i] = matrix.data && i < valid ? source[i * matrix.column_stride] : T{};
+    for (int i = 0; i < count; ++i) out[i] = matrix.data && i < valid ? source[i * stride] : T{};
   }
 }
 
@@ -152,6 +154,7 @@ __device__ void draw(const Mask& mask, int64_t first, int64_t count, uint32_t* k
     uint32_t bits = left > 0 ? keep_bits(seed, mask.threshold, base + lane) : 0;
     if (left < 4 && left > 0) bits &= (1u << left) - 1;
     kept += __popc(bits);
+    if (4 * (base + 32) <= first) continue; // counted, not wanted
     uint32_t word = bits << 4 * (lane % 8);
 #pragma unroll
     for (int distance = 1; distance < 8; distance *= 2) word |= __shfl_xor_sync(whole_warp, word, distance);
@@ -289,8 +292,8 @@ __global__ void __launch_bounds__(threads) mix_kernel(Mixing mixing, Result* out
   for (int i = 0; i < mix_rows; ++i) {
     const int64_t row = first_row + i * warps;
     const int64_t valid = row < mixing.rows ? mixing.columns - column : 0;
-    load_row(mixing.weight, row, column, valid, weight[i]);
-    load_row(mixing.target, row, column, valid, target[i]);
+    load_row<false>(mixing.weight, row, column, valid, weight[i]);
+    load_row<false>(mixing.target, row, column, valid, target[i]);
   }
 #pragma unroll
   for (int i = 0; i < mix_rows; ++i) {
@@ -327,7 +330,7 @@ __global__ void __launch_bounds__(threads)
 #pragma unroll
   for (int i = 0; i < mix_rows; ++i) {
     const int64_t row = first_row + i * warps;
-    load_row(grad, row, column, row < rows ? columns - column : 0, values[i]);
+    load_row<false>(grad, row, column, row < rows ? columns - column : 0, values[i]);
   }
 #pragma unroll
   for (int i = 0; i < mix_rows; ++i) {
@@ -404,6 +407,7 @@ struct TensorCores : Share<transposed> {
   using Sum = float;
   using Share<transposed>::outputs, Share<transposed>::depth;
   static constexpr int max_rows = 64;
+  static constexpr int lanes_a_sum = 1; // tensor cores sum over the lanes of a g
   static constexpr int sums = max_rows / 8 * outputs / 2 * 4;
   static constexpr int registers = depth * sizeof(Value) / 4;
 
@@ -440,8 +444,6 @@ struct TensorCores : Share<transposed> {
     }
   }
 
-  static __device__ __forceinline__ void finish(Sum (&)[sums]) {}
-
   static __device__ __forceinline__ Place place(int i, int lane) {
     return {i / (2 * outputs) * 8 + 2 * (lane % 4) + i % 2, i / 4 % (outputs / 2) * 2 + i / 2 % 2};
   }
@@ -454,6 +456,7 @@ struct FusedMultiplyAdd : Share<transposed> {
   using Sum = Value;
   using Share<transposed>::outputs, Share<transposed>::depth;
   static constexpr int max_rows = 16;
+  static constexpr int lanes_a_sum = 4; // the lanes of a g, each over its own places
   static constexpr int sums = max_rows * outputs;
 
   template <typename LoadX>
@@ -471,18 +474,7 @@ struct FusedMultiplyAdd : Share<transposed> {
     }
   }
 
-  // The four lanes of a g have the sums over their own places.
-  static __device__ __forceinline__ void finish(Sum (&sum)[sums]) {
-#pragma unroll
-    for (int i = 0; i < sums; ++i) {
-      sum[i] += __shfl_xor_sync(whole_warp, sum[i], 1);
-      sum[i] += __shfl_xor_sync(whole_warp, sum[i], 2);
-    }
-  }
-
-  static __device__ __forceinline__ Place place(int i, int lane) {
-    return {lane % 4 == 0 ? i / outputs : max_rows, i % outputs};
-  }
+  static __device__ __forceinline__ Place place(int i, int) { return {i / outputs, i % outputs}; }
 };
 
 struct Product {
@@ -498,7 +490,7 @@ struct Product {
 // x W'^T, or x W' where transposed, W' mixed in registers. A block has a tile of the outputs and a chunk of x's rows;
 // its warps share out the depth of the sum, and add up in a fixed order.
 template <typename Operand, typename Engine, bool transposed>
-__global__ void __launch_bounds__(threads, sizeof(Operand) == 2 ? 2 : 1)
+__global__ void __launch_bounds__(threads, sizeof(Operand) == 2 && !transposed ? 2 : 1)
     product_kernel(Product product, Gather gather) {
   using Result = typename Engine::Result;
   using Sum = typename Engine::Sum;
@@ -534,8 +526,8 @@ __global__ void __launch_bounds__(threads, sizeof(Operand) == 2 ? 2 : 1)
     for (int i = 0; i < lines; ++i) {
       const int64_t row = transposed ? place + i : first_output + g + 8 * i;
       const int64_t valid = row < mixing.rows ? mixing.columns - column : 0;
-      load_row(mixing.weight, row, column, valid, weight[i]);
-      load_row(mixing.target, row, column, valid, target[i]);
+      load_row<true>(mixing.weight, row, column, valid, weight[i]);
+      load_row<true>(mixing.target, row, column, valid, target[i]);
     }
     if (!transposed && !mask.per_element)
       keep = column < mixing.columns ? scratch.mask.keep[column / 32] >> column % 32 : 0;
@@ -554,14 +546,15 @@ __global__ void __launch_bounds__(threads, sizeof(Operand) == 2 ? 2 : 1)
     Engine::multiply(
         mixed, rows,
         [&](int row, Result(&x)[depth]) {
-          load_row(product.x, first_row + row, place, row < rows ? length - place : 0, x);
+          load_row<true>(product.x, first_row + row, place, row < rows ? length - place : 0, x);
         },
         sum);
   }
-  Engine::finish(sum);
 
+  // As many of every thread's sums at a time as shared memory holds.
   constexpr int fitting = sizeof(scratch.partial) / (sizeof(Sum) * threads);
   constexpr int round = sums < fitting ? sums : fitting;
+  constexpr int lanes = 32 / Engine::lanes_a_sum;
   Sum* partial = reinterpret_cast<Sum*>(scratch.partial);
   Result* out = static_cast<Result*>(product.out);
   const int64_t stride = transposed ? mixing.columns : mixing.rows;
@@ -572,13 +565,17 @@ __global__ void __launch_bounds__(threads, sizeof(Operand) == 2 ? 2 : 1)
     for (int i = 0; i < round; ++i) partial[i * threads + threadIdx.x] = sum[first + i];
     __syncthreads();
 #pragma unroll 1
-    for (int i = warp; i < round; i += warps) {
-      const auto [row, which] = Engine::place(first + i, lane);
-      const int64_t output = first_output + (transposed ? outputs * g + which : g + 8 * which);
+    for (int item = threadIdx.x; item < round * lanes; item += threads) {
+      const int i = item / lanes, summed_lane = item % lanes * Engine::lanes_a_sum;
+      const auto [row, which] = Engine::place(first + i, summed_lane);
+      const int64_t output =
+          first_output + (transposed ? outputs * (summed_lane / 4) + which : summed_lane / 4 + 8 * which);
       if (row >= rows || output >= stride) continue;
-      Sum total = partial[i * threads + lane];
+      Sum total = 0;
 #pragma unroll
-      for (int other = 1; other < warps; ++other) total += partial[i * threads + 32 * other + lane];
+      for (int other = 0; other < warps; ++other)
+#pragma unroll
+        for (int l = 0; l < Engine::lanes_a_sum; ++l) total += partial[i * threads + 32 * other + summed_lane + l];
       if (product.bias.data)
         total += widen(static_cast<const Result*>(product.bias.data)[output * product.bias.column_stride]);
       out[(first_row + row) * stride + output] = narrow<Result>(total);

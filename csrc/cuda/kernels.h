@@ -62,8 +62,9 @@ const char* launch_mask_grad(Dtype operand, Dtype result, Matrix grad, int64_t r
 
 const char* launch_gather(Dtype dtype, const Mask& mask, const Gather& gather, Launch launch);
 
-// One pass over W and U that writes no W'. linear: out (m, rows) = x W'^T + bias, bias data null for none.
-// grad_input: out (m, columns) = x W'. x is of the result's type; tf32 allows fp32 products to round their operands.
+// One pass over W and U that writes no W'. Neighbouring columns of all three are neighbours in memory. linear: out (m,
+// rows) = x W'^T + bias, bias data null for none. grad_input: out (m, columns) = x W'. x is of the result's type; tf32
+// allows fp32 products to round their operands.
 const char* launch_linear(Dtype operand, Dtype result, const Mixing& mixing, Matrix x, int64_t m, Matrix bias,
                           bool tf32, void* out, const Gather& gather, Launch launch);
 const char* launch_grad_input(Dtype operand, Dtype result, const Mixing& mixing, Matrix x, int64_t m, bool tf32,

@@ -97,6 +97,16 @@ Matrix matrix_of(const Tensor& tensor) {
   return matrix;
 }
 
+// One pass takes matrices whose columns are neighbours in memory; others are mixed first.
+bool is_by_rows(const Matrix& matrix, int64_t columns) {
+  return !matrix.data || matrix.column_stride == 1 || columns <= 1;
+}
+
+bool takes_one_pass(const Mixing& mixing, const Matrix& x, int64_t length) {
+  return is_by_rows(mixing.weight, mixing.columns) && is_by_rows(mixing.target, mixing.columns) &&
+         is_by_rows(x, length) && mixing.columns <= one_pass_columns;
+}
+
 int64_t repeats_of(const Tensor& tensor) { return tensor.dim() == 3 ? tensor.size(2) : 1; }
 
 Mask mask_of(const Tensor& seed, int64_t threshold, std::optional<int64_t> capacity, int64_t entries,
@@ -198,15 +208,15 @@ std::tuple<Tensor, Tensor, Tensor> linear(const Tensor& input, const Tensor& wei
   const Tensor index = gathered ? gathered->index : allocate(weight, {0}, ScalarType::Int);
   const Tensor columns = gathered ? gathered->columns : allocate(weight, {0, 0}, dtype);
 
-  if (!one_pass) {
+  const Matrix x = matrix_of(rows);
+  if (!one_pass || !takes_one_pass(mixing, x, mixing.columns)) {
     Tensor mixed = allocate(weight, {mixing.rows, mixing.columns}, dtype);
     check(launch_mix(dtype_of(weight), dtype_of(dtype), mixing, mixed.mutable_data_ptr(), gather, device.launch));
     return {library_linear(input, mixed, bias), index, columns};
   }
-  STD_TORCH_CHECK(mixing.columns <= one_pass_columns, "in_features: too many for one pass");
   Tensor output = allocate(weight, {rows.size(0), mixing.rows}, dtype);
   const Matrix bias_row = bias ? Matrix{bias->const_data_ptr(), 0, bias->stride(0), false} : Matrix{};
-  check(launch_linear(dtype_of(weight), dtype_of(dtype), mixing, matrix_of(rows), rows.size(0), bias_row, tf32,
+  check(launch_linear(dtype_of(weight), dtype_of(dtype), mixing, x, rows.size(0), bias_row, tf32,
                       output.mutable_data_ptr(), gather, device.launch));
   if (is_matrix) return {output, index, columns};
   std::vector<int64_t> sizes(input.sizes().begin(), input.sizes().end());
@@ -216,12 +226,14 @@ std::tuple<Tensor, Tensor, Tensor> linear(const Tensor& input, const Tensor& wei
 
 Tensor grad_input(const Tensor& grad, const Tensor& weight, const std::optional<Tensor>& target, const Tensor& seed,
                   int64_t threshold, double scale, std::optional<int64_t> capacity, bool one_pass, bool tf32) {
-  if (!one_pass) return library_mm(grad, mix(weight, target, seed, threshold, scale, capacity, grad.scalar_type()));
   const OnDevice device(weight);
   const Mixing mixing = mixing_of(weight, target, seed, threshold, scale, capacity);
+  const Matrix x = matrix_of(grad);
+  if (!one_pass || !takes_one_pass(mixing, x, mixing.rows))
+    return library_mm(grad, mix(weight, target, seed, threshold, scale, capacity, grad.scalar_type()));
   Tensor out = allocate(weight, {grad.size(0), mixing.columns}, grad.scalar_type());
-  check(launch_grad_input(dtype_of(weight), dtype_of(grad), mixing, matrix_of(grad), grad.size(0), tf32,
-                          out.mutable_data_ptr(), device.launch));
+  check(launch_grad_input(dtype_of(weight), dtype_of(grad), mixing, x, grad.size(0), tf32, out.mutable_data_ptr(),
+                          device.launch));
   return out;
 }
 

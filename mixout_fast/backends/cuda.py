@@ -12,16 +12,14 @@ from torch import Tensor
 from mixout_fast import reference
 from mixout_fast.reference import capacity, scale, threshold
 
-# Rows up to which a product in one pass over W and U is taken: (y, dX). One pass reads W and U once per 64 rows (16 where
-# no tensor core serves) and writes no W'; so these are the rows of one such reading. Not measured: there was no GPU.
+# Rows up to which a product in one pass over W and U is taken: (y, dX). One pass writes no W' but reads W and U once
+# per 64 rows, or 16 where no tensor core serves: these are the rows that read them once. Not measured: no GPU.
 ONE_PASS_ROWS = {
     torch.float32: (16, 16),
     torch.float64: (16, 16),
     torch.bfloat16: (64, 64),
     torch.float16: (64, 64),
 }
-# The one pass of y holds the mask in shared memory: one_pass_columns in csrc/cuda/kernels.h.
-ONE_PASS_COLUMNS = 2**18
 
 
 def _load_error() -> str | None:
@@ -49,7 +47,10 @@ def unavailable(device_type: str) -> str | None:
 
 
 def is_one_pass(dtype: torch.dtype, rows: int) -> tuple[bool, bool]:
-    """Whether y, and whether dX, of so many rows is computed in one pass."""
+    """Whether y, and whether dX, of so many rows is computed in one pass.
+
+    The operators mix first all the same where an operand's columns are not neighbours in memory or are more than 2^18.
+    """
     forward, backward = ONE_PASS_ROWS[dtype]
     return rows <= forward, rows <= backward
 
@@ -84,10 +85,9 @@ def linear(
     gathers: bool,
     static: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    in_features = weight.shape[1]
-    one_pass, _ = is_one_pass(input.dtype, input.numel() // in_features)
-    one_pass = one_pass and in_features <= ONE_PASS_COLUMNS
-    bound, tf32 = _capacity(weight, p, mask), torch.backends.cuda.matmul.allow_tf32
+    one_pass, _ = is_one_pass(input.dtype, input.numel() // weight.shape[1])
+    tf32 = one_pass and input.dtype == torch.float32 and _allows_tf32()
+    bound = _capacity(weight, p, mask)
     return torch.ops.mixout_fast_cuda.linear.default(
         input, weight, target, bias, seed, threshold(p), scale(p), bound, one_pass, tf32, gathers
     )
@@ -95,9 +95,9 @@ def linear(
 
 def grad_input(grad: Tensor, weight: Tensor, target: Tensor | None, seed: Tensor, p: float, mask: str) -> Tensor:
     _, one_pass = is_one_pass(grad.dtype, grad.shape[0])
-    bound, tf32 = _capacity(weight, p, mask), torch.backends.cuda.matmul.allow_tf32
+    tf32 = one_pass and grad.dtype == torch.float32 and _allows_tf32()
     return torch.ops.mixout_fast_cuda.grad_input.default(
-        grad, weight, target, seed, threshold(p), scale(p), bound, one_pass, tf32
+        grad, weight, target, seed, threshold(p), scale(p), _capacity(weight, p, mask), one_pass, tf32
     )
 
 
@@ -107,6 +107,12 @@ def grad_weight(
     if grad.shape[1] < reference.THIN_OUTPUT:
         return reference.grad_weight(columns, grad, index, in_features, factor, dtype)
     return torch.ops.mixout_fast_cuda.grad_weight.default(columns, grad, index, in_features, factor, dtype)
+
+
+@torch.compiler.assume_constant_result
+def _allows_tf32() -> bool:
+    """Whether fp32 products may round their operands to TF32, as PyTorch is set; a compiled graph, as when it was traced."""
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 def _capacity(weight: Tensor, p: float, mask: str) -> int | None:

@@ -1,0 +1,162 @@
+"""The CUDA library as built, without a GPU: what ptxas says of its kernels, their instructions, loading."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+LIBRARY = ROOT / "mixout_fast" / "_CUDA.so"
+REPORT = ROOT / "build" / "cuda" / "ptxas.txt"
+
+pytestmark = pytest.mark.skipif(not LIBRARY.exists(), reason="no CUDA library (MIXOUT_FAST_BUILD=cuda builds it)")
+
+
+def tool(name):
+    """A program of the CUDA toolkit, or of the wheel that PyPI has of it."""
+    wheel = next((path for entry in sys.path for path in Path(entry).glob(f"nvidia/cu*/bin/{name}")), None)
+    found = shutil.which(name) or wheel
+    if found is None:
+        pytest.skip(f"no {name}: of the CUDA toolkit, or pip install nvidia-cuda-{name}")
+    return found
+
+
+@pytest.fixture(scope="module")
+def kernels():
+    """(architecture, kernel's mangled name) -> ptxas's lines on it."""
+    if not REPORT.exists() or REPORT.stat().st_mtime < LIBRARY.stat().st_mtime:
+        pytest.skip("the library was not built by setup.py build_ext in this tree: no report of ptxas")
+    found = re.findall(
+        r"Compiling entry function '(\w+)' for '(\w+)'\n.*Function properties for \w+\n(.*\n.*\n)", REPORT.read_text()
+    )
+    assert found
+    return {(architecture, name): lines for name, architecture, lines in found}
+
+
+def test_every_kernel_is_built_for_every_architecture(kernels):
+    architectures = {architecture for architecture, _ in kernels}
+    names = {name for _, name in kernels}
+    if "TORCH_CUDA_ARCH_LIST" not in os.environ:
+        assert architectures == {"sm_80", "sm_90a", "sm_100"}
+    for kernel in ("mix_kernel", "mask_grad_kernel", "gather_kernel", "product_kernel", "expand_kernel"):
+        assert any(kernel in name for name in names)
+    assert set(kernels) == {(architecture, name) for architecture in architectures for name in names}
+
+
+def test_no_kernel_spills_or_has_local_memory(kernels):
+    for kernel, lines in kernels.items():
+        assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in lines, (kernel, lines)
+
+
+def test_every_kernel_fits_a_block_of_256_threads(kernels):
+    for kernel, lines in kernels.items():
+        registers, shared = (int(re.search(pattern, lines)[1]) for pattern in (r"Used (\d+) reg", r"(\d+) bytes smem"))
+        assert registers * 256 <= 65536, kernel
+        assert shared <= 48 * 1024, kernel
+
+
+@pytest.fixture(scope="module")
+def instructions():
+    """(architecture, kernel's mangled name) -> its disassembly."""
+    text = subprocess.run([tool("cuobjdump"), "-sass", LIBRARY], capture_output=True, text=True, check=True).stdout
+    functions = {}
+    for part in text.split("Fatbin elf code:")[1:]:
+        architecture = re.search(r"arch = (\w+)", part)[1]
+        for function in part.split("Function : ")[1:]:
+            functions[architecture, function.split()[0]] = function
+    assert functions
+    return functions
+
+
+def of_kernel(instructions, kernel, type_code):
+    found = {key: code for key, code in instructions.items() if kernel in key[1] and type_code in key[1]}
+    assert len({architecture for architecture, _ in found}) == len({architecture for architecture, _ in instructions})
+    return found.items()
+
+
+@pytest.mark.parametrize(
+    ("multiply", "instruction"),
+    (
+        ("MultiplyBfloat16", r"HMMA\.16816\.F32\.BF16"),
+        ("MultiplyFloat16", r"HMMA\.16816\.F32 "),
+        ("MultiplyTf32", r"HMMA\.1688\.F32\.TF32"),
+    ),
+)
+def test_products_run_on_tensor_cores(multiply, instruction, instructions):
+    for key, code in of_kernel(instructions, "product_kernel", multiply):
+        assert re.search(instruction, code), key
+
+
+def test_ieee_products_do_not(instructions):
+    for key, code in of_kernel(instructions, "product_kernel", "FusedMultiplyAdd"):
+        assert "HMMA" not in code, key
+        assert re.search(r"FFMA|DFMA", code), key
+
+
+@pytest.mark.parametrize("kernel", ("mix_kernel", "mask_grad_kernel"))
+def test_weights_are_read_and_written_16_bytes_at_a_time(kernel, instructions):
+    for key, code in of_kernel(instructions, kernel, kernel):
+        assert re.search(r"LDG\.E\S*\.128", code), key
+        assert re.search(r"STG\.E\S*\.128", code), key
+
+
+def test_mixing_is_not_contracted(instructions):
+    """w' = u + d s rounds the product: the fp32 mixing has no fused multiply-add."""
+    for key, code in of_kernel(instructions, "mix_kernelIff", "mix_kernelIff"):
+        assert "FMUL" in code and "FFMA" not in code, key
+
+
+def run(program, **environment):
+    return subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, env=os.environ | environment
+    )
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="of a CPU torch")
+def test_it_loads_beside_a_cpu_torch_and_has_fakes_for_a_gpu():
+    """Shapes, types and devices of a whole step on a GPU that is not there."""
+    program = f"""
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from mixout_fast import mix_linear, backends
+from mixout_fast.backends import cuda
+assert backends.describe("cuda")["cuda"] == "this PyTorch is built without CUDA"
+assert cuda.load("{LIBRARY}") is None
+cuda.LOAD_ERROR = None
+assert backends.select(None, "cuda") is cuda
+with FakeTensorMode():
+    for mask in ("input", "element"):
+        for rows in (16, 512):
+            x, dtype = torch.empty(2, rows, 768, device="cuda", dtype=torch.bfloat16), torch.bfloat16
+            weight, target = (torch.empty(96, 768, device="cuda") for _ in range(2))
+            seed = torch.zeros((), dtype=torch.int64, device="cuda")
+            y, index, columns = cuda.linear(x, weight, target, None, seed, 0.9, mask, mask == "input", False)
+            grad = y.view(-1, 96)
+            results = [(y, (2, rows, 96), dtype)]
+            results += [(cuda.grad_input(grad, weight, target, seed, 0.9, mask), (2 * rows, 768), dtype)]
+            results += [(cuda.mix(weight, target, seed, 0.9, mask, dtype), (96, 768), dtype)]
+            results += [(cuda.mask_grad(weight, seed, 0.9, mask, 1.0, dtype), (96, 768), dtype)]
+            if mask == "input":
+                results += [(index, (144,), torch.int32), (columns, (2 * rows, 144), dtype)]
+                results += [(cuda.grad_weight(columns, grad, index, 768, 1.0, torch.float32), (96, 768), torch.float32)]
+            for result, shape, dtype_wanted in results:
+                assert (result.shape, result.dtype, result.device.type) == (shape, dtype_wanted, "cuda")
+print("fakes hold")
+"""
+    result = run(program)
+    assert "fakes hold" in result.stdout, result.stderr
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="of a CPU torch")
+def test_it_does_not_take_cpu_tensors():
+    program = f"""
+import torch
+torch.ops.load_library("{LIBRARY}")
+torch.ops.mixout_fast_cuda.gather(torch.zeros(3, 5), torch.tensor(0), 0, 5)
+"""
+    assert "Could not run 'mixout_fast_cuda::gather' with arguments from the 'CPU' backend" in run(program).stderr

@@ -1,0 +1,149 @@
+"""The CUDA kernels beyond what every backend is tested for: on a GPU, or emulated by `pytest --emulate-cuda`."""
+
+import dataclasses
+import sys
+
+import pytest
+import torch
+
+from mixout_fast import backends, mix_linear, reference, testing
+from mixout_fast.backends import cuda
+from mixout_fast.functional import DTYPES, MASKS
+
+DEVICE = next((d for d in ("cuda", "cpu") if backends.describe(d)["cuda"] is None), None)
+pytestmark = pytest.mark.skipif(DEVICE is None, reason="no GPU (--emulate-cuda emulates one)")
+
+PRECISIONS = [(dtype, dtype) for dtype in DTYPES] + [(torch.float32, dtype) for dtype in testing.AUTOCAST_DTYPES]
+PRECISION_IDS = [str(w)[6:] if w == c else f"{str(w)[6:]}->{str(c)[6:]}" for w, c in PRECISIONS]
+
+precisions = pytest.mark.parametrize(("dtype", "compute"), PRECISIONS, ids=PRECISION_IDS)
+masks = pytest.mark.parametrize("mask", MASKS)
+paths = pytest.mark.parametrize("path", ("one_pass", "mixed_first"))
+
+
+@pytest.fixture
+def take(monkeypatch):
+    """Has the backend take one path, whatever the rows."""
+
+    def take(path):
+        rows = sys.maxsize if path == "one_pass" else -1
+        monkeypatch.setattr(cuda, "ONE_PASS_ROWS", dict.fromkeys(cuda.ONE_PASS_ROWS, (rows, rows)))
+
+    return take
+
+
+@pytest.fixture
+def allow_tf32():
+    """Sets whether fp32 products may round their operands to TF32."""
+
+    def allow(allowed):
+        torch.backends.cuda.matmul.fp32_precision = "tf32" if allowed else "ieee"
+
+    before = torch.backends.cuda.matmul.fp32_precision
+    yield allow
+    torch.backends.cuda.matmul.fp32_precision = before
+
+
+def check_bits(case):
+    checks = [testing.check_mask, testing.check_mixed_weight, testing.check_mask_grad, testing.check_repeatable]
+    if case.mask == "input":
+        checks += [testing.check_gather, testing.check_grad_weight]
+    for check in checks:
+        check(case, "cuda")
+
+
+@paths
+@masks
+@precisions
+@pytest.mark.parametrize("shape", ((1, 8, 16), (5, 96, 80), (64, 256, 128), (130, 520, 72)), ids=str)
+def test_rows_of_whole_vectors(shape, dtype, compute, mask, path, take, seed):
+    """Of multiples of 16 bytes, which the other tests' shapes are not, with a full and a cut tile at each edge."""
+    take(path)
+    options = {"mask": mask, "dtype": dtype, "compute": compute, "device": DEVICE, "seed": seed}
+    check_bits(testing.random_case(*shape, p=0.3, **options))
+    testing.check_exact(testing.integer_case(*shape, p=0.75, **options), "cuda")
+    testing.check_error([testing.random_case(*shape, p=0.5, **options | {"seed": seed + i}) for i in range(4)], "cuda")
+
+
+@paths
+@pytest.mark.parametrize("capacity", (0, 1, 100, 400))
+@pytest.mark.parametrize("in_features", (300, 1100))
+def test_kept_columns_past_the_capacity_are_dropped(in_features, capacity, path, take, monkeypatch, seed):
+    """What happens once in 1e8 masks, made common: about half the columns are kept."""
+    monkeypatch.setattr(reference, "capacity", lambda count, p: min(capacity, count))
+    monkeypatch.setattr(cuda, "capacity", reference.capacity)
+    take(path)
+    options = {"p": 0.5, "device": DEVICE, "seed": seed}
+    check_bits(testing.random_case(5, in_features, 40, **options))
+    case = testing.integer_case(5, in_features, 40, **options)
+    kept = reference.keep_mask(case.seed, case.weight.shape, 0.5, "input")
+    assert kept.sum() == min(capacity, reference.mask_words(case.seed, in_features).ge(2**31).sum())
+    testing.check_exact(case, "cuda")
+
+
+@paths
+@pytest.mark.parametrize("p", (0.1, 0.9))
+def test_more_columns_than_are_gathered_at_once(p, path, take, seed):
+    take(path)
+    case = testing.random_case(3, 20000, 3, p=p, device=DEVICE, seed=seed)
+    check_bits(case)
+    testing.check_error([dataclasses.replace(case)], "cuda")
+
+
+def test_more_columns_than_the_one_pass_holds(take, seed):
+    """They are mixed first. A small p: where no entry can be past the capacity, a block draws only its own."""
+    take("one_pass")
+    case = testing.random_case(2, 2**18 + 7, 3, p=0.0001, device=DEVICE, seed=seed)
+    check_bits(case)
+    testing.check_error([case], "cuda")
+
+
+@pytest.mark.parametrize("one_pass", (True, False))
+def test_gather_of_no_rows_still_has_an_index(one_pass, take, seed):
+    take("one_pass" if one_pass else "mixed_first")
+    case = testing.random_case(0, 255, 17, p=0.9, device=DEVICE, seed=seed)
+    testing.check_gather(case, "cuda")
+
+
+@paths
+def test_tf32_where_it_is_allowed(path, take, allow_tf32, seed):
+    """Products of fp32 on tensor cores: exact on small integers, but 1 + 2^-12 is 1."""
+    take(path)
+    allow_tf32(True)
+    for shape in ((17, 33, 65), (64, 256, 128)):
+        for mask in MASKS:
+            testing.check_exact(testing.integer_case(*shape, p=0.75, mask=mask, device=DEVICE, seed=seed), "cuda")
+    if path == "one_pass":
+        x = torch.full((4, 64), 1 + 2.0**-12, device=DEVICE, requires_grad=True)
+        weight = torch.full((32, 64), 1 + 2.0**-12, device=DEVICE)
+        y = mix_linear(x, weight, weight, None, 0.5, seed=seed, backend="cuda")
+        assert (y == 64).all()
+        y.backward(x.detach()[:, :32])
+        assert (x.grad == 32).all()
+        allow_tf32(False)
+        assert (mix_linear(x, weight, weight, None, 0.5, seed=seed, backend="cuda") > 64).all()
+
+
+@pytest.mark.skipif(DEVICE != "cuda", reason="the emulation has no CUDA graphs")
+def test_a_captured_graph_draws_fresh_masks(seed):
+    """So nothing in forward or backward waits for the device."""
+    weight = torch.ones(64, 64, device="cuda", requires_grad=True)
+    x = torch.eye(64, device="cuda")
+
+    def step():
+        y = mix_linear(x, weight, p=0.5, backend="cuda")
+        return y, torch.autograd.grad(y.sum(), weight)[0]
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y, grad = step()
+    seen = []
+    for _ in range(8):
+        graph.replay()
+        assert torch.equal(grad, y.t())
+        seen.append(y.clone())
+    assert len(torch.stack(seen).flatten(1).unique(dim=0)) == len(seen)

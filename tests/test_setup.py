@@ -1,0 +1,52 @@
+"""What setup.py decides to build, and what it says where it cannot."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def setup(tmp_path, torch_cuda="None", **environment):
+    """setup.py's first words, with a PATH that has a C++ compiler and no nvcc, beside a torch of that CUDA version."""
+    (tmp_path / "c++").touch(mode=0o755)
+    program = f"""
+import runpy, sys, torch
+torch.version.cuda = {torch_cuda}
+sys.argv = ["setup.py", "--version"]
+runpy.run_path("setup.py", run_name="__main__")
+"""
+    environment = {"PATH": str(tmp_path), "CXX": "c++"} | environment
+    kept = {name: value for name, value in os.environ.items() if name not in ("CUDA_HOME", "MIXOUT_FAST_BUILD")}
+    return subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, env=kept | environment
+    )
+
+
+@pytest.mark.parametrize(
+    ("torch_cuda", "reason"),
+    (("None", "this torch is built without CUDA"), ("'13.0'", "nvcc is neither on PATH nor in CUDA_HOME")),
+)
+def test_auto_says_why_there_is_no_cuda_library_and_goes_on(torch_cuda, reason, tmp_path):
+    result = setup(tmp_path, torch_cuda)
+    assert result.returncode == 0, result.stderr
+    assert f"installing without the compiled CUDA library: {reason}" in result.stdout
+
+
+def test_cuda_fails_without_nvcc(tmp_path):
+    result = setup(tmp_path, MIXOUT_FAST_BUILD="cuda")
+    assert result.returncode == 1
+    assert "the CUDA library cannot be built: nvcc is neither on PATH nor in CUDA_HOME" in result.stderr
+
+
+def test_cpu_says_nothing_of_cuda(tmp_path):
+    result = setup(tmp_path, "'13.0'", MIXOUT_FAST_BUILD="cpu")
+    assert result.returncode == 0, result.stderr
+    assert "CUDA" not in result.stdout
+
+
+def test_an_unknown_choice_is_named(tmp_path):
+    assert "it takes auto, none, cpu or cuda" in setup(tmp_path, MIXOUT_FAST_BUILD="gpu").stderr
