@@ -2,14 +2,18 @@ PYTHON ?= python3
 VENV ?= .venv
 # Any arguments of pip install, an index among them. Nothing is installed where the environment has a torch already.
 TORCH ?= torch==2.13.0
-# As setup.py reads it: auto, none or cpu.
+# As setup.py reads it: auto, none, cpu or cuda.
 export MIXOUT_FAST_BUILD ?= auto
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 
 PY := $(VENV)/bin/python
-LIBRARY := mixout_fast/_C.so
-SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*)
-FORMATTED := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.inl)
+# auto builds the CUDA library too beside a CUDA torch, along with the other.
+LIBRARY := mixout_fast/_C.so $(if $(filter cuda,$(MIXOUT_FAST_BUILD)),mixout_fast/_CUDA.so)
+SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/* csrc/cuda/*)
+FORMATTED := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.inl csrc/*/*.cu)
+
+# The tests that are worth repeating with the CUDA kernels run on the CPU; the others see no kernel.
+EMULATED := tests/test_cuda_kernels.py tests/test_autograd.py tests/test_mixout.py tests/test_philox.py
 
 .PHONY: bench gpu test ctest lint format build clean
 
@@ -24,6 +28,7 @@ gpu:
 
 test: build ctest
 	$(PY) -m pytest $(PYTEST_ARGS)
+	$(PY) -m pytest --emulate-cuda $(EMULATED) $(PYTEST_ARGS)
 	$(PY) -m mixout_fast check
 
 ctest:
@@ -45,9 +50,9 @@ format: $(VENV)/.lint
 build: $(VENV)/.installed $(LIBRARY)
 
 # Without a compiler no library appears and the package works without; the next make tries again.
-$(LIBRARY): setup.py $(SOURCES) | $(VENV)/.installed
+$(LIBRARY) &: setup.py $(SOURCES) | $(VENV)/.installed
 	$(PY) setup.py -q build_ext --inplace
-	@if [ -e $@ ]; then touch $@; fi
+	@for library in $(LIBRARY); do if [ -e $$library ]; then touch $$library; fi; done
 
 # MIXOUT_FAST_BUILD=none: this installs the link to the tree, and the rule above builds into the tree.
 $(VENV)/.installed: pyproject.toml setup.py
@@ -66,4 +71,4 @@ $(VENV)/.lint: pyproject.toml | $(VENV)/.installed
 	touch $@
 
 clean:
-	rm -rf build dist mixout_fast.egg-info $(LIBRARY) .pytest_cache .ruff_cache
+	rm -rf build dist mixout_fast.egg-info mixout_fast/*.so .pytest_cache .ruff_cache

@@ -4,10 +4,11 @@ The same kernel source and the same operators, on CPU tensors. What it cannot sh
 rounding of the tensor cores' sums, and time.
 """
 
+import shutil
 import subprocess
-import sys
 from pathlib import Path
 
+import pytest
 from torch.utils import cpp_extension
 
 from mixout_fast import backends
@@ -30,12 +31,14 @@ def build() -> None:
 
 
 def install() -> None:
-    """Have the CUDA backend serve CPU tensors, before all others."""
+    """Have the CUDA backend serve CPU tensors, before all others; end the run where that has no point or no means."""
     if cuda.LOAD_ERROR is None:
-        sys.exit("--emulate-cuda: the CUDA library itself is loaded here; test that")
+        pytest.exit("--emulate-cuda: the CUDA library itself is loaded here and tested in its stead", returncode=0)
+    if shutil.which("c++") is None:
+        pytest.exit("--emulate-cuda: there is no C++ compiler to build the emulation", returncode=0)
     build()
     error = cuda.load(LIBRARY)
     if error:
-        sys.exit(f"--emulate-cuda: {error}")
+        pytest.exit(f"--emulate-cuda: {error}", returncode=1)
     cuda.unavailable = lambda device_type: None if device_type == "cpu" else "emulated: it serves CPU tensors only"
     backends.BACKENDS = {"cuda": cuda} | backends.BACKENDS

@@ -10,6 +10,13 @@ namespace mixout_fast::cuda {
 
 constexpr unsigned whole_warp = 0xFFFFFFFF;
 
+// Of 2-byte entries the compiler makes stores of 2 bytes if it may.
+__device__ __forceinline__ void store_16_bytes(uint4 value, void* out) {
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(out), "r"(value.x), "r"(value.y), "r"(value.z),
+               "r"(value.w)
+               : "memory");
+}
+
 struct FragmentA {
   uint32_t part[4];
 };

@@ -57,7 +57,7 @@ union Scratch {
 __device__ int lane_of_thread() { return threadIdx.x % 32; }
 __device__ int warp_of_thread() { return threadIdx.x / 32; }
 
-// `count` entries of T, 8, 16 or 32 bytes, in 8- or 16-byte accesses.
+// `count` entries of T in accesses of 16 bytes, or 8 where they are no more.
 template <typename T, int count>
 __device__ __forceinline__ void load_vector(const T* source, T (&out)[count]) {
   using Piece = std::conditional_t<sizeof(T) * count % 16 == 0, uint4, uint2>;
@@ -69,12 +69,10 @@ __device__ __forceinline__ void load_vector(const T* source, T (&out)[count]) {
 }
 template <typename T, int count>
 __device__ __forceinline__ void store_vector(const T (&values)[count], T* out) {
-  using Piece = std::conditional_t<sizeof(T) * count % 16 == 0, uint4, uint2>;
-  Piece pieces[sizeof(T) * count / sizeof(Piece)];
+  uint4 pieces[sizeof(T) * count / 16];
   memcpy(pieces, values, sizeof(values));
 #pragma unroll
-  for (int i = 0; i < static_cast<int>(sizeof(pieces) / sizeof(Piece)); ++i)
-    reinterpret_cast<Piece*>(out)[i] = pieces[i];
+  for (int i = 0; i < static_cast<int>(sizeof(pieces) / 16); ++i) store_16_bytes(pieces[i], out + i * 16 / sizeof(T));
 }
 
 // Entries [column, column + count) of a row, of which the first `valid` exist; the others are 0. Unit: neighbouring
@@ -571,11 +569,16 @@ __global__ void __launch_bounds__(threads, sizeof(Operand) == 2 && !transposed ?
       const int64_t output =
           first_output + (transposed ? outputs * (summed_lane / 4) + which : summed_lane / 4 + 8 * which);
       if (row >= rows || output >= stride) continue;
-      Sum total = 0;
+      // In pairs: one by one, the sum of 32 would have twice the error of the library's.
+      Sum parts[warps * Engine::lanes_a_sum];
 #pragma unroll
-      for (int other = 0; other < warps; ++other)
+      for (int j = 0; j < warps * Engine::lanes_a_sum; ++j)
+        parts[j] = partial[i * threads + j / Engine::lanes_a_sum * 32 + summed_lane + j % Engine::lanes_a_sum];
 #pragma unroll
-        for (int l = 0; l < Engine::lanes_a_sum; ++l) total += partial[i * threads + 32 * other + summed_lane + l];
+      for (int width = warps * Engine::lanes_a_sum / 2; width > 0; width /= 2)
+#pragma unroll
+        for (int j = 0; j < width; ++j) parts[j] += parts[j + width];
+      Sum total = parts[0];
       if (product.bias.data)
         total += widen(static_cast<const Result*>(product.bias.data)[output * product.bias.column_stride]);
       out[(first_row + row) * stride + output] = narrow<Result>(total);

@@ -186,6 +186,8 @@ inline int __ffs(uint32_t bits) { return __builtin_ffs(static_cast<int>(bits)); 
 inline float fma(float a, float b, float c) { return std::fma(a, b, c); }
 inline double fma(double a, double b, double c) { return std::fma(a, b, c); }
 
+inline void store_16_bytes(uint4 value, void* out) { *static_cast<uint4*>(out) = value; }
+
 struct FragmentA {
   uint32_t part[4];
 };

@@ -111,7 +111,7 @@ def grad_weight(
 
 @torch.compiler.assume_constant_result
 def _allows_tf32() -> bool:
-    """Whether fp32 products may round their operands to TF32, as PyTorch is set; a compiled graph, as when it was traced."""
+    """Whether PyTorch lets fp32 products round operands to TF32; a compiled graph keeps the answer of its tracing."""
     return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
