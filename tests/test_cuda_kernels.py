@@ -62,7 +62,8 @@ def test_rows_of_whole_vectors(shape, dtype, compute, mask, path, take, seed):
     options = {"mask": mask, "dtype": dtype, "compute": compute, "device": DEVICE, "seed": seed}
     check_bits(testing.random_case(*shape, p=0.3, **options))
     testing.check_exact(testing.integer_case(*shape, p=0.75, **options), "cuda")
-    testing.check_error([testing.random_case(*shape, p=0.5, **options | {"seed": seed + i}) for i in range(4)], "cuda")
+    del options["seed"]
+    testing.check_error(testing.error_cases(testing.random_case, shape, seed, p=0.5, **options), "cuda")
 
 
 @paths

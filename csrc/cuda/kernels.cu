@@ -475,6 +475,15 @@ struct FusedMultiplyAdd : Share<transposed> {
   static __device__ __forceinline__ Place place(int i, int) { return {i / outputs, i % outputs}; }
 };
 
+// The sum of parts [first, first + count), of which each warp has `of_warp`, its first lanes'. In pairs: one by one, 32
+// would have twice the error of the library's sum.
+template <int first, int count, int of_warp, typename Sum>
+__device__ __forceinline__ Sum sum_in_pairs(const Sum* parts) {
+  if constexpr (count == 1) return parts[first / of_warp * 32 + first % of_warp];
+  else
+    return sum_in_pairs<first, count / 2, of_warp>(parts) + sum_in_pairs<first + count / 2, count / 2, of_warp>(parts);
+}
+
 struct Product {
   Mixing mixing;
   Matrix x;
@@ -569,16 +578,8 @@ __global__ void __launch_bounds__(threads, sizeof(Operand) == 2 && !transposed ?
       const int64_t output =
           first_output + (transposed ? outputs * (summed_lane / 4) + which : summed_lane / 4 + 8 * which);
       if (row >= rows || output >= stride) continue;
-      // In pairs: one by one, the sum of 32 would have twice the error of the library's.
-      Sum parts[warps * Engine::lanes_a_sum];
-#pragma unroll
-      for (int j = 0; j < warps * Engine::lanes_a_sum; ++j)
-        parts[j] = partial[i * threads + j / Engine::lanes_a_sum * 32 + summed_lane + j % Engine::lanes_a_sum];
-#pragma unroll
-      for (int width = warps * Engine::lanes_a_sum / 2; width > 0; width /= 2)
-#pragma unroll
-        for (int j = 0; j < width; ++j) parts[j] += parts[j + width];
-      Sum total = parts[0];
+      Sum total =
+          sum_in_pairs<0, warps * Engine::lanes_a_sum, Engine::lanes_a_sum>(partial + i * threads + summed_lane);
       if (product.bias.data)
         total += widen(static_cast<const Result*>(product.bias.data)[output * product.bias.column_stride]);
       out[(first_row + row) * stride + output] = narrow<Result>(total);
