@@ -9,9 +9,9 @@ import os
 from types import ModuleType
 
 from mixout_fast import reference
-from mixout_fast.backends import cpu, cuda
+from mixout_fast.backends import cpu, cuda, triton
 
-BACKENDS = {"cpu": cpu, "cuda": cuda, "reference": reference}
+BACKENDS = {"cpu": cpu, "cuda": cuda, "triton": triton, "reference": reference}
 """Name -> module, in the order in which an automatic choice tries them."""
 
 

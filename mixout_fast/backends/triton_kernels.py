@@ -1,0 +1,416 @@
+"""The Triton kernels: mask words, mixing, products in one pass, the dense weight gradient.
+
+Every kernel draws its mask from (seed, index), so no mask is ever in memory. They are to be compiled with
+enable_fp_fusion=False: w' = u + (w - u) · s rounds three times (reference.py), a fused multiply-add only twice.
+Pointers of one operand share an operand's dtype; offsets are int64, strides of any size, sizes need not fit the blocks.
+
+Names: weight W (N, K) or (N, K, R), target U of the same shape, rows x (M, K), C the capacity of an input mask. A float
+argument of a kernel is an fp32, too short for fp64 weights, so `scale_bits` is an fp64 in an int64.
+"""
+
+import triton
+import triton.language as tl
+
+# Triton's interpreter truncates fp32 to bf16, widens subnormal bf16 wrongly, and multiplies the bit patterns of bf16
+# matrices as integers (triton 3.9, runtime/interpreter.py: _convert_float, create_dot). Compiled, none of this is used.
+INTERPRETS = tl.constexpr(triton.knobs.runtime.interpret)
+
+# Mask entries that mask_end draws at once: 2 Philox calls a thread. Not measured.
+COUNTED = tl.constexpr(1024)
+
+
+@triton.jit
+def widen(value, dtype: tl.constexpr):
+    """The value in fp32 or fp64, exactly."""
+    if INTERPRETS:
+        if value.dtype == tl.bfloat16:
+            value = (value.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    return value.to(dtype)
+
+
+@triton.jit
+def narrow(value, dtype: tl.constexpr):
+    """The value rounded to nearest even."""
+    if INTERPRETS:
+        if dtype == tl.bfloat16:
+            bits = value.to(tl.uint32, bitcast=True)
+            rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+            value = tl.where(value != value, 0x7FC0, rounded).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    return value.to(dtype)
+
+
+@triton.jit
+def mask_words(seed, group):
+    """The words of entries 4·group … 4·group + 3: int64 counters (…, G) to int64 words (…, 4G) in [0, 2**32)."""
+    low = group.to(tl.uint32)
+    high = (group >> 32).to(tl.uint32)
+    zero = tl.zeros_like(low)
+    word0, word1, word2, word3 = tl.philox(seed, low, high, zero, zero)
+    return tl.interleave(tl.interleave(word0, word2), tl.interleave(word1, word3)).to(tl.int64)
+
+
+@triton.jit
+def drawn_columns(seed, threshold, start, end, BLOCK: tl.constexpr):
+    """The input mask's draw for columns start … start + BLOCK - 1, false from `end` on; 4 divides start. (BLOCK,)"""
+    group = start // 4 + tl.arange(0, BLOCK // 4)
+    column = start + tl.arange(0, BLOCK)
+    return (mask_words(seed, group.to(tl.int64)) >= threshold) & (column < end)
+
+
+@triton.jit
+def mask_end(seed, threshold, K, C, BOUNDED: tl.constexpr):
+    """The column from which on all count as dropped: that of the (C+1)-th drawn as kept; K where there is none.
+
+    More draws than C have a probability below 1e-8, so the usual pass only counts them.
+    """
+    end = K + 0
+    if BOUNDED:
+        counts = tl.zeros((COUNTED,), tl.int32)
+        for start in range(0, K, COUNTED):
+            counts += drawn_columns(seed, threshold, start, K, COUNTED).to(tl.int32)
+        if tl.sum(counts) > C:
+            kept = 0
+            for start in range(0, K, COUNTED):
+                drawn = drawn_columns(seed, threshold, start, K, COUNTED).to(tl.int32)
+                past = (drawn > 0) & (kept + tl.cumsum(drawn) > C)
+                end = tl.minimum(end, tl.min(tl.where(past, start + tl.arange(0, COUNTED), K)))
+                kept += tl.sum(drawn)
+    return end
+
+
+@triton.jit
+def drawn_entries(seed, threshold, row, start, K, IN_FOURS: tl.constexpr, BLOCK: tl.constexpr):
+    """The element mask of rows (A,) and columns start … start + BLOCK - 1, as (A, BLOCK); 4 divides start.
+
+    IN_FOURS: 4 divides K, so that 4 columns of a row share a Philox call; else each entry has one of its own.
+    """
+    if IN_FOURS:
+        column_group = start // 4 + tl.arange(0, BLOCK // 4)
+        words = mask_words(seed, (row.to(tl.int64) * (K // 4))[:, None] + column_group[None, :])
+    else:
+        entry = (row.to(tl.int64) * K)[:, None] + (start + tl.arange(0, BLOCK))[None, :]
+        group = entry >> 2
+        low = group.to(tl.uint32)
+        zero = tl.zeros_like(low)
+        word0, word1, word2, word3 = tl.philox(seed, low, (group >> 32).to(tl.uint32), zero, zero)
+        lane = (entry & 3).to(tl.int32)
+        words = tl.where(lane < 2, tl.where(lane == 0, word0, word1), tl.where(lane == 2, word2, word3)).to(tl.int64)
+    return words >= threshold
+
+
+@triton.jit
+def mixed_tile(
+    weight_ptr,
+    target_ptr,
+    weight_offset,
+    target_offset,
+    inside,
+    keep,
+    scale,
+    IS_GRADIENT: tl.constexpr,
+):
+    """u + (w - u) · s where kept and u itself where dropped; of a gradient g, g · s and 0. In scale's dtype, of any shape.
+
+    Entries not `inside` are 0. target_ptr None: u = 0.
+    """
+    weight = widen(tl.load(weight_ptr + weight_offset, mask=inside, other=0), scale.dtype)
+    if target_ptr is None:
+        target = tl.zeros_like(weight)
+    else:
+        target = widen(tl.load(target_ptr + target_offset, mask=inside, other=0), scale.dtype)
+    mixed = weight * scale if IS_GRADIENT else target + (weight - target) * scale
+    return tl.where(keep, mixed, target)
+
+
+@triton.jit
+def prologue_kernel(
+    weight_ptr,  # (N, K, R), any strides
+    target_ptr,  # the same, or None
+    mixed_ptr,  # (N, K, R), contiguous: written
+    rows_ptr,  # (M, K), any strides
+    columns_ptr,  # (M, C), contiguous: written
+    index_ptr,  # (C,) int32: written
+    seed_ptr,  # int64
+    threshold: tl.int64,
+    scale_bits: tl.int64,
+    N,
+    K,
+    R,
+    M,
+    C,
+    stride_wn,
+    stride_wk,
+    stride_wr,
+    stride_un,
+    stride_uk,
+    stride_ur,
+    stride_xm,
+    stride_xk,
+    weight_programs,
+    weight_rows,  # of N·R, that a program mixes
+    gathered_rows,  # of M, that a program gathers
+    IS_GRADIENT: tl.constexpr,
+    BOUNDED: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Input mask. The first `weight_programs` programs write W', the others index and X[:, kept], padded with -1 and 0.
+
+    Without weight_ptr no W', without rows_ptr no index and columns.
+
+    As a gradient's, weight_ptr is dW' and mixed_ptr is m ⊙ dW' · s.
+    """
+    seed = tl.load(seed_ptr)
+    program = tl.program_id(0)
+    if program < weight_programs:
+        if weight_ptr is not None:
+            # Programs of one row block stand together and share pages of memory.
+            column_blocks = tl.cdiv(K, BLOCK_K)
+            start = program % column_blocks * BLOCK_K
+            first_row = program // column_blocks * weight_rows
+            scale = scale_bits.to(tl.float64, bitcast=True).to(COMPUTE)
+            end = mask_end(seed, threshold, K, C, BOUNDED)
+            keep = drawn_columns(seed, threshold, start, end, BLOCK_K)[None, :]
+            column = (start + tl.arange(0, BLOCK_K))[None, :]
+            k = column.to(tl.int64)
+            for row_start in range(first_row, min(first_row + weight_rows, N * R), BLOCK_N):
+                row = (row_start + tl.arange(0, BLOCK_N))[:, None]
+                n, r = (row // R).to(tl.int64), (row % R).to(tl.int64)
+                inside = (row < N * R) & (column < K)
+                weight_offset = n * stride_wn + r * stride_wr + k * stride_wk
+                target_offset = n * stride_un + r * stride_ur + k * stride_uk
+                mixed = mixed_tile(
+                    weight_ptr, target_ptr, weight_offset, target_offset, inside, keep, scale, IS_GRADIENT
+                )
+                tl.store(mixed_ptr + (n * K + k) * R + r, narrow(mixed, mixed_ptr.dtype.element_ty), mask=inside)
+    else:
+        if rows_ptr is not None:
+            first_row = (program - weight_programs) * gathered_rows
+            gather_rows(
+                rows_ptr, columns_ptr, index_ptr, seed, threshold, first_row, gathered_rows,
+                M, K, C, stride_xm, stride_xk, BLOCK_N, BLOCK_K,
+            )  # fmt: skip
+
+
+@triton.jit
+def gather_rows(
+    rows_ptr,
+    columns_ptr,
+    index_ptr,
+    seed,
+    threshold,
+    first_row,
+    count,
+    M,
+    K,
+    C,
+    stride_xm,
+    stride_xk,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """The kept columns of `count` rows, and from the first program the index.
+
+    Rows are read whole and kept entries stored at their place: at p = 0.9 already 81 % of the 32-byte sectors of a
+    16-bit row hold a kept entry.
+    """
+    last_row = min(first_row + count, M)
+    kept = 0
+    for start in range(0, K, BLOCK_K):
+        drawn = drawn_columns(seed, threshold, start, K, BLOCK_K)
+        slot = kept + tl.cumsum(drawn.to(tl.int32)) - 1
+        kept += tl.sum(drawn.to(tl.int32))
+        keep = drawn & (slot < C)
+        column = start + tl.arange(0, BLOCK_K)
+        if first_row == 0:
+            tl.store(index_ptr + slot, column, mask=keep)
+        for row_start in range(first_row, last_row, BLOCK_M):
+            row = (row_start + tl.arange(0, BLOCK_M)).to(tl.int64)[:, None]
+            entries = tl.load(
+                rows_ptr + row * stride_xm + column.to(tl.int64)[None, :] * stride_xk,
+                mask=(row < last_row) & (column < K)[None, :],
+            )
+            tl.store(columns_ptr + row * C + slot[None, :], entries, mask=(row < last_row) & keep[None, :])
+    for start in range(min(kept, C), C, BLOCK_K):
+        slot = start + tl.arange(0, BLOCK_K)
+        if first_row == 0:
+            tl.store(index_ptr + slot, tl.full((BLOCK_K,), -1, tl.int32), mask=slot < C)
+        for row_start in range(first_row, last_row, BLOCK_M):
+            row = (row_start + tl.arange(0, BLOCK_M)).to(tl.int64)[:, None]
+            zero = tl.zeros((BLOCK_M, BLOCK_K), columns_ptr.dtype.element_ty)
+            tl.store(columns_ptr + row * C + slot[None, :], zero, mask=(row < last_row) & (slot < C)[None, :])
+
+
+@triton.jit
+def element_kernel(
+    weight_ptr,  # (N, K), any strides
+    target_ptr,  # the same, or None
+    mixed_ptr,  # (N, K), contiguous: written
+    seed_ptr,  # int64
+    threshold: tl.int64,
+    scale_bits: tl.int64,
+    entries: tl.int64,  # N · K
+    K,
+    stride_wn,
+    stride_wk,
+    stride_un,
+    stride_uk,
+    IS_GRADIENT: tl.constexpr,
+    CONTIGUOUS: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Element mask: W', or m ⊙ dW' · s. Entries are taken in a row, 4 words a Philox call, whatever K is."""
+    seed = tl.load(seed_ptr)
+    scale = scale_bits.to(tl.float64, bitcast=True).to(COMPUTE)
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    keep = mask_words(seed, start // 4 + tl.arange(0, BLOCK // 4)) >= threshold
+    entry = start + tl.arange(0, BLOCK)
+    if CONTIGUOUS:
+        weight_offset, target_offset = entry, entry
+    else:
+        n, k = entry // K, entry % K
+        weight_offset, target_offset = n * stride_wn + k * stride_wk, n * stride_un + k * stride_uk
+    mixed = mixed_tile(
+        weight_ptr, target_ptr, weight_offset, target_offset, entry < entries, keep, scale, IS_GRADIENT
+    )
+    tl.store(mixed_ptr + entry, narrow(mixed, mixed_ptr.dtype.element_ty), mask=entry < entries)
+
+
+@triton.jit
+def one_pass_kernel(
+    rows_ptr,  # x (M, K), or dY (M, N), any strides
+    weight_ptr,  # (N, K), any strides
+    target_ptr,  # the same, or None
+    bias_ptr,  # (N,), or None
+    output_ptr,  # y (M, N), or dX (M, K), contiguous: written
+    seed_ptr,  # int64
+    threshold: tl.int64,
+    scale_bits: tl.int64,
+    M,
+    N,
+    K,
+    C,
+    stride_xm,
+    stride_xr,
+    stride_wn,
+    stride_wk,
+    stride_un,
+    stride_uk,
+    stride_b,
+    TRANSPOSED: tl.constexpr,
+    ELEMENT: tl.constexpr,
+    BOUNDED: tl.constexpr,
+    IN_FOURS: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """x W'ᵀ + b, or with TRANSPOSED dY W', without W' in memory: a program makes BLOCK_F features of BLOCK_M rows.
+
+    The product is computed transposed, out[f, m] = Σ_r W'[f, r] x[m, r]: W' is the left operand, which tensor cores
+    take from the registers where it was mixed, and the few rows are the narrow side.
+    """
+    seed = tl.load(seed_ptr)
+    scale = scale_bits.to(tl.float64, bitcast=True).to(COMPUTE)
+    features, reduced_size = (K, N) if TRANSPOSED else (N, K)
+    feature_start = tl.program_id(0) * BLOCK_F
+    feature = feature_start + tl.arange(0, BLOCK_F)
+    row = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    row_offset = row.to(tl.int64)[None, :] * stride_xm
+    if not ELEMENT:
+        end = mask_end(seed, threshold, K, C, BOUNDED)
+        if TRANSPOSED:
+            keep = drawn_columns(seed, threshold, feature_start, end, BLOCK_F)[None, :]
+
+    sums = tl.zeros((BLOCK_F, BLOCK_M), COMPUTE)
+    for start in range(0, reduced_size, BLOCK_R):
+        reduced = start + tl.arange(0, BLOCK_R)
+        x = tl.load(
+            rows_ptr + row_offset + reduced.to(tl.int64)[:, None] * stride_xr,
+            mask=(row < M)[None, :] & (reduced < reduced_size)[:, None],
+            other=0,
+        )
+        if TRANSPOSED:
+            n, k = reduced, feature
+            if ELEMENT:
+                keep = drawn_entries(seed, threshold, n, feature_start, K, IN_FOURS, BLOCK_F)
+        else:
+            n, k = feature, reduced
+            if ELEMENT:
+                keep = drawn_entries(seed, threshold, n, start, K, IN_FOURS, BLOCK_R)
+            else:
+                keep = drawn_columns(seed, threshold, start, end, BLOCK_R)[None, :]
+        inside = (n < N)[:, None] & (k < K)[None, :]
+        n, k = n.to(tl.int64)[:, None], k.to(tl.int64)[None, :]
+        mixed = mixed_tile(
+            weight_ptr,
+            target_ptr,
+            n * stride_wn + k * stride_wk,
+            n * stride_un + k * stride_uk,
+            inside,
+            keep,
+            scale,
+            False,
+        )
+        mixed = narrow(mixed, x.dtype)
+        if TRANSPOSED:
+            mixed = tl.trans(mixed)
+        if INTERPRETS:
+            mixed, x = widen(mixed, COMPUTE), widen(x, COMPUTE)
+        sums = tl.dot(mixed, x, sums, input_precision=PRECISION, out_dtype=COMPUTE)
+
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + feature.to(tl.int64) * stride_b, mask=feature < features, other=0)
+        sums += widen(bias, COMPUTE)[:, None]
+    tl.store(
+        output_ptr + row.to(tl.int64)[None, :] * features + feature[:, None],
+        narrow(sums, output_ptr.dtype.element_ty),
+        mask=(row < M)[None, :] & (feature < features)[:, None],
+    )
+
+
+@triton.jit
+def expand_kernel(
+    compact_ptr,  # (C, N), any strides
+    index_ptr,  # (C,) int32, ascending, then -1
+    dense_ptr,  # (N, K), contiguous: written
+    scale_bits: tl.int64,
+    N,
+    K,
+    C,
+    stride_cc,
+    stride_cn,
+    row_count,  # of N, that a program writes
+    STEPS: tl.constexpr,  # bits of C
+    COMPUTE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """dW[:, index] = compactᵀ · s, 0 elsewhere. Each entry is written once."""
+    scale = scale_bits.to(tl.float64, bitcast=True).to(COMPUTE)
+    column = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
+    # Binary search: slot is the number of indices below the column.
+    slot = tl.zeros((BLOCK_K,), tl.int32)
+    for step in tl.static_range(STEPS):
+        candidate = slot + (1 << (STEPS - 1 - step))
+        entry = tl.load(index_ptr + candidate - 1, mask=candidate <= C, other=-1)
+        slot = tl.where((entry >= 0) & (entry < column), candidate, slot)
+    kept = tl.load(index_ptr + slot, mask=slot < C, other=-1) == column
+    first_row = tl.program_id(1) * row_count
+    for row_start in range(first_row, min(first_row + row_count, N), BLOCK_N):
+        row = row_start + tl.arange(0, BLOCK_N)
+        compact = tl.load(
+            compact_ptr + slot.to(tl.int64)[:, None] * stride_cc + row.to(tl.int64)[None, :] * stride_cn,
+            mask=kept[:, None] & (row < N)[None, :],
+            other=0,
+        )
+        scaled = narrow(widen(compact, COMPUTE) * scale, dense_ptr.dtype.element_ty)
+        tl.store(
+            dense_ptr + row.to(tl.int64)[:, None] * K + column[None, :],
+            tl.trans(scaled),
+            mask=(row < N)[:, None] & (column < K)[None, :],
+        )
