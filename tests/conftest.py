@@ -9,8 +9,15 @@ import pytest
 import torch
 
 from mixout_fast import backends, reference, testing
+from mixout_fast.backends import triton
 
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+
+INTERPRETED = triton.unavailable("cpu") is None
+"""Whether Triton's kernels run in its interpreter (TRITON_INTERPRET=1): then only they are tested, on small shapes."""
+
+if INTERPRETED:
+    testing.SHAPES = ((3, 127, 65), (65, 33, 17), (17, 1, 3))
 
 
 def pytest_addoption(parser):
@@ -45,6 +52,8 @@ def pytest_generate_tests(metafunc):
         served = [(d, name) for d in DEVICES for name, reason in backends.describe(d).items() if reason is None]
         if metafunc.config.getoption("--emulate-cuda"):
             served = [("cpu", "cuda")]
+        if INTERPRETED:
+            served = [("cpu", "triton")]
         if "path" in metafunc.fixturenames:
             served = [(d, name, path) for d, name in served for path in paths_of(backends.BACKENDS[name])]
         names = ("device", "backend", "path")[: len(served[0])]

@@ -23,10 +23,20 @@ from torch.nn import functional as F
 from mixout_fast import reference
 from mixout_fast.reference import capacity, scale, threshold
 
+# A constant: torch.compile traces `unavailable` and cannot trace a search for a module.
+INSTALLED = importlib.util.find_spec("triton") is not None
+if INSTALLED:
+    import triton
+    import triton.language as tl
+
+    from mixout_fast.backends import triton_kernels as kernels
+
+INTERPRETS = INSTALLED and kernels.INTERPRETS.value
+
 # Rows up to which a product in one pass over W and U is chosen before mixing and then multiplying: (y, dX). Not
-# measured. Estimated from bytes: of 16-bit weights mixing first moves 5 bytes for each 2 that one pass moves (W and U
-# read; W' written and read) and costs a launch more, but one pass reads W and U again for each 64 rows. The library's
-# fp32 product is expected to win sooner, IEEE fp32 having no tensor cores to feed from registers.
+# measured. Estimated from bytes: for 16-bit weights mixing first moves 8 bytes an entry (W and U read, W' written and
+# read) where one pass moves 4, and costs a launch more; but one pass reads W and U again for every further 64 rows.
+# In fp32 the product itself weighs more, and the library's is the better one.
 ONE_PASS_ROWS = {
     torch.bfloat16: (64, 64),
     torch.float16: (64, 64),
@@ -39,9 +49,9 @@ ONE_PASS_ROWS = {
 # measured; chosen to compile without spills on every target of benchmarks/kernel_report.py.
 ONE_PASS_CONFIGS = (
     {"BLOCK_F": 64, "BLOCK_R": 64, "num_warps": 4, "num_stages": 3},
-    {"BLOCK_F": 32, "BLOCK_R": 64, "num_warps": 2, "num_stages": 4},
+    {"BLOCK_F": 32, "BLOCK_R": 64, "num_warps": 4, "num_stages": 4},
 )
-AUTOTUNES = os.environ.get("MIXOUT_FAST_AUTOTUNE") == "1"
+AUTOTUNES = os.environ.get("MIXOUT_FAST_AUTOTUNE") == "1" and not INTERPRETS
 
 # Programs, about one a multiprocessor, from which on the first configuration is taken. Not measured.
 WIDE_PROGRAMS = 128
@@ -53,18 +63,7 @@ BLOCK_COLUMNS = 1024
 PROGRAMS = 528
 ELEMENT_BLOCK = 2048
 # Of the dense gradient, (BLOCK_N, BLOCK_K). Not measured.
-EXPANDED = (32, 128)
-
-
-# A constant: torch.compile traces `unavailable` and cannot trace a search for a module.
-INSTALLED = importlib.util.find_spec("triton") is not None
-if INSTALLED:
-    import triton
-    import triton.language as tl
-
-    from mixout_fast.backends import triton_kernels as kernels
-
-INTERPRETS = INSTALLED and kernels.INTERPRETS.value
+EXPANDED = (32, 64)
 
 
 def unavailable(device_type: str) -> str | None:
@@ -133,7 +132,7 @@ def grad_weight(
     return expanded(columns.t().mm(grad), index, in_features, factor, dtype)
 
 
-def launch(kernel, grid: tuple[int, ...], device: torch.device, *arguments, **options) -> None:
+def launch(kernel, grid: tuple[int, ...] | Callable, device: torch.device, *arguments, **options) -> None:
     """Launch on the tensors' device, which need not be the current one."""
     if device.type == "cpu" or device.index == torch.cuda.current_device():
         kernel[grid](*arguments, enable_fp_fusion=False, **options)
@@ -277,6 +276,25 @@ def _prologue(weight, target, mixed, rows, columns, index, seed, p, factor, is_g
     )
 
 
+def one_pass_config(rows: Tensor, features: int) -> dict:
+    """The blocks and launch options of a one-pass product with so many features."""
+    block_m = min(64, max(16, triton.next_power_of_2(rows.shape[0])))
+    wide, narrow = ONE_PASS_CONFIGS
+    programs = triton.cdiv(features, wide["BLOCK_F"]) * triton.cdiv(rows.shape[0], block_m)
+    return {"BLOCK_M": block_m} | (wide if programs >= WIDE_PROGRAMS else narrow)
+
+
+@functools.cache
+def tuned_kernel():
+    """The one-pass kernel that chooses by measurement, for each size, dtype and block of rows."""
+    configs = [
+        triton.Config({"BLOCK_F": c["BLOCK_F"], "BLOCK_R": c["BLOCK_R"]}, c["num_warps"], c["num_stages"])
+        for c in ONE_PASS_CONFIGS
+    ]
+    key = ["N", "K", "TRANSPOSED", "ELEMENT", "BLOCK_M"]
+    return triton.autotune(configs, key, cache_results=True)(kernels.one_pass_kernel)
+
+
 def _fake_product(rows, weight, target, bias, seed, p, mask, transposed):
     return rows.new_empty(rows.shape[0], weight.shape[1 if transposed else 0])
 
@@ -296,10 +314,17 @@ def product(
     output = _fake_product(rows, weight, target, bias, seed, p, mask, transposed)
     in_features = weight.shape[1]
     bound = capacity(in_features, p) if mask == "input" else in_features
-    config, block_m = _config(rows, output)
+    config = one_pass_config(rows, output.shape[1])
+    kernel = kernels.one_pass_kernel
+    if AUTOTUNES:
+        kernel, config = tuned_kernel(), {"BLOCK_M": config["BLOCK_M"]}
+
+    def grid(options):
+        return triton.cdiv(output.shape[1], options["BLOCK_F"]), triton.cdiv(rows.shape[0], options["BLOCK_M"])
+
     launch(
-        kernels.one_pass_kernel,
-        (triton.cdiv(output.shape[1], config["BLOCK_F"]), triton.cdiv(rows.shape[0], block_m)),
+        kernel,
+        grid,
         rows.device,
         rows,
         weight,
@@ -322,7 +347,6 @@ def product(
         IN_FOURS=in_features % 4 == 0,
         COMPUTE=_compute(rows),
         PRECISION=_precision(),
-        BLOCK_M=block_m,
         **config,
     )
     return output
@@ -364,12 +388,6 @@ def _split(rows: int, block: int, column_blocks: int) -> tuple[int, int]:
     blocks = triton.cdiv(rows, block)
     taken = block * max(1, blocks * column_blocks // PROGRAMS)
     return taken, triton.cdiv(rows, taken)
-
-
-def _config(rows: Tensor, output: Tensor) -> tuple[dict, int]:
-    block_m = min(64, max(16, triton.next_power_of_2(rows.shape[0])))
-    wide, narrow = ONE_PASS_CONFIGS
-    return (wide if output.numel() >= WIDE_PROGRAMS * block_m * wide["BLOCK_F"] else narrow), block_m
 
 
 def _precision() -> str:
