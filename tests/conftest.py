@@ -17,7 +17,7 @@ INTERPRETED = triton.unavailable("cpu") is None
 """Whether Triton's kernels run in its interpreter (TRITON_INTERPRET=1): then only they are tested, on small shapes."""
 
 if INTERPRETED:
-    testing.SHAPES = ((3, 127, 65), (65, 33, 17), (17, 1, 3))
+    testing.SHAPES = ((19, 95, 33),)
 
 
 def pytest_addoption(parser):

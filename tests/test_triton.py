@@ -126,8 +126,9 @@ def test_every_configuration_of_the_one_pass_product(served, seed, monkeypatch):
 def test_the_configuration_follows_the_number_of_programs():
     wide, narrow = triton.ONE_PASS_CONFIGS
     rows = torch.empty(20, 64)
-    assert triton.one_pass_config(rows, 64 * triton.WIDE_PROGRAMS) == {"BLOCK_M": 32} | wide
-    assert triton.one_pass_config(rows, 64 * (triton.WIDE_PROGRAMS - 1)) == {"BLOCK_M": 32} | narrow
+    assert triton.one_pass_config(rows, 64 * triton.WIDE_PROGRAMS) == {"BLOCK_M": 32, "BLOCK_R": 32} | wide
+    assert triton.one_pass_config(rows, 64 * (triton.WIDE_PROGRAMS - 1)) == {"BLOCK_M": 32, "BLOCK_R": 32} | narrow
+    assert triton.one_pass_config(rows.half(), 64)["BLOCK_R"] == 64
     assert triton.one_pass_config(torch.empty(1000, 64), 64)["BLOCK_M"] == 64
     assert triton.one_pass_config(torch.empty(1, 64), 64)["BLOCK_M"] == 16
 
