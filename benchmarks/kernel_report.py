@@ -9,12 +9,13 @@ rule of `faults`. It says nothing of speed.
 """
 
 import argparse
+import functools
+import itertools
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from unittest import mock
 
 import torch
@@ -35,15 +36,20 @@ TARGETS = {
 # Shared memory a program may have, from the vendors' tables of compute capabilities; gfx942: local data share.
 SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
 # Instructions that multiply matrices: mma, wgmma and tcgen05, MFMA.
-TENSOR_CORE = {"sm_80": r"\bHMMA", "sm_90": r"\b(?:HMMA|HGMMA)", "sm_100": r"\b(?:HMMA|UTC\w*MMA)", "gfx942": r"\bv_mfma"}
+TENSOR_CORE = {
+    "sm_80": r"\bHMMA",
+    "sm_90": r"\b(?:HMMA|HGMMA)",
+    "sm_100": r"\b(?:HMMA|UTC\w*MMA)",
+    "gfx942": r"\bv_mfma",
+}
 POINTER = {
     torch.float64: "*fp64", torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16",
     torch.int64: "*i64", torch.int32: "*i32",
 }  # fmt: skip
 PRECISIONS = [(dtype, dtype) for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64)]
 PRECISIONS += [(torch.float32, torch.bfloat16), (torch.float32, torch.float16)]
-# (rows, in_features, out_features): enough features for the first of ONE_PASS_CONFIGS, and not.
-NARROW, WIDE = (1024, 1024), (8192, 8192)
+# (out_features, in_features): too few features for the first of ONE_PASS_CONFIGS, and enough.
+SIZES = (1024, 1024), (8192, 8192)
 
 
 @dataclass
@@ -56,7 +62,6 @@ class Launch:
     arguments: tuple
     options: dict
     compute: torch.dtype
-    readings: dict = field(default_factory=dict)
 
     @property
     def config(self) -> str:
@@ -88,42 +93,46 @@ def launches(quick: bool) -> list[Launch]:
     """Those of the backend's functions for sizes that reach every row of its tables, each compilation once."""
     seen = {}
 
-    def record(what, dtype, compute, function, *arguments):
-        def note(kernel, grid, device, *values, **options):
-            names = "->".join(dict.fromkeys(str(d)[6:] for d in (dtype, compute)))
-            launch = Launch(what, names, kernel, values, options, compute)
-            signature, constants, _ = specialization(launch)
-            seen.setdefault((kernel, str(signature), str(constants), str(options)), launch)
-
-        with mock.patch.object(backend, "launch", note):
-            function(*arguments)
-
+    seed, p = torch.tensor(0), 0.9
     for dtype, compute in PRECISIONS[:1] if quick else PRECISIONS:
-        seed = torch.tensor(0)
-        for p in (0.9,):
-            for out_features, in_features in (NARROW, WIDE):
-                weight = torch.empty(out_features, in_features, dtype=dtype)
-                for mask in ("input", "element"):
-                    masked = (weight, weight, seed, p, mask)
-                    record(f"mix, {mask}", dtype, compute, backend.mix, *masked, compute)
-                    record(f"mask_grad, {mask}", dtype, compute, backend.mask_grad, weight, *masked[2:], 2.0, dtype)
-                    for rows in (16, 32, 64):
-                        x = torch.empty(rows, in_features, dtype=compute)
-                        bias, forward, backward = weight[0], *backend.is_one_pass(compute, rows)
-                        precisions = ("tf32", "ieee") if compute == torch.float32 else ("ieee",)
-                        for precision in precisions:
-                            with mock.patch.object(backend, "_precision", lambda precision=precision: precision):
-                                if forward:
-                                    record(f"y, {mask}", dtype, compute, backend.product, x, *masked[:2], bias, *masked[2:], False)
-                                if backward:
-                                    record(f"dX, {mask}", dtype, compute, backend.product, x, *masked[:2], None, *masked[2:], True)
-                x = torch.empty(4096, in_features, dtype=compute)
-                record("gather", dtype, compute, backend.gather, x, seed, p, True)
-                record("mix, gather", dtype, compute, backend.mixed_and_gathered, weight, weight, x, seed, p)
-                compact = torch.empty(backend.capacity(in_features, p), out_features, dtype=compute)
-                index = torch.empty(len(compact), dtype=torch.int32)
-                record("expand", dtype, compute, backend.expanded, compact, index, in_features, 2.0, dtype)
+        record = functools.partial(note_launches, seen, dtype, compute)
+        for out_features, in_features in SIZES:
+            weight = torch.empty(out_features, in_features, dtype=dtype)
+            for mask in ("input", "element"):
+                record(f"mix, {mask}", backend.mix, weight, weight, seed, p, mask, compute)
+                record(f"mask_grad, {mask}", backend.mask_grad, weight, seed, p, mask, 2.0, dtype)
+                for rows, precision in itertools.product((16, 32, 64), ("ieee", "tf32")):
+                    x = torch.empty(rows, in_features, dtype=compute)
+                    operands, draw = (weight, weight), (seed, p, mask)
+                    forward, backward = backend.is_one_pass(compute, rows)
+                    with mock.patch.object(backend, "_precision", lambda precision=precision: precision):
+                        if forward:
+                            record(f"y, {mask}", backend.product, x, *operands, weight[0], *draw, False)
+                        if backward:
+                            record(f"dX, {mask}", backend.product, x, *operands, None, *draw, True)
+            x = torch.empty(4096, in_features, dtype=compute)
+            record("gather", backend.gather, x, seed, p, True)
+            record("mix, gather", backend.mixed_and_gathered, weight, weight, x, seed, p)
+            compact = torch.empty(backend.capacity(in_features, p), out_features, dtype=compute)
+            index = torch.empty(len(compact), dtype=torch.int32)
+            record("expand", backend.expanded, compact, index, in_features, 2.0, dtype)
     return list(seen.values())
+
+
+def note_launches(seen: dict, dtype: torch.dtype, compute: torch.dtype, what: str, function, *arguments) -> None:
+    """Call the backend's function and put the launches it makes into `seen` instead of making them."""
+
+    def note(kernel, grid, device, *values, **options):
+        if compute != torch.float32 and "PRECISION" in options:
+            options["PRECISION"] = "ieee"
+        launch = Launch(
+            what, "->".join(dict.fromkeys(str(d)[6:] for d in (dtype, compute))), kernel, values, options, compute
+        )
+        signature, constants, _ = specialization(launch)
+        seen.setdefault((kernel, str(signature), str(constants), str(options)), launch)
+
+    with mock.patch.object(backend, "launch", note):
+        function(*arguments)
 
 
 def specialization(launch: Launch) -> tuple[dict, dict, dict]:
@@ -202,15 +211,57 @@ def read_amdgcn(assembly: str, shared: int, name: str) -> Reading:
     )
 
 
+def faults(launch: Launch, name: str, reading: Reading) -> list[str]:
+    """What a kernel must not be, on any target."""
+    found = []
+    kernels = backend.kernels
+    streams = launch.kernel in (kernels.prologue_kernel, kernels.element_kernel)
+    if reading.spills:
+        found.append(f"{reading.spills} spills")
+    if reading.shared > SHARED_LIMIT[name]:
+        found.append(f"{reading.shared} bytes of shared memory")
+    if streams and not reading.wide_loads:
+        found.append("no loads of 16 bytes")
+    if streams and reading.narrow_loads > 1:
+        found.append("loads of less than 16 bytes beside the seed's")
+    if streams and reading.fused:
+        found.append("fused multiply-adds")
+    if launch.multiplies_on_tensor_cores and not reading.tensor_core:
+        found.append("no products on tensor cores")
+    wide = launch.options.get("BLOCK_F", 0) >= 64
+    if name == "sm_90" and wide and launch.multiplies_on_tensor_cores and not reading.wgmma:
+        found.append("no wgmma")
+    return found
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.kernel_report", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="bf16 and one target only")
+    options = parser.parse_args(arguments)
+    if backend.INTERPRETS:
+        parser.error("TRITON_INTERPRET is set: nothing is compiled")
+    targets = ("sm_90",) if options.quick else tuple(TARGETS)
+    todo = [(launch, name) for launch in launches(options.quick) for name in targets]
+    lines, failures = [], 0
+    bar = progress(todo)
+    for launch, name in bar:
+        bar.set_description(f"{launch.what} {launch.dtypes} {name}")
+        reading = read(compile_for(launch, TARGETS[name]), name)
+        found = faults(launch, name, reading)
+        failures += bool(found)
+        cells = (reading.registers, reading.spills, reading.shared, reading.tensor_core, reading.wide_loads)
+        row = f"{launch.what:<18} {launch.dtypes:<18} {launch.config:<18} {name:<7}"
+        lines.append(row + "".join(f"{cell:>9}" for cell in (*cells, reading.narrow_loads)) + "  " + ", ".join(found))
+    print(
+        f"mixout_fast {__version__}, torch {torch.__version__}, triton {triton.__version__}; nothing was run on a GPU"
+    )
+    print("registers a thread; bytes of shared memory a program; numbers of instructions")
+    header = ("regs", "spills", "shared", "tensor", "16-byte", "narrower")
+    print(f"{'launch':<18} {'dtype':<18} {'blocks, warps':<18} {'target':<7}" + "".join(f"{h:>9}" for h in header))
+    print("\n".join(lines))
+    print(f"{len(lines)} compiled, {failures} with a fault")
+    return 1 if failures else 0
+
+
 if __name__ == "__main__":
-    import time
-    ls = launches("--quick" in sys.argv)
-    print(len(ls))
-    for l in ls:
-        for name in (TARGETS if len(sys.argv) < 3 else sys.argv[2].split(",")):
-            t=time.time()
-            try:
-                r = read(compile_for(l, TARGETS[name]), name)
-                print(l.what, l.dtypes, l.config, name, r, f"{time.time()-t:.1f}", flush=True)
-            except Exception as e:
-                print(l.what, l.dtypes, l.config, name, "ERROR", type(e), str(e)[-600:], flush=True)
+    sys.exit(main())

@@ -159,5 +159,7 @@ def test_infinite_entries_of_other_columns_stay_there(served, seed):
         inner = spread[tuple(slice(0, size) for size in tensor.shape)]
         return inner.copy_(tensor)
 
-    spread = {name: within_infinity(getattr(case, name)) for name in ("input", "weight", "target", "bias", "grad_output")}
+    spread = {
+        name: within_infinity(getattr(case, name)) for name in ("input", "weight", "target", "bias", "grad_output")
+    }
     testing.check_exact(dataclasses.replace(case, **spread, origin="within infinity"), "triton")

@@ -289,7 +289,9 @@ def one_pass_config(rows: Tensor, features: int) -> dict:
     block_m = min(64, max(16, triton.next_power_of_2(rows.shape[0])))
     wide, narrow = ONE_PASS_CONFIGS
     programs = triton.cdiv(features, wide["BLOCK_F"]) * triton.cdiv(rows.shape[0], block_m)
-    return {"BLOCK_M": block_m, "BLOCK_R": STEP_BYTES // rows.element_size()} | (wide if programs >= WIDE_PROGRAMS else narrow)
+    return {"BLOCK_M": block_m, "BLOCK_R": STEP_BYTES // rows.element_size()} | (
+        wide if programs >= WIDE_PROGRAMS else narrow
+    )
 
 
 @functools.cache

@@ -272,9 +272,7 @@ def element_kernel(
     else:
         n, k = entry // K, entry % K
         weight_offset, target_offset = n * stride_wn + k * stride_wk, n * stride_un + k * stride_uk
-    mixed = mixed_tile(
-        weight_ptr, target_ptr, weight_offset, target_offset, entry < entries, keep, scale, IS_GRADIENT
-    )
+    mixed = mixed_tile(weight_ptr, target_ptr, weight_offset, target_offset, entry < entries, keep, scale, IS_GRADIENT)
     tl.store(mixed_ptr + entry, narrow(mixed, mixed_ptr.dtype.element_ty), mask=entry < entries)
 
 
