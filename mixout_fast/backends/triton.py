@@ -4,8 +4,8 @@ Launches per call of the layer, the library's product among them and the seed's 
 
     forward     mixed first: W', kept indices and X[:, kept] in one launch, then the library's product: 2
                 in one pass: 1, and 1 to gather
-    backward    dX: 2, or 1 in one pass; dW: compact product and expansion, 2 (3 if x was saved, which is then gathered);
-                db: 1
+    backward    dX: 2, or 1 in one pass; db: 1; dW: the compact product and its expansion, 2 (3 where forward saved x,
+                which is then gathered)
 
 Nothing waits for the device: the kept indices always have their static size C, `static` or not, padded with -1.
 """
@@ -53,8 +53,8 @@ ONE_PASS_CONFIGS = (
 )
 AUTOTUNES = os.environ.get("MIXOUT_FAST_AUTOTUNE") == "1" and not INTERPRETS
 
-# Bytes of a row of x that a step of the one-pass product takes. Of fp32 that is 32 entries: sums in pieces of 64 have up
-# to 2.7 times the error of MKL's at 3 rows and 127 in_features, in pieces of 32 up to 1.7 (interpreted).
+# Bytes of a row of x that a step of the one-pass product takes. Of fp32 that is 32 entries: sums in pieces of 64 have
+# up to 2.7 times the error of MKL's at 3 rows and 127 in_features, in pieces of 32 up to 1.7 (interpreted).
 STEP_BYTES = 128
 # Programs, about one a multiprocessor, from which on the first configuration is taken. Not measured.
 WIDE_PROGRAMS = 128
@@ -391,7 +391,7 @@ def expanded(compact: Tensor, index: Tensor, in_features: int, factor: float, dt
 
 
 def _split(rows: int, block: int, column_blocks: int) -> tuple[int, int]:
-    """Rows a program takes, a multiple of `block`, for about PROGRAMS programs; and into how many parts that cuts rows."""
+    """Rows that a program takes, a multiple of `block`, for about PROGRAMS programs, and how many parts that makes."""
     blocks = triton.cdiv(rows, block)
     taken = block * max(1, blocks * column_blocks // PROGRAMS)
     return taken, triton.cdiv(rows, taken)

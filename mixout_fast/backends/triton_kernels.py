@@ -22,7 +22,7 @@ COUNTED = tl.constexpr(1024)
 @triton.jit
 def widen(value, dtype: tl.constexpr):
     """The value in fp32 or fp64, exactly."""
-    if INTERPRETS:
+    if INTERPRETS:  # noqa: SIM102  (constants, each a branch of its own to the compiler)
         if value.dtype == tl.bfloat16:
             value = (value.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
     return value.to(dtype)
@@ -31,7 +31,7 @@ def widen(value, dtype: tl.constexpr):
 @triton.jit
 def narrow(value, dtype: tl.constexpr):
     """The value rounded to nearest even."""
-    if INTERPRETS:
+    if INTERPRETS:  # noqa: SIM102
         if dtype == tl.bfloat16:
             bits = value.to(tl.uint32, bitcast=True)
             rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
@@ -109,9 +109,9 @@ def mixed_tile(
     scale,
     IS_GRADIENT: tl.constexpr,
 ):
-    """u + (w - u) · s where kept and u itself where dropped; of a gradient g, g · s and 0. In scale's dtype, of any shape.
+    """u + (w - u) · s where kept and u itself where dropped; of a gradient g, g · s and 0. In scale's dtype.
 
-    Entries not `inside` are 0. target_ptr None: u = 0.
+    Offsets, inside and keep broadcast to the tile's shape. Entries not `inside` are 0. target_ptr None: u = 0.
     """
     weight = widen(tl.load(weight_ptr + weight_offset, mask=inside, other=0), scale.dtype)
     if target_ptr is None:
