@@ -29,6 +29,10 @@ gpu:
 test: build ctest
 	$(PY) -m pytest $(PYTEST_ARGS)
 	$(PY) -m pytest --emulate-cuda $(EMULATED) $(PYTEST_ARGS)
+	@if $(PY) -c "import triton" 2>/dev/null; then \
+	  echo "Triton's kernels in its interpreter" && \
+	  TRITON_INTERPRET=1 $(PY) -m pytest $(PYTEST_ARGS) $(INTERPRETED); \
+	else echo "triton is not installed: the tests of its kernels are left out"; fi
 	$(PY) -m mixout_fast check
 
 ctest:

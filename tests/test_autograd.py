@@ -220,7 +220,9 @@ def test_bytes_saved_for_backward(p, trained, ratio, rows, mask, dtype, device, 
     linear = saved_bytes(lambda: F.linear(x, weight, bias), held)
     ours = saved_bytes(lambda: mix_linear(x, weight, case.target, bias, p, mask=mask, backend=backend), held)
     assert linear == (x.nbytes if "w" in trained else 0)
-    assert ours <= ratio * x.nbytes
+    # 0.2 is X[:, kept] at its static width, 144 of 768 columns; of few rows their indices weigh beside it.
+    indices = 4 * reference.capacity(768, p) if 0 < ratio < 1 else 0
+    assert ours <= ratio * x.nbytes + indices
 
 
 @few_and_many_rows
