@@ -78,8 +78,8 @@ def unavailable(device_type: str) -> str | None:
     return "it serves CUDA and ROCm devices (and CPUs through Triton's interpreter, under TRITON_INTERPRET=1)"
 
 
-def masks_input(rows: Tensor, p: float) -> bool:
-    """As reference.masks_input. Not measured; it would save a launch where p · rows is small."""
+def full_product(rows: Tensor, p: float) -> bool:
+    """As reference's. Not measured; it would save a launch and the gather where p · rows is small."""
     return False
 
 
