@@ -250,9 +250,8 @@ def main(arguments: list[str] | None = None) -> int:
         failures += bool(found)
         cells = (reading.registers, reading.spills, reading.shared, reading.tensor_core, reading.wide_loads)
         row = f"{launch.what:<18} {launch.dtypes:<18} {launch.config:<18} {name:<7}"
-        lines.append(
-            row + "".join(f"{cell:>9}" for cell in (*cells, reading.narrow_loads)) + f"  {', '.join(found)}".rstrip()
-        )
+        row += "".join(f"{cell:>9}" for cell in (*cells, reading.narrow_loads))
+        lines.append("  ".join([row, *found]))
     print(
         f"mixout_fast {__version__}, torch {torch.__version__}, triton {triton.__version__}; nothing was run on a GPU"
     )
