@@ -31,8 +31,8 @@ def wdecay(
     Parameters without a gradient do not decay, as with torch's optimizers.
 
     Args:
-        optimizer: whose step is hooked, with its groups' learning rates. GradScaler is served, also with optimizers that
-            unscale gradients themselves (fused Adam).
+        optimizer: whose step is hooked, with its groups' learning rates. GradScaler is served, also with an optimizer
+            that unscales gradients itself (fused Adam).
         decay: λ, at least 0.
         target: None, the mixout target of a mixed parameter, and of any other a copy of its present value; a model or a
             state dict with the model's keys; or 0.0, ordinary weight decay.
