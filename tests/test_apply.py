@@ -78,16 +78,6 @@ def tokens(device):
     return torch.randint(0, 20, (3, 12), device=device)
 
 
-@pytest.fixture
-def mixes_first(monkeypatch):
-    """No one-pass kernel, whose order of summation is its own: results are the library's, bit for bit."""
-    from mixout_fast.backends import BACKENDS
-
-    for module in BACKENDS.values():
-        if hasattr(module, "ONE_PASS_ROWS"):
-            monkeypatch.setattr(module, "ONE_PASS_ROWS", dict.fromkeys(module.ONE_PASS_ROWS, (-1, -1)))
-
-
 def train(model, tokens, steps=3, lr=0.05):
     optimizer = torch.optim.SGD(model.parameters(), lr=lr)
     for _ in range(steps):
