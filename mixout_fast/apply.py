@@ -178,9 +178,7 @@ def apply_mixout(
 
     for use in mixed:
         use.mix(mask, grad_scale, backend)
-    # A module may read its weight twice in a forward pass, such as XLNet for both of its streams.
-    groups = ties + [[use] for use in mixed if isinstance(use.mixing, Mixing)]
-    groups += _siblings(mixed) if share_masks else []
+    groups = ties + (_siblings(mixed) if share_masks else [])
     for group in _merge(groups):
         _lowest_common_module(model, group).register_forward_pre_hook(SharedSeed([use.mixing for use in group]))
     for name, rule in head.items():

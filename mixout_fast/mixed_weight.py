@@ -22,6 +22,7 @@ PREFIX = "mixing_"
 class Mixing(nn.Module):
     """How one weight of its parent module is mixed: weight -> W' in training, weight itself in eval mode.
 
+    Every reading of the weight draws a mask, as every call of MixLinear does, unless `seed` is set.
     `input_dims` are the weight's dimensions that number its input neurons: (1,) for (out, in, …), (0,) for (in, …), and
     (1, 2) for (out, in, in). `p`, `mask`, `grad_scale`, `backend` and `seed` are as for `mixout_fast.mixout` and may be
     reassigned; `target` is a non-persistent buffer of the weight's shape, None for zero.
