@@ -141,6 +141,7 @@ def test_objects_keys_and_an_optimizer_made_before_stay_valid(net, tokens):
     assert dict(net.named_parameters()).keys() == parameters.keys()
     assert all(parameter is parameters[name] for name, parameter in net.named_parameters())
     assert all(dict(net.named_modules())[name] is module for name, module in modules.items())
+    assert type(net.conv).__name__ == "Conv1d", "transformers saves the names of classes"
     assert list(net.state_dict()) == list(state)
     for name, tensor in net.state_dict().items():
         testing.assert_same_bits(name, tensor, state[name], net)
@@ -433,8 +434,8 @@ def test_paper_layers(device):
             self.norm = nn.LayerNorm(8)
 
         def forward(self, x):
-            h = self.drop(self.first(x))
-            return self.unused_drop(self.third(F.gelu(self.second(self.norm(x + h)))))
+            h = self.first(x)
+            return self.unused_drop(self.third(F.gelu(self.second(self.norm(x + self.drop(h)))) + h))
 
     model = Block().to(device).train()
     apply_mixout(model, 0.9, layers="paper", example=torch.randn(2, 8, device=device))
@@ -457,7 +458,13 @@ def test_siblings_share_a_mask(net, device, tokens):
         assert torch.equal(*kept)
         seen.append(kept[0])
     assert len(torch.stack(seen).unique(dim=0)) > 1
-    net.eval()(tokens)
+
+
+def test_eval_mode_draws_no_random_numbers(net, tokens):
+    apply_mixout(net, 0.5, share_masks=True).eval()
+    state = torch.get_rng_state()
+    net(tokens)
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_targets_are_left_out_of_ddps_broadcasts(net):
