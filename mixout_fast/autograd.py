@@ -13,6 +13,7 @@ from W, U and the seed rather than saved. `factor` below is s for grad_scale="ex
 """
 
 import torch
+from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from mixout_fast import reference
