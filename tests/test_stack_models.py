@@ -2,6 +2,7 @@
 
 import copy
 import json
+from statistics import median
 
 import pytest
 import torch
@@ -164,21 +165,31 @@ def test_the_papers_layers_of_bert():
 
 
 def test_twenty_steps_agree_with_the_reference(device, backend):
-    """Weights after 20 steps, against fp64: at most twice the reference's error."""
-    start, inputs = bert().train().to(device), batch("bert", 16, device)
-    weights = {}
-    for kind, dtype, served in (
-        ("exact", torch.float64, "reference"),
-        ("reference", torch.float32, "reference"),
-        ("ours", torch.float32, backend),
-    ):
-        model = apply_mixout(copy.deepcopy(start).to(dtype), 0.7, backend=served)
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-        torch.manual_seed(11)
-        for _ in range(20):
-            step(model, inputs, optimizer)
-        weights[kind] = torch.cat([m.parameter.detach().double().flatten() for m in mixed_parameters(model)])
-    moved = torch.cat([start.get_parameter(m.name).detach().double().flatten() for m in mixed_parameters(model)])
-    errors = {kind: (weights[kind] - weights["exact"]).abs().max() for kind in ("reference", "ours")}
-    assert (weights["exact"] - moved).abs().max() > 1000 * errors["reference"], "the weights have moved"
-    assert errors["ours"] <= testing.ERROR_RATIO * errors["reference"]
+    """Weights after 20 steps, against fp64: the median over runs is at most twice the reference's error.
+
+    Steps amplify a run's first errors along few directions, so the error of one run is one draw, however many weights:
+    it differs thirtyfold between runs of the reference alone.
+    """
+    errors = {"reference": [], "ours": []}
+    for number in range(7):
+        torch.manual_seed(number)
+        start, inputs = bert().train().to(device), batch("bert", 16, device)
+        weights = {
+            "exact": weights_after_20_steps(copy.deepcopy(start).double(), inputs, "reference"),
+            "reference": weights_after_20_steps(copy.deepcopy(start), inputs, "reference"),
+            "ours": weights_after_20_steps(copy.deepcopy(start), inputs, backend),
+        }
+        for kind, seen in errors.items():
+            seen.append((weights[kind] - weights["exact"]).abs().max())
+        moved = weights["exact"] - torch.cat([w.detach().flatten() for w in start.parameters() if w.dim() == 2])
+        assert moved.abs().max() > 1000 * errors["reference"][-1], "the weights have moved"
+    assert median(errors["ours"]) <= testing.ERROR_RATIO * median(errors["reference"])
+
+
+def weights_after_20_steps(model, inputs, backend):
+    apply_mixout(model, 0.7, backend=backend)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    torch.manual_seed(11)
+    for _ in range(20):
+        step(model, inputs, optimizer)
+    return torch.cat([m.parameter.detach().double().flatten() for m in mixed_parameters(model)])
