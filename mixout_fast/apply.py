@@ -5,7 +5,6 @@ where its module reads it (mixed_weight.py). Module and Parameter objects stay, 
 optimizers.
 """
 
-import itertools
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,43 +17,8 @@ from mixout_fast.dropout_feeds import DROPOUTS, dropout_feeds
 from mixout_fast.embedding import MixEmbedding
 from mixout_fast.functional import DTYPES, check_options
 from mixout_fast.linear import MixLinear
-from mixout_fast.mixed_weight import PREFIX, MixedWeights, Mixing, mix_weight, unmix_weights
-
-INPUT_DIMS: dict[str, dict[str, tuple[int, ...]]] = {
-    "torch.nn.modules.linear.Linear": {"weight": (1,)},
-    "torch.nn.modules.sparse.Embedding": {"weight": (0,)},
-    "torch.nn.modules.sparse.EmbeddingBag": {"weight": (0,)},
-    "torch.nn.modules.conv.Conv1d": {"weight": (1,)},
-    "torch.nn.modules.conv.Conv2d": {"weight": (1,)},
-    "torch.nn.modules.conv.Conv3d": {"weight": (1,)},
-    "torch.nn.modules.activation.MultiheadAttention": {
-        "in_proj_weight": (1,),
-        "q_proj_weight": (1,),
-        "k_proj_weight": (1,),
-        "v_proj_weight": (1,),
-    },
-    "transformers.pytorch_utils.Conv1D": {"weight": (0,)},
-    "transformers.models.xlnet.modeling_xlnet.XLNetRelativeAttention": {
-        "q": (0,),
-        "k": (0,),
-        "v": (0,),
-        "r": (0,),
-        "o": (1, 2),
-    },
-}
-"""Class -> its weights -> the dimensions that number the weight's input neurons: (1,), (0,), or (1, 2) of three.
-
-Subclasses are covered. Add the classes of your own that hold weights directly.
-"""
-
-SIBLINGS = (
-    ("query", "key", "value"),
-    ("q_proj", "k_proj", "v_proj"),
-    ("q_lin", "k_lin", "v_lin"),
-    ("gate_proj", "up_proj"),
-    ("w1", "w3"),
-)
-"""Names of nn.Linear children that read the same x in Hugging Face models, for share_masks."""
+from mixout_fast.mixed_weight import PREFIX, MixedWeights, Mixing, unmix_weights
+from mixout_fast.uses import Use, find_uses, join_names, lowest_common_module, merge_groups, resolve_ties, siblings
 
 Probability = float | Callable[[nn.Module, str], float]
 HeadRule = tuple[str, float] | None
@@ -137,7 +101,7 @@ def apply_mixout(
         p: probability in [0, 1] that an input neuron's weights are replaced by the target's, or a function
             (module, name of the module) -> probability; at 0 a weight is left alone.
         target: the weights to return to. None: a copy of the present ones. Another model, or a state dict with the
-            model's keys: its tensors themselves where they lie on the parameter's device, in their own dtype.
+            model's keys: its tensors themselves where they lie on the parameter's device, in its or a smaller dtype.
         target_dtype: the dtype to keep the targets in, such as bfloat16 to save memory.
         layers: "all" weights, or "paper", the published recipe: weights that a Dropout feeds in model(example), those
             Dropouts' p set to 0, and of a transformers model the base model only.
@@ -161,7 +125,7 @@ def apply_mixout(
     """
     _check_arguments(model, p, target_dtype, layers, head, dropout, mask, grad_scale)
     head = head or {}
-    uses = _find_uses(model, frozen, mask)
+    uses = find_uses(model, frozen, mask)
     feeds = dropout_feeds(model, _example(model, example)) if layers == "paper" else None
     for use in uses:
         if use.reason is None:
@@ -170,7 +134,7 @@ def apply_mixout(
     for use in uses:
         if use.reason is None:
             use.target, use.reason = _source(use, uses, sources, head)
-    ties = _resolve_ties(uses)
+    ties = resolve_ties(uses)
     mixed = [use for use in uses if use.reason is None]
     if not mixed:
         raise ValueError(_nothing_mixed(uses, filter_fn))
@@ -178,22 +142,21 @@ def apply_mixout(
 
     for use in mixed:
         use.mix(mask, grad_scale, backend)
-    groups = ties + (_siblings(mixed) if share_masks else [])
-    for group in _merge(groups):
-        _lowest_common_module(model, group).register_forward_pre_hook(SharedSeed([use.mixing for use in group]))
+    groups = ties + (siblings(mixed) if share_masks else [])
+    for group in merge_groups(groups):
+        lowest_common_module(model, group).register_forward_pre_hook(SharedSeed([use.mixing for use in group]))
     for name, rule in head.items():
         if rule is not None and rule[0] == "dropout":
             for module in model.get_submodule(name).modules():
                 if isinstance(module, nn.Linear):
                     module.register_forward_pre_hook(InputDropout(rule[1]))
-    new_p = {module: 0.0 for use in mixed for module in feeds[id(use.parameter)]} if feeds is not None else {}
+    new_p = {module: 0.0 for use in mixed for module in feeds.get(id(use.parameter), ())} if feeds is not None else {}
     if dropout is not None:
         new_p |= {module: dropout for module in model.modules() if isinstance(module, DROPOUTS)}
-    model.mixout_report = Report(tuple(use.row() for use in uses), _set_dropouts(model, new_p))
+    model.mixout_report = Report(tuple(map(_row, uses)), _set_dropouts(model, new_p))
     # DDP broadcasts buffers at every forward pass; targets are constants.
-    ignored = list(getattr(model, "_ddp_params_and_buffers_to_ignore", []))
-    targets = [name for name, module in model.named_modules() if getattr(module, "target", None) is not None]
-    model._ddp_params_and_buffers_to_ignore = ignored + [f"{name}.target".lstrip(".") for name in targets]
+    ignored = getattr(model, "_ddp_params_and_buffers_to_ignore", [])
+    model._ddp_params_and_buffers_to_ignore = [*ignored, *_target_buffers(model)]
     if verbose:
         print(model.mixout_report)
     return model
@@ -206,6 +169,7 @@ def remove_mixout(model: nn.Module) -> nn.Module:
     """
     if not mixed_parameters(model):
         raise ValueError("model: no weight of it is mixed")
+    targets = set(_target_buffers(model))
     for module in list(model.modules()):
         if isinstance(module, (MixLinear, MixEmbedding)):
             del module.target
@@ -221,7 +185,7 @@ def remove_mixout(model: nn.Module) -> nn.Module:
     for name, p in done.dropouts.items() if done else ():
         model.get_submodule(name).p = p
     ignored = vars(model).pop("_ddp_params_and_buffers_to_ignore", [])
-    kept = [name for name in ignored if not name.endswith("target")]
+    kept = [name for name in ignored if name not in targets]
     if kept:
         model._ddp_params_and_buffers_to_ignore = kept
     return model
@@ -245,7 +209,7 @@ def mixed_parameters(model: nn.Module) -> list[MixedParameter]:
         else:
             continue
         for name, mixing in mixings.items():
-            found.append(MixedParameter(_join(module_name, name), module._parameters[name], mixing))
+            found.append(MixedParameter(join_names(module_name, name), module._parameters[name], mixing))
     return found
 
 
@@ -295,48 +259,6 @@ def draw_seed(mixing: nn.Module) -> Tensor:
     return torch.randint(-(2**63), 2**63 - 1, (), device=None if tensor is None else tensor.device)
 
 
-@dataclass(eq=False)
-class _Use:
-    """A parameter in a module that reads it."""
-
-    module_name: str
-    module: nn.Module
-    attribute: str
-    parameter: nn.Parameter
-    input_dims: tuple[int, ...]
-    kind: str
-    reason: str | None
-    toward_zero: bool = False
-    p: float | None = None
-    target: Tensor | None = None
-    mixing: nn.Module | None = None
-
-    @property
-    def name(self) -> str:
-        return _join(self.module_name, self.attribute)
-
-    def row(self) -> Row:
-        p = self.p if self.reason is None else None
-        return Row(self.name, self.kind, p, self.parameter.numel(), self.reason)
-
-    def mix(self, mask: str, grad_scale: str, backend: str | None) -> None:
-        module = self.module
-        # A forward that someone put on the instance reads the weight and knows nothing of the class's.
-        replaceable = "forward" not in vars(module)
-        if type(module) is nn.Linear and replaceable:
-            module.__class__ = MixLinear
-            module._set_mixout(None, self.p, mask, grad_scale, "bernoulli", backend)
-            module.target = self.target
-            self.mixing = module
-        elif type(module) is nn.Embedding and replaceable:
-            module.__class__ = MixEmbedding
-            module.set_mixout(self.target, self.p, mask, grad_scale, columns=self.input_dims == (1,))
-            self.mixing = module
-        else:
-            self.mixing = Mixing(self.target, self.p, self.input_dims, mask, grad_scale, backend)
-            mix_weight(module, self.attribute, self.mixing)
-
-
 def _check_arguments(model, p, target_dtype, layers, head, dropout, mask, grad_scale) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: {type(model).__name__}; it takes an nn.Module")
@@ -366,57 +288,6 @@ def _check_arguments(model, p, target_dtype, layers, head, dropout, mask, grad_s
             raise ValueError(f'head: {name!r}: ("dropout", p) needs an nn.Linear in it')
 
 
-def _find_uses(model: nn.Module, frozen: bool, mask: str) -> list[_Use]:
-    """Every parameter in every module that holds it, with the reasons that lie in the parameter itself."""
-    lora_a, lora_b = _lora_weights(model)
-    uses = []
-    for module_name, module in model.named_modules():
-        for attribute, parameter in module._parameters.items():
-            if parameter is None:
-                continue
-            input_dims = _input_dims(module, attribute)
-            kind = type(module).__name__
-            use = _Use(module_name, module, attribute, parameter, input_dims, kind, None, parameter in lora_a)
-            if parameter.dim() < 2 or attribute.endswith("bias"):
-                use.reason = "bias or normalisation"
-            elif parameter.dtype not in DTYPES:
-                use.reason = f"dtype {str(parameter.dtype).removeprefix('torch.')}"
-            elif parameter.is_meta:
-                raise ValueError(f"model: {use.name} is on the meta device; load its weights first")
-            elif parameter in lora_b:
-                use.reason = "LoRA's B: mixing A toward zero mixes the product"
-            elif parameter in lora_a and mask == "element":
-                use.reason = "LoRA's A: an element mask of it is none of the product"
-            elif not parameter.requires_grad and not frozen:
-                use.reason = "frozen"
-            elif not input_dims:
-                use.reason = f"raw parameter of {type(module).__name__}, not in INPUT_DIMS"
-            elif getattr(module, "groups", 1) != 1:
-                use.reason = "grouped convolution"
-            elif getattr(module, "max_norm", None) is not None:
-                use.reason = "max_norm changes it in place"
-            uses.append(use)
-    return uses
-
-
-def _lora_weights(model: nn.Module) -> tuple[set[nn.Parameter], set[nn.Parameter]]:
-    """The parameters of all A and of all B of PEFT's LoRA layers."""
-    a, b = set(), set()
-    for module in model.modules():
-        if any(cls.__name__ == "LoraLayer" and cls.__module__.startswith("peft.") for cls in type(module).__mro__):
-            a.update(module.lora_A.parameters(), module.lora_embedding_A.parameters())
-            b.update(module.lora_B.parameters(), module.lora_embedding_B.parameters())
-    return a, b
-
-
-def _input_dims(module: nn.Module, attribute: str) -> tuple[int, ...]:
-    for cls in type(module).__mro__:
-        dims = INPUT_DIMS.get(f"{cls.__module__}.{cls.__qualname__}", {})
-        if attribute in dims:
-            return dims[attribute]
-    return ()
-
-
 def _choose(use, model, p, filter_fn, head, feeds, mask, grad_scale) -> tuple[float | None, str | None]:
     """(p, None), or (None, why this use is not mixed)."""
     part = _head_of(use, head)
@@ -439,7 +310,7 @@ def _choose(use, model, p, filter_fn, head, feeds, mask, grad_scale) -> tuple[fl
     return (None, "p = 0") if chosen == 0.0 else (chosen, None)
 
 
-def _head_of(use: _Use, head: Collection[str]) -> str | None:
+def _head_of(use: Use, head: Collection[str]) -> str | None:
     parts = [name for name in head if name == "" or f"{use.module_name}.".startswith(f"{name}.")]
     return max(parts, key=len, default=None)
 
@@ -484,32 +355,10 @@ def _source(use, uses, sources, head) -> tuple[Tensor | None, str | None]:
     return tensor.detach(), None
 
 
-def _resolve_ties(uses: list[_Use]) -> list[list[_Use]]:
-    """Has tied uses mixed alike: all or none, one p, one target, one reading of the input dimensions."""
-    by_parameter: dict[nn.Parameter, list[_Use]] = {}
-    for use in uses:
-        by_parameter.setdefault(use.parameter, []).append(use)
-    ties = []
-    for tied in by_parameter.values():
-        left_out = next((use for use in tied if use.reason is not None), None)
-        if len(tied) == 1 or all(use.reason is not None for use in tied):
-            continue
-        if left_out is not None:
-            for use in tied:
-                use.reason = use.reason or f"tied to {left_out.name}: {left_out.reason}"
-            continue
-        # A linear layer gains time by the mask of its own inputs; an embedding is cheap either way.
-        input_dims = next((use.input_dims for use in tied if isinstance(use.module, nn.Linear)), tied[0].input_dims)
-        for use in tied:
-            use.p, use.target, use.input_dims = tied[0].p, tied[0].target, input_dims
-        ties.append(tied)
-    return ties
-
-
-def _own_targets(mixed: list[_Use], uses: list[_Use], dtype: torch.dtype | None) -> None:
+def _own_targets(mixed: list[Use], uses: list[Use], dtype: torch.dtype | None) -> None:
     """Targets on their parameter's device, in `dtype`, copied where they are the model's own weights; tied ones once.
 
-    One in a wider dtype than its parameter is narrowed to it.
+    One in a dtype not smaller than its parameter's is held in its parameter's.
     """
     own = {use.parameter.untyped_storage().data_ptr() for use in uses}
     made: dict[nn.Parameter, Tensor] = {}
@@ -518,41 +367,10 @@ def _own_targets(mixed: list[_Use], uses: list[_Use], dtype: torch.dtype | None)
             continue
         if use.parameter not in made:
             copy = use.target.untyped_storage().data_ptr() in own
-            kept_dtype = min(dtype or use.target.dtype, use.parameter.dtype, key=lambda choice: choice.itemsize)
-            made[use.parameter] = use.target.to(use.parameter.device, kept_dtype, copy=copy)
+            held, own_dtype = dtype or use.target.dtype, use.parameter.dtype
+            held = held if held.itemsize < own_dtype.itemsize else own_dtype
+            made[use.parameter] = use.target.to(use.parameter.device, held, copy=copy)
         use.target = made[use.parameter]
-
-
-def _siblings(mixed: list[_Use]) -> list[list[_Use]]:
-    """Uses of nn.Linear modules under one parent whose names are siblings' and whose inputs are as many."""
-    groups: dict[tuple, list[_Use]] = {}
-    for use in mixed:
-        parent, _, name = use.module_name.rpartition(".")
-        for number, names in enumerate(SIBLINGS):
-            if name in names and isinstance(use.module, nn.Linear):
-                groups.setdefault((parent, number, use.parameter.shape[1]), []).append(use)
-    return [group for group in groups.values() if len(group) > 1]
-
-
-def _merge(groups: list[list[_Use]]) -> list[list[_Use]]:
-    """Groups without a use in common: those that share one become one."""
-    merged: list[list[_Use]] = []
-    for group in groups:
-        touching = [other for other in merged if any(use in other for use in group)]
-        merged = [other for other in merged if other not in touching]
-        merged.append(list(dict.fromkeys(itertools.chain(*touching, group))))
-    return merged
-
-
-def _lowest_common_module(model: nn.Module, group: list[_Use]) -> nn.Module:
-    """The innermost module that contains all and has a forward of its own."""
-    paths = [use.module_name.split(".") if use.module_name else [] for use in group]
-    common = [parts[0] for parts in itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False))]
-    while True:
-        module = model.get_submodule(".".join(common))
-        if not common or type(module).forward is not nn.Module.forward:
-            return module
-        common.pop()
 
 
 def _set_dropouts(model: nn.Module, new_p: dict[nn.Module, float]) -> dict[str, float]:
@@ -564,14 +382,21 @@ def _set_dropouts(model: nn.Module, new_p: dict[nn.Module, float]) -> dict[str, 
     return former
 
 
-def _nothing_mixed(uses: list[_Use], filter_fn: Callable | None) -> str:
+def _row(use: Use) -> Row:
+    p = use.p if use.reason is None else None
+    return Row(use.name, use.kind, p, use.parameter.numel(), use.reason)
+
+
+def _target_buffers(model: nn.Module) -> list[str]:
+    """The names of the buffers that hold targets."""
+    mixings = {mixed.mixing for mixed in mixed_parameters(model)}
+    return [join_names(name, "target") for name, module in model.named_modules() if module in mixings]
+
+
+def _nothing_mixed(uses: list[Use], filter_fn: Callable | None) -> str:
     candidates = [use for use in uses if use.parameter.dim() >= 2]
     if filter_fn is not None and candidates:
         names = ", ".join(use.module_name for use in candidates[:8])
         return f"filter_fn: it matches no layer that can be mixed, among {names}{', …' if len(candidates) > 8 else ''}"
     reasons = ", ".join(sorted({f"{use.name}: {use.reason}" for use in candidates})[:8])
     return f"model: nothing to mix ({reasons or 'it has no weight matrix'})"
-
-
-def _join(module_name: str, name: str) -> str:
-    return f"{module_name}.{name}" if module_name else name

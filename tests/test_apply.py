@@ -18,9 +18,10 @@ from mixout_fast import (
     target_state_dict,
     testing,
 )
-from mixout_fast.apply import INPUT_DIMS, mixed_parameters
+from mixout_fast.apply import mixed_parameters
 from mixout_fast.functional import MASKS
 from mixout_fast.mixed_weight import Mixing
+from mixout_fast.uses import INPUT_DIMS
 
 masks = pytest.mark.parametrize("mask", MASKS)
 
@@ -357,6 +358,15 @@ def test_no_widened_target_waits_for_backward(device):
     assert {tensor.data_ptr() for tensor in weights} == {linear.weight.data_ptr(), linear.target.data_ptr()}
 
 
+@pytest.mark.parametrize("weight", (torch.bfloat16, torch.float32))
+@pytest.mark.parametrize("target", (torch.float16, torch.bfloat16, torch.float64))
+def test_targets_of_any_dtype(weight, target, device):
+    linear = nn.Linear(16, 4).to(device, weight)
+    apply_mixout(linear, 0.5, target={"weight": linear.weight.detach().to(target)})
+    assert linear.target.dtype == (target if target.itemsize < weight.itemsize else weight)
+    linear(torch.randn(3, 16, device=device, dtype=weight)).sum().backward()
+
+
 def test_saved_targets_resume(net, tokens):
     apply_mixout(net, 0.9)
     train(net, tokens)
@@ -438,13 +448,18 @@ def test_paper_layers(device):
             return self.unused_drop(self.third(F.gelu(self.second(self.norm(x + self.drop(h)))) + h))
 
     model = Block().to(device).train()
-    apply_mixout(model, 0.9, layers="paper", example=torch.randn(2, 8, device=device))
+    x = torch.randn(2, 8, device=device)
+    apply_mixout(model, 0.9, layers="paper", example=x)
     assert {mixed.name for mixed in mixed_parameters(model)} == {"second.weight"}
     assert reasons(model)["first.weight"] == reasons(model)["third.weight"] == "no Dropout feeds it"
     assert (model.drop.p, model.unused_drop.p) == (0.0, 0.2)
     assert "p of drop (was 0.1) set" in str(mixout_report(model))
     assert model.training and model.drop.training
     assert not model.drop._forward_hooks
+    remove_mixout(model)
+    # A head is mixed though no Dropout feeds it.
+    apply_mixout(model, 0.9, layers="paper", example=(x,), head={"first": ("mixout", 0.5)})
+    assert model.first.p == 0.5
     remove_mixout(model)
     assert model.drop.p == 0.1
 
@@ -472,6 +487,8 @@ def test_targets_are_left_out_of_ddps_broadcasts(net):
     buffers = {name for name, _ in net.named_buffers() if name.endswith("target")}
     assert set(net._ddp_params_and_buffers_to_ignore) == buffers
     assert len(buffers) == len(mixed_parameters(net)) == 7
+    net._ddp_params_and_buffers_to_ignore.append("a.users.own.target")
+    assert remove_mixout(net)._ddp_params_and_buffers_to_ignore == ["a.users.own.target"]
 
 
 def test_moves_and_casts(net, tokens):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from mixout_fast.apply import INPUT_DIMS
+from mixout_fast.uses import INPUT_DIMS
 
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
