@@ -302,7 +302,7 @@ def test_shared_seed_of_tied_weights_survives_activation_checkpointing(device, t
     testing.assert_same_bits("gradient", gradients[1], gradients[0], model)
 
 
-def test_targets(net, tokens):
+def test_targets(net, tokens, mixes_first):
     reference = copy.deepcopy(net).requires_grad_(False)
     with torch.no_grad():
         for parameter in reference.parameters():
@@ -316,7 +316,7 @@ def test_targets(net, tokens):
     remove_mixout(net)
     want = torch.func.functional_call(net, plain, (tokens,))
     apply_mixout(net, 1.0, target={name: t for name, t in reference.state_dict().items() if "norm" not in name})
-    assert torch.allclose(net(tokens), want, atol=1e-5)
+    testing.assert_same_bits("output at p = 1", net(tokens), want, net)
 
 
 def test_the_models_own_weights_as_target_are_copied(net):
@@ -578,8 +578,6 @@ def test_compiles_to_one_graph_with_fresh_masks(net, tokens):
     outputs = [compiled(tokens) for _ in range(6)]
     outputs[-1].sum().backward()
     assert len(torch.stack([o.detach().flatten() for o in outputs]).unique(dim=0)) == 6
-    # Compiled, the sums have another order.
-    assert torch.allclose(torch.compile(net.eval())(tokens), net(tokens), atol=1e-5)
 
 
 @pytest.mark.slow
