@@ -66,7 +66,7 @@ $(VENV)/.installed: pyproject.toml setup.py
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -c "import torch" 2>/dev/null || $(PY) -m pip install $(TORCH)
 	$(PY) -m pip install "setuptools>=77" ninja
-	MIXOUT_FAST_BUILD=none $(PY) -m pip install --no-build-isolation -e ".[test]"
+	MIXOUT_FAST_BUILD=none $(PY) -m pip install --no-build-isolation -e ".[test,stack]"
 	touch $@
 
 $(VENV)/.bench: benchmarks/requirements.txt | $(VENV)/.installed

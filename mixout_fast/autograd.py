@@ -13,6 +13,7 @@ from W, U and the seed rather than saved. `factor` below is s for grad_scale="ex
 """
 
 import torch
+from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from mixout_fast import reference
@@ -27,6 +28,11 @@ def keeps_compact_copy(in_features: int, p: float) -> bool:
     return 2 * reference.capacity(in_features, p) <= in_features
 
 
+def widened(target: Tensor | None, weight: Tensor) -> Tensor | None:
+    """The target in the weight's dtype. Saved for backward is the target as it is held, in a smaller dtype perhaps."""
+    return target if target is None or target.dtype == weight.dtype else target.to(weight.dtype)
+
+
 class Mix(torch.autograd.Function):
     """(weight, target) -> W'. Twice differentiable: its backward is linear and made of MaskGrad."""
 
@@ -34,7 +40,7 @@ class Mix(torch.autograd.Function):
     def forward(ctx: FunctionCtx, weight, target, seed, p, mask, factor, backend):
         ctx.save_for_backward(seed)
         ctx.arguments = p, mask, factor, backend
-        return backend.mix(weight, target, seed, p, mask, weight.dtype)
+        return backend.mix(weight, widened(target, weight), seed, p, mask, weight.dtype)
 
     @staticmethod
     def backward(ctx, grad):
@@ -64,7 +70,8 @@ class MixLinear(torch.autograd.Function):
         compact = mask == "input" and trains_weight
         copies = compact and keeps_compact_copy(weight.shape[1], p)
         static = torch.compiler.is_compiling()
-        output, index, columns = backend.linear(input, weight, target, bias, seed, p, mask, copies, static)
+        wide = widened(target, weight)
+        output, index, columns = backend.linear(input, weight, wide, bias, seed, p, mask, copies, static)
         kept_input = input if trains_weight and not copies else None
         ctx.save_for_backward(weight, target, seed, index, columns, kept_input)
         ctx.arguments = p, mask, factor, backend, compact, static
@@ -86,7 +93,8 @@ class MixLinear(torch.autograd.Function):
         grad_input = grad_weight = grad_bias = None
 
         if ctx.needs_input_grad[0]:
-            grad_input = backend.grad_input(grad, weight, target, seed, p, mask).view(ctx.input_shape)
+            wide = widened(target, weight)
+            grad_input = backend.grad_input(grad, weight, wide, seed, p, mask).view(ctx.input_shape)
         if ctx.needs_input_grad[1]:
             rows = None if input is None else input.reshape(-1, weight.shape[1])
             in_full = rows is not None and (not compact or backend.full_product(rows, p))

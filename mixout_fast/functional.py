@@ -32,7 +32,8 @@ def mixout(
     Args:
         input: the trained weight, floating point (fp64, fp32, bf16, fp16), any strides: a matrix (N, K) as in
             nn.Linear, a convolution weight (out, in, …), or a vector (K,).
-        target: the pretrained value u, of the same shape, dtype and device; None means zero (dropout of weights).
+        target: the pretrained value u, of the same shape and device, and of the same or a smaller dtype, which is
+            widened where it is used; None means zero (dropout of weights).
         p: probability in [0, 1] that an entry is replaced.
         training: False returns `input` itself, as p = 0 does.
         inplace: write the result into `input`, which must not require grad.
@@ -152,7 +153,8 @@ def _check_weight(name: str, weight: Tensor, target: Tensor | None) -> tuple[tor
             raise TypeError(f"target: {type(target).__name__}; it takes a tensor or None")
         if target.shape != shape:
             raise ValueError(f"target: shape {tuple(target.shape)}, {name} has {tuple(shape)}; they must be equal")
-        _check_dtype("target", target, name, dtype)
+        if target.dtype != dtype and not (target.dtype in DTYPES and target.dtype.itemsize < dtype.itemsize):
+            raise TypeError(f"target: dtype {target.dtype}, {name} has {dtype}; it takes the same or a smaller one")
         _check_device("target", target, name, device)
         if target.requires_grad:
             raise ValueError("target: it requires grad; it is a constant: pass target.detach()")

@@ -15,8 +15,9 @@ class MixLinear(nn.Linear):
     Args:
         in_features, out_features, bias, device, dtype: as for nn.Linear.
         target: (out_features, in_features) tensor, the pretrained weight, held as a constant and not copied where its
-            device and dtype already fit; None means zero.
-        p: probability in [0, 1] that an input neuron's weights are replaced by the target's. May be reassigned.
+            device and dtype already fit; None means zero. Assign `target` to hold it in a smaller dtype.
+        p: probability in [0, 1] that an input neuron's weights are replaced by the target's. May be reassigned, as may
+            `seed`: None draws a mask a call, a 0-d int64 tensor on the weight's device determines it.
         mask, grad_scale, distribution, backend: as for `mixout_fast.mixout`.
 
     Shapes: input (…, in_features) -> (…, out_features).
@@ -63,6 +64,7 @@ class MixLinear(nn.Linear):
         self.grad_scale = grad_scale
         self.distribution = distribution
         self.backend = backend
+        self.seed: Tensor | None = None
         self.register_buffer("target", target, persistent=False)
 
     @classmethod
@@ -107,6 +109,7 @@ class MixLinear(nn.Linear):
             mask=self.mask,
             grad_scale=self.grad_scale,
             distribution=self.distribution,
+            seed=self.seed,
             backend=self.backend,
         )
 

@@ -1,0 +1,402 @@
+"""apply_mixout: mixout for a whole pretrained model, in place; remove_mixout undoes it.
+
+An nn.Linear becomes a MixLinear and an nn.Embedding a MixEmbedding by a change of class; every other weight is mixed
+where its module reads it (mixed_weight.py). Module and Parameter objects stay, and with them names, hooks, ties and
+optimizers.
+"""
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mixout_fast.dropout_feeds import DROPOUTS, dropout_feeds
+from mixout_fast.embedding import MixEmbedding
+from mixout_fast.functional import DTYPES, check_options
+from mixout_fast.linear import MixLinear
+from mixout_fast.mixed_weight import PREFIX, MixedWeights, Mixing, unmix_weights
+from mixout_fast.uses import Use, find_uses, join_names, lowest_common_module, merge_groups, resolve_ties, siblings
+
+Probability = float | Callable[[nn.Module, str], float]
+HeadRule = tuple[str, float] | None
+
+
+@dataclass(frozen=True)
+class Row:
+    """What became of one parameter: `reason` tells why it is not mixed, None that it is."""
+
+    name: str
+    kind: str
+    p: float | None
+    parameters: int
+    reason: str | None
+
+
+@dataclass(frozen=True)
+class Report:
+    """What apply_mixout did: a row for every parameter of the model, and the Dropouts it set, with their former p."""
+
+    rows: tuple[Row, ...]
+    dropouts: dict[str, float]
+
+    def __str__(self) -> str:
+        header = ("parameter", "module", "p", "parameters", "")
+        cells = [
+            (row.name, row.kind, "" if row.p is None else f"{row.p:g}", f"{row.parameters:,}", row.reason or "mixed")
+            for row in self.rows
+        ]
+        widths = [max(map(len, column)) for column in zip(header, *cells, strict=True)]
+        align = (str.ljust, str.ljust, str.rjust, str.rjust, str.ljust)
+        lines = [
+            "  ".join(pad(cell, width) for pad, cell, width in zip(align, line, widths, strict=True)).rstrip()
+            for line in (header, *cells)
+        ]
+        lines.insert(1, "─" * max(map(len, lines)))
+        mixed = sum(row.parameters for row in self.rows if row.reason is None)
+        lines.append(f"{mixed:,} of {sum(row.parameters for row in self.rows):,} parameters mixed, ties counted each")
+        if self.dropouts:
+            lines.append("p of " + ", ".join(f"{name} (was {p:g})" for name, p in self.dropouts.items()) + " set")
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class MixedParameter:
+    """A mixed parameter of a model: its name, itself, and what holds its p, target and seed."""
+
+    name: str
+    parameter: nn.Parameter
+    mixing: MixLinear | MixEmbedding | Mixing
+
+
+def apply_mixout(
+    model: nn.Module,
+    p: Probability = 0.9,
+    *,
+    target: nn.Module | Mapping[str, Tensor] | None = None,
+    target_dtype: torch.dtype | None = None,
+    layers: str = "all",
+    filter_fn: Callable[[nn.Module, str], bool] | None = None,
+    head: Mapping[str, HeadRule] | None = None,
+    example: Any = None,
+    dropout: float | None = None,
+    frozen: bool = False,
+    share_masks: bool = False,
+    mask: str = "input",
+    grad_scale: str = "exact",
+    backend: str | None = None,
+    verbose: bool = False,
+) -> nn.Module:
+    """Have every weight matrix of a model trained with mixout (Lee et al. 2020), in place.
+
+    nn.Linear, nn.Embedding, nn.Conv1d to 3d, nn.MultiheadAttention, Hugging Face's Conv1D and XLNet's attention, and
+    subclasses, are mixed; `INPUT_DIMS` takes others. A weight used in several modules (tied) is mixed with one mask a
+    forward pass in all of them, or in none. Of a PEFT LoRA layer, A is mixed toward zero: mixout of the sum W + BA
+    toward the frozen W. Load the pretrained weights before, wrap the model (DDP, FSDP, torch.compile) after.
+
+    Args:
+        model: the pretrained model. Its module and Parameter objects stay; state_dict keeps its keys.
+        p: probability in [0, 1] that an input neuron's weights are replaced by the target's, or a function
+            (module, name of the module) -> probability; at 0 a weight is left alone.
+        target: the weights to return to. None: a copy of the present ones. Another model, or a state dict with the
+            model's keys: its tensors themselves where they lie on the parameter's device, in its or a smaller dtype.
+        target_dtype: the dtype to keep the targets in, such as bfloat16 to save memory.
+        layers: "all" weights, or "paper", the published recipe: weights that a Dropout feeds in model(example), those
+            Dropouts' p set to 0, and of a transformers model the base model only.
+        filter_fn: (module, name of the module) -> whether its weights are mixed.
+        head: what to do with the weights of freshly initialised modules (the paper's Table 3), by the modules' names:
+            None leaves them alone, ("mixout", p) mixes toward their present weights, whatever `target`, and
+            ("dropout", p) drops out the inputs of their nn.Linear layers.
+        example: for layers="paper", the model's argument, or a tuple or mapping of arguments. None takes the
+            `dummy_inputs` of a transformers model.
+        dropout: sets the p of every Dropout module; the published code sets 0. None leaves them.
+        frozen: mix parameters with requires_grad=False too.
+        share_masks: one mask for layers that read the same x (query, key and value, …: `SIBLINGS`).
+        mask, grad_scale, backend: as for `mixout`.
+        verbose: print the report, which `mixout_report(model)` returns.
+
+    Returns:
+        model.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what it got and what it takes; nothing has been changed then.
+    """
+    _check_arguments(model, p, target_dtype, layers, head, dropout, mask, grad_scale)
+    head = head or {}
+    uses = find_uses(model, frozen, mask)
+    feeds = dropout_feeds(model, _example(model, example)) if layers == "paper" else None
+    for use in uses:
+        if use.reason is None:
+            use.p, use.reason = _choose(use, model, p, filter_fn, head, feeds, mask, grad_scale)
+    sources = None if target is None else _tensors_of(target)
+    for use in uses:
+        if use.reason is None:
+            use.target, use.reason = _source(use, uses, sources, head)
+    ties = resolve_ties(uses)
+    mixed = [use for use in uses if use.reason is None]
+    if not mixed:
+        raise ValueError(_nothing_mixed(uses, filter_fn))
+    _own_targets(mixed, uses, target_dtype)
+
+    for use in mixed:
+        use.mix(mask, grad_scale, backend)
+    groups = ties + (siblings(mixed) if share_masks else [])
+    for group in merge_groups(groups):
+        lowest_common_module(model, group).register_forward_pre_hook(SharedSeed([use.mixing for use in group]))
+    for name, rule in head.items():
+        if rule is not None and rule[0] == "dropout":
+            for module in model.get_submodule(name).modules():
+                if isinstance(module, nn.Linear):
+                    module.register_forward_pre_hook(InputDropout(rule[1]))
+    new_p = {module: 0.0 for use in mixed for module in feeds.get(id(use.parameter), ())} if feeds is not None else {}
+    if dropout is not None:
+        new_p |= {module: dropout for module in model.modules() if isinstance(module, DROPOUTS)}
+    model.mixout_report = Report(tuple(map(_row, uses)), _set_dropouts(model, new_p))
+    # DDP broadcasts buffers at every forward pass; targets are constants.
+    ignored = getattr(model, "_ddp_params_and_buffers_to_ignore", [])
+    model._ddp_params_and_buffers_to_ignore = [*ignored, *_target_buffers(model)]
+    if verbose:
+        print(model.mixout_report)
+    return model
+
+
+def remove_mixout(model: nn.Module) -> nn.Module:
+    """Undo apply_mixout: the original module types with the trained Parameters, and the Dropouts' former p.
+
+    Raises ValueError for a model without mixout.
+    """
+    if not mixed_parameters(model):
+        raise ValueError("model: no weight of it is mixed")
+    targets = set(_target_buffers(model))
+    for module in list(model.modules()):
+        if isinstance(module, (MixLinear, MixEmbedding)):
+            del module.target
+            for name in ("p", "mask", "grad_scale", "distribution", "backend", "seed", "columns"):
+                vars(module).pop(name, None)
+            module.__class__ = nn.Linear if isinstance(module, MixLinear) else nn.Embedding
+        elif isinstance(module, MixedWeights):
+            unmix_weights(module)
+        for key, hook in list(module._forward_pre_hooks.items()):
+            if isinstance(hook, (SharedSeed, InputDropout)):
+                del module._forward_pre_hooks[key]
+    done = vars(model).pop("mixout_report", None)
+    for name, p in done.dropouts.items() if done else ():
+        model.get_submodule(name).p = p
+    ignored = vars(model).pop("_ddp_params_and_buffers_to_ignore", [])
+    kept = [name for name in ignored if name not in targets]
+    if kept:
+        model._ddp_params_and_buffers_to_ignore = kept
+    return model
+
+
+def mixout_report(model: nn.Module) -> Report:
+    """What apply_mixout did to each parameter; printed, it is a table."""
+    if not isinstance(getattr(model, "mixout_report", None), Report):
+        raise ValueError("model: apply_mixout has not been applied to it")
+    return model.mixout_report
+
+
+def mixed_parameters(model: nn.Module) -> list[MixedParameter]:
+    """Every mixed parameter of the model; a tied one under each of its names."""
+    found = []
+    for module_name, module in model.named_modules():
+        if isinstance(module, (MixLinear, MixEmbedding)):
+            mixings = {"weight": module}
+        elif isinstance(module, MixedWeights):
+            mixings = {name: getattr(module, PREFIX + name) for name in module.mixed_names}
+        else:
+            continue
+        for name, mixing in mixings.items():
+            found.append(MixedParameter(join_names(module_name, name), module._parameters[name], mixing))
+    return found
+
+
+def target_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """Parameter name -> its target, of every parameter mixed toward one: what apply_mixout takes as `target`.
+
+    state_dict leaves targets out. Save this once beside a run's first checkpoint, where they cannot be read from the
+    pretrained checkpoint again.
+    """
+    return {mixed.name: mixed.mixing.target for mixed in mixed_parameters(model) if mixed.mixing.target is not None}
+
+
+class SharedSeed:
+    """A forward pre-hook that has several layers share a mask: in training it draws their seed before a forward pass.
+
+    It stands on the lowest module that contains them all, so activation checkpointing of that module, or of one around
+    it, draws the same seed again. Where MixoutScheduler draws the seeds (`held`) it does nothing.
+    """
+
+    def __init__(self, mixings: list[nn.Module]) -> None:
+        self.mixings = mixings
+        self.held = False
+
+    def __call__(self, module: nn.Module, arguments: tuple) -> None:
+        if module.training and not self.held:
+            self.draw()
+
+    def draw(self) -> None:
+        seed = draw_seed(self.mixings[0])
+        for mixing in self.mixings:
+            mixing.seed = seed
+
+
+class InputDropout:
+    """A forward pre-hook that drops out a layer's first argument in training."""
+
+    def __init__(self, p: float) -> None:
+        self.p = p
+
+    def __call__(self, module: nn.Module, arguments: tuple) -> tuple:
+        return F.dropout(arguments[0], self.p, module.training), *arguments[1:]
+
+
+def draw_seed(mixing: nn.Module) -> Tensor:
+    """A seed from the default generator of the target's device, or of the weight's where there is no target."""
+    tensor = mixing.target if mixing.target is not None else getattr(mixing, "weight", None)
+    return torch.randint(-(2**63), 2**63 - 1, (), device=None if tensor is None else tensor.device)
+
+
+def _check_arguments(model, p, target_dtype, layers, head, dropout, mask, grad_scale) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: {type(model).__name__}; it takes an nn.Module")
+    if not callable(p):
+        check_options(p, mask, grad_scale, "bernoulli")
+    if target_dtype is not None and target_dtype not in DTYPES:
+        raise TypeError(f"target_dtype: {target_dtype}; it takes one of {', '.join(map(str, DTYPES))}")
+    if layers not in ("all", "paper"):
+        raise ValueError(f"layers: {layers!r}; it takes one of all, paper (or use filter_fn)")
+    if dropout is not None and not 0.0 <= dropout <= 1.0:
+        raise ValueError(f"dropout: {dropout}; it takes a probability in [0, 1] or None")
+    applied = [mixed.name for mixed in mixed_parameters(model)]
+    if applied:
+        raise ValueError(f"model: mixed already ({applied[0]}, …); call remove_mixout(model) first")
+    if head is not None and not isinstance(head, Mapping):
+        raise TypeError(f"head: {type(head).__name__}; it takes a mapping of module names to rules")
+    modules = dict(model.named_modules())
+    for name, rule in (head or {}).items():
+        if name not in modules:
+            raise ValueError(f"head: {name!r}; the model has no such module")
+        if rule is None:
+            continue
+        if not isinstance(rule, tuple) or len(rule) != 2 or rule[0] not in ("mixout", "dropout"):
+            raise ValueError(f'head: {name!r}: {rule!r}; it takes None, ("mixout", p) or ("dropout", p)')
+        check_options(rule[1], mask, grad_scale, "bernoulli")
+        if rule[0] == "dropout" and not any(isinstance(m, nn.Linear) for m in modules[name].modules()):
+            raise ValueError(f'head: {name!r}: ("dropout", p) needs an nn.Linear in it')
+
+
+def _choose(use, model, p, filter_fn, head, feeds, mask, grad_scale) -> tuple[float | None, str | None]:
+    """(p, None), or (None, why this use is not mixed)."""
+    part = _head_of(use, head)
+    if filter_fn is not None and not filter_fn(use.module, use.module_name):
+        return None, "filter_fn"
+    if part is not None:
+        rule = head[part]
+        if rule is None:
+            return None, "head, left alone"
+        if rule[0] == "dropout":
+            return None, f"head, dropout({rule[1]:g})"
+        chosen = rule[1]
+    else:
+        if feeds is not None and not _in_base_model(model, use.module):
+            return None, "outside the base model"
+        if feeds is not None and id(use.parameter) not in feeds:
+            return None, "no Dropout feeds it"
+        chosen = p(use.module, use.module_name) if callable(p) else p
+    check_options(chosen, mask, grad_scale, "bernoulli")
+    return (None, "p = 0") if chosen == 0.0 else (chosen, None)
+
+
+def _head_of(use: Use, head: Collection[str]) -> str | None:
+    parts = [name for name in head if name == "" or f"{use.module_name}.".startswith(f"{name}.")]
+    return max(parts, key=len, default=None)
+
+
+def _in_base_model(model: nn.Module, module: nn.Module) -> bool:
+    base = getattr(model, "base_model", model)
+    return base is model or any(module is inner for inner in base.modules())
+
+
+def _example(model: nn.Module, example: Any) -> Any:
+    if example is None:
+        example = getattr(model, "dummy_inputs", None)
+    if example is None:
+        raise ValueError('example: None; layers="paper" takes an argument of the model, or a tuple or mapping of them')
+    return example
+
+
+def _tensors_of(target: nn.Module | Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    if isinstance(target, nn.Module):
+        return dict(target.named_parameters(remove_duplicate=False))
+    if not isinstance(target, Mapping):
+        raise TypeError(f"target: {type(target).__name__}; it takes an nn.Module, a state dict or None")
+    return target
+
+
+def _source(use, uses, sources, head) -> tuple[Tensor | None, str | None]:
+    """(the tensor to return to, None for zero; None), or (None, why this use is not mixed)."""
+    if use.toward_zero:
+        return None, None
+    if sources is None or _head_of(use, head) is not None:
+        return use.parameter.detach(), None
+    # A saved state dict may hold a tied weight under one of its names only.
+    names = [use.name, *(other.name for other in uses if other.parameter is use.parameter)]
+    tensor = next((sources[name] for name in names if name in sources), None)
+    if tensor is None:
+        return None, "the target has no such parameter"
+    if not isinstance(tensor, Tensor) or tensor.dtype not in DTYPES:
+        got = getattr(tensor, "dtype", type(tensor).__name__)
+        raise TypeError(f"target: {use.name} is {got}; it takes a floating-point tensor")
+    if tensor.shape != use.parameter.shape:
+        raise ValueError(f"target: {use.name} has shape {tuple(tensor.shape)}; it takes {tuple(use.parameter.shape)}")
+    return tensor.detach(), None
+
+
+def _own_targets(mixed: list[Use], uses: list[Use], dtype: torch.dtype | None) -> None:
+    """Targets on their parameter's device, in `dtype`, copied where they are the model's own weights; tied ones once.
+
+    One in a dtype not smaller than its parameter's is held in its parameter's.
+    """
+    own = {use.parameter.untyped_storage().data_ptr() for use in uses}
+    made: dict[nn.Parameter, Tensor] = {}
+    for use in mixed:
+        if use.target is None:
+            continue
+        if use.parameter not in made:
+            copy = use.target.untyped_storage().data_ptr() in own
+            held, own_dtype = dtype or use.target.dtype, use.parameter.dtype
+            held = held if held.itemsize < own_dtype.itemsize else own_dtype
+            made[use.parameter] = use.target.to(use.parameter.device, held, copy=copy)
+        use.target = made[use.parameter]
+
+
+def _set_dropouts(model: nn.Module, new_p: dict[nn.Module, float]) -> dict[str, float]:
+    """Former p by name of the modules whose p changed."""
+    former = {}
+    for name, module in model.named_modules():
+        if module in new_p and module.p != new_p[module]:
+            former[name], module.p = module.p, new_p[module]
+    return former
+
+
+def _row(use: Use) -> Row:
+    p = use.p if use.reason is None else None
+    return Row(use.name, use.kind, p, use.parameter.numel(), use.reason)
+
+
+def _target_buffers(model: nn.Module) -> list[str]:
+    """The names of the buffers that hold targets."""
+    mixings = {mixed.mixing for mixed in mixed_parameters(model)}
+    return [join_names(name, "target") for name, module in model.named_modules() if module in mixings]
+
+
+def _nothing_mixed(uses: list[Use], filter_fn: Callable | None) -> str:
+    candidates = [use for use in uses if use.parameter.dim() >= 2]
+    if filter_fn is not None and candidates:
+        names = ", ".join(use.module_name for use in candidates[:8])
+        return f"filter_fn: it matches no layer that can be mixed, among {names}{', …' if len(candidates) > 8 else ''}"
+    reasons = ", ".join(sorted({f"{use.name}: {use.reason}" for use in candidates})[:8])
+    return f"model: nothing to mix ({reasons or 'it has no weight matrix'})"

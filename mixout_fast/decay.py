@@ -1,0 +1,110 @@
+"""wdecay(u, λ): weight decay toward a target, λ/2 ‖w - u‖² (Wiese et al. 2017; Lee et al. 2020, section 5)."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from mixout_fast.apply import mixed_parameters
+
+
+def is_matrix(name: str, parameter: nn.Parameter) -> bool:
+    """The usual choice of what decays: not biases, not the scales of a normalisation."""
+    return parameter.dim() >= 2
+
+
+def wdecay(
+    optimizer: torch.optim.Optimizer,
+    model: nn.Module,
+    decay: float,
+    *,
+    target: nn.Module | Mapping[str, Tensor] | float | None = None,
+    decoupled: bool = True,
+    include: Callable[[str, nn.Parameter], bool] = is_matrix,
+) -> RemovableHandle:
+    """Have every step of an optimizer decay the model's weights w toward their targets u.
+
+    Decoupled, as in AdamW: w ← w - lr · decay · (w - u) before the step. Coupled, as in Adam or SGD with weight_decay:
+    decay · (w - u), the gradient of decay/2 ‖w - u‖², is added to w's. Set the optimizer's own weight_decay to 0.
+    Parameters without a gradient do not decay, as with torch's optimizers.
+
+    Args:
+        optimizer: whose step is hooked, with its groups' learning rates. GradScaler is served, also with an optimizer
+            that unscales gradients itself (fused Adam).
+        decay: λ, at least 0.
+        target: None, the mixout target of a mixed parameter, and of any other a copy of its present value; a model or a
+            state dict with the model's keys; or 0.0, ordinary weight decay.
+        include: (name, parameter) -> whether it decays; by default matrices and not biases or normalisation.
+
+    Returns:
+        A handle whose remove() undoes it.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what it got and what it takes.
+    """
+    if not decay >= 0.0:
+        raise ValueError(f"decay: {decay!r}; it takes a number of 0 or more")
+    if isinstance(target, (int, float)) and target != 0:
+        raise ValueError(f"target: {target!r}; the only number it takes is 0")
+    targets = _targets(model, target, include)
+    if not any(parameter in targets for group in optimizer.param_groups for parameter in group["params"]):
+        raise ValueError("optimizer: none of its parameters is one of the model's that decay")
+
+    @torch.no_grad()
+    def decay_weights(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+        # GradScaler leaves scale and skipping to optimizers that can do both themselves, such as fused Adam.
+        grad_scale, found_inf = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
+        if found_inf is not None and found_inf.item():
+            return
+        for group in optimizer.param_groups:
+            weights = [weight for weight in group["params"] if weight in targets and weight.grad is not None]
+            if not weights:
+                continue
+            ends = (
+                None if isinstance(target, (int, float)) else [targets[weight].to(weight.dtype) for weight in weights]
+            )
+            if decoupled:
+                _decay(weights, ends, float(group["lr"]) * decay)
+            else:
+                _add_decay_gradient(weights, ends, decay if grad_scale is None else decay * grad_scale.item())
+
+    return optimizer.register_step_pre_hook(decay_weights)
+
+
+def _decay(weights: list[Tensor], ends: list[Tensor] | None, factor: float) -> None:
+    """w ← w - factor · (w - u)"""
+    if ends is None:
+        torch._foreach_mul_(weights, 1.0 - factor)
+    else:
+        torch._foreach_lerp_(weights, ends, factor)
+
+
+def _add_decay_gradient(weights: list[Tensor], ends: list[Tensor] | None, factor: float) -> None:
+    """w.grad ← w.grad + factor · (w - u); where w == u the gradient keeps its bits."""
+    offsets = weights if ends is None else torch._foreach_sub(weights, ends)
+    torch._foreach_add_([weight.grad for weight in weights], offsets, alpha=factor)
+
+
+def _targets(model: nn.Module, target: Any, include: Callable) -> dict[nn.Parameter, Tensor]:
+    """Parameter -> its target, of those that decay; the parameter itself stands in for a target of zero."""
+    named = {name: parameter for name, parameter in model.named_parameters() if include(name, parameter)}
+    if not named:
+        raise ValueError("include: no parameter of the model decays")
+    if target is not None and isinstance(target, (int, float)):
+        return {parameter: parameter for parameter in named.values()}
+    if target is None:
+        mixed = {m.parameter: m.mixing.target for m in mixed_parameters(model)}
+        zero = [name for name, parameter in named.items() if parameter in mixed and mixed[parameter] is None]
+        if zero:
+            raise ValueError(f"target: None, and {zero[0]} is mixed toward zero; pass targets, or 0, or leave it out")
+        return {p: mixed[p] if p in mixed else p.detach().clone() for p in named.values()}
+    given = dict(target.named_parameters(remove_duplicate=False)) if isinstance(target, nn.Module) else target
+    missing = [name for name in named if name not in given]
+    if missing:
+        raise ValueError(f"target: it has no {missing[0]}; leave it out by `include`")
+    for name, parameter in named.items():
+        if given[name].shape != parameter.shape:
+            raise ValueError(f"target: {name} is {tuple(given[name].shape)}; it takes {tuple(parameter.shape)}")
+    return {parameter: given[name].detach().to(parameter.device) for name, parameter in named.items()}

@@ -1,0 +1,71 @@
+"""MixEmbedding: nn.Embedding with mixout, at the cost of the rows that are looked up."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mixout_fast import reference
+
+
+class MixEmbedding(nn.Embedding):
+    """nn.Embedding whose training output is that of the mixed table W' = mixout(weight, target, p).
+
+    An embedding is a linear layer fed by one-hot vectors, so its input neurons are the rows of the table: with the
+    input mask a row is kept or replaced as a whole, wherever it occurs in the batch (Lee et al. 2020, section 3). A
+    table tied to an nn.Linear is mixed as that layer reads it, by columns (`columns`). Only rows that are looked up are
+    mixed; the reference's bound on the kept entries (probability below 1e-8 a draw) is not applied to rows.
+
+    `mixout_fast.apply_mixout` makes these of nn.Embedding, in place. `p`, `mask`, `grad_scale` and `seed` are as for
+    `mixout_fast.mixout` and may be reassigned; `target` is a non-persistent buffer, None for zero.
+
+    Shapes: input integer (…) -> (…, embedding_dim), of the weight's dtype. Backend: PyTorch, on any device.
+    """
+
+    target: Tensor | None
+
+    def set_mixout(self, target: Tensor | None, p: float, mask: str, grad_scale: str, columns: bool) -> None:
+        """Attributes of a module that was made an nn.Embedding; the caller has checked them."""
+        self.p = p
+        self.mask = mask
+        self.grad_scale = grad_scale
+        self.columns = columns
+        self.seed: Tensor | None = None
+        self.register_buffer("target", target, persistent=False)
+
+    def forward(self, input: Tensor) -> Tensor:
+        rows = super().forward(input)
+        if self.p == 0.0 or not self.training:
+            return rows
+        scale = reference.scale(self.p)
+        if self.grad_scale == "paper":
+            # The same values; the gradient that the published code leaves unscaled.
+            rows = rows.detach() + (rows - rows.detach()) / scale
+        w = rows.to(reference.compute_dtype(rows.dtype))
+        u = torch.zeros_like(w) if self.target is None else F.embedding(input, self.target).to(w.dtype)
+        return torch.where(self._kept(input), u + (w - u) * scale, u).to(rows.dtype)
+
+    def _kept(self, input: Tensor) -> Tensor:
+        """The kept entries of the rows looked up, bool, to broadcast against (…, embedding_dim)."""
+        seed = self.seed
+        if seed is None:
+            seed = torch.randint(-(2**63), 2**63 - 1, (), device=self.weight.device)
+        if self.mask == "element":
+            index = input.unsqueeze(-1) * self.embedding_dim + torch.arange(self.embedding_dim, device=input.device)
+        elif self.columns:
+            return reference.keep_mask(seed, self.weight.shape, self.p, "input")
+        else:
+            index = input.unsqueeze(-1)
+        return words_at(seed, index.long()) >= reference.threshold(self.p)
+
+    def extra_repr(self) -> str:
+        target = "zero" if self.target is None else "tensor"
+        return f"{super().extra_repr()}, p={self.p}, mask={self.mask!r}, target={target}"
+
+
+def words_at(seed: Tensor, index: Tensor) -> Tensor:
+    """reference.mask_words of any entries: int64 index (…) -> words, int64 (…)."""
+    counter = index >> 2
+    zero = torch.zeros_like(counter)
+    key = (seed & reference.LOW32, (seed >> 32) & reference.LOW32)
+    words = reference.philox4x32((counter & reference.LOW32, counter >> 32, zero, zero), key)
+    return torch.stack(words, dim=-1).gather(-1, (index & 3).unsqueeze(-1)).squeeze(-1)

@@ -1,0 +1,117 @@
+"""Mixing a weight that some other module reads: convolutions, GPT-2's Conv1D, attention's projections, raw parameters.
+
+The module's class is exchanged for a subclass of it in which the parameter's name is a property: reading it in training
+gives the mixed weight, computed there and then, and in eval mode the Parameter. This is how torch.nn.utils.parametrize
+works too. What differs: the Parameter stays where it is, under its name. parametrize moves it to
+`parametrizations.weight.original`, which changes the keys of state_dict and the names by which optimizers, PEFT and
+transformers find parameters; its modules cannot be pickled; and removing a parametrization from a deep copy breaks the
+original (both share the class from which the property is deleted).
+"""
+
+import functools
+from typing import Any
+
+from torch import Tensor, nn
+
+from mixout_fast.functional import mixout
+
+PREFIX = "mixing_"
+"""A mixed parameter `weight` has its Mixing in the child module `mixing_weight`."""
+
+
+class Mixing(nn.Module):
+    """How one weight of its parent module is mixed: weight -> W' in training, weight itself in eval mode.
+
+    Every reading of the weight draws a mask, as every call of MixLinear does, unless `seed` is set.
+    `input_dims` are the weight's dimensions that number its input neurons: (1,) for (out, in, …), (0,) for (in, …), and
+    (1, 2) for (out, in, in). `p`, `mask`, `grad_scale`, `backend` and `seed` are as for `mixout_fast.mixout` and may be
+    reassigned; `target` is a non-persistent buffer of the weight's shape, None for zero.
+    """
+
+    target: Tensor | None
+
+    def __init__(
+        self,
+        target: Tensor | None,
+        p: float,
+        input_dims: tuple[int, ...],
+        mask: str,
+        grad_scale: str,
+        backend: str | None,
+    ) -> None:
+        super().__init__()
+        self.p = p
+        self.input_dims = input_dims
+        self.mask = mask
+        self.grad_scale = grad_scale
+        self.backend = backend
+        self.seed: Tensor | None = None
+        self.register_buffer("target", target, persistent=False)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        if self.p == 0.0 or not self.training:
+            return weight
+        mixed = mixout(
+            self._numbered(weight),
+            None if self.target is None else self._numbered(self.target),
+            self.p,
+            True,
+            mask=self.mask,
+            grad_scale=self.grad_scale,
+            seed=self.seed,
+            backend=self.backend,
+        )
+        return mixed.view(weight.shape)
+
+    def _numbered(self, weight: Tensor) -> Tensor:
+        """A view whose dimension 1 numbers the input neurons, as mixout takes it."""
+        if self.input_dims == (0,):
+            return weight.unsqueeze(0)
+        return weight if self.input_dims == (1,) else weight.flatten(1)
+
+    def extra_repr(self) -> str:
+        target = "zero" if self.target is None else "tensor"
+        return f"p={self.p}, mask={self.mask!r}, input_dims={self.input_dims}, target={target}"
+
+
+class MixedWeights:
+    """First base of every class that mix_weight makes: pickling and copying, which need more than the class's name."""
+
+    plain_class: type[nn.Module]
+    mixed_names: tuple[str, ...]
+
+    def __reduce_ex__(self, protocol: Any) -> tuple:
+        _, _, *state = super().__reduce_ex__(protocol)
+        return _new, (self.plain_class, self.mixed_names), *state
+
+
+def mix_weight(module: nn.Module, name: str, mixing: Mixing) -> None:
+    """Have the module read its parameter `name` through `mixing`."""
+    names = module.mixed_names if isinstance(module, MixedWeights) else ()
+    plain_class = module.plain_class if names else type(module)
+    module.add_module(PREFIX + name, mixing.train(module.training))
+    module.__class__ = _mixed_class(plain_class, (*names, name))
+
+
+def unmix_weights(module: nn.Module) -> None:
+    """Undo every mix_weight of a module."""
+    for name in module.mixed_names:
+        delattr(module, PREFIX + name)
+    module.__class__ = module.plain_class
+
+
+@functools.cache
+def _mixed_class(plain_class: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
+    attributes = {name: property(functools.partial(_read, name)) for name in names}
+    attributes |= {"plain_class": plain_class, "mixed_names": names, "__module__": plain_class.__module__}
+    # Of the plain class's name, which transformers writes into a saved model's configuration.
+    return type(plain_class.__name__, (MixedWeights, plain_class), attributes)
+
+
+def _read(name: str, module: nn.Module) -> Tensor:
+    return module._modules[PREFIX + name](module._parameters[name])
+
+
+def _new(plain_class: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
+    mixed_class = _mixed_class(plain_class, names)
+    return mixed_class.__new__(mixed_class)

@@ -1,0 +1,120 @@
+"""MixoutScheduler: what changes from step to step: p, masks held for several steps, a moving target."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mixout_fast.apply import MixedParameter, SharedSeed, mixed_parameters
+
+
+class MixoutScheduler:
+    """Changes a mixed model's p, masks and targets over the steps of training, as a scheduler does the learning rate.
+
+        scheduler = MixoutScheduler(model, p_factor=lambda step: min(1.0, step / 100))
+        optimizer.register_step_post_hook(lambda *_: scheduler.step())
+
+    Args:
+        model: one that apply_mixout has been applied to.
+        p_factor: step -> factor of every layer's p, in [0, 1/p]; step counts from 0.
+        hold: each mask serves this many steps. None: a mask for every forward pass.
+        ema: after every step targets become ema · target + (1 - ema) · weight. They are copied first, for they may be
+            another model's weights.
+
+    Under torch.compile a p that changes is a constant that changes: have p_factor take few values.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what it got and what it takes.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        p_factor: Callable[[int], float] | None = None,
+        hold: int | None = None,
+        ema: float | None = None,
+    ) -> None:
+        mixed = mixed_parameters(model)
+        if not mixed:
+            raise ValueError("model: no weight of it is mixed; call apply_mixout first")
+        if hold is not None and (not isinstance(hold, int) or hold < 1):
+            raise ValueError(f"hold: {hold!r}; it takes a number of steps, 1 or more")
+        if ema is not None and not 0.0 <= ema <= 1.0:
+            raise ValueError(f"ema: {ema!r}; it takes a number in [0, 1]")
+        self.p_factor, self.hold, self.ema = p_factor, hold, ema
+        self.steps = 0
+        self._base_p = [(entry.mixing, entry.mixing.p) for entry in mixed]
+        self._moving = _own_targets(mixed) if ema is not None else {}
+        self._draws = _draws(model, [entry.mixing for entry in mixed]) if hold else []
+        for draw in self._draws:
+            draw()
+        self._set_p()
+
+    def step(self) -> None:
+        """Go on to the next step: call it after the optimizer's."""
+        self.steps += 1
+        if self._moving:
+            torch._foreach_lerp_(
+                [target for _, target in self._moving.values()],
+                [parameter.detach() for parameter, _ in self._moving.values()],
+                1.0 - self.ema,
+            )
+        if self.hold and self.steps % self.hold == 0:
+            for draw in self._draws:
+                draw()
+        self._set_p()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Steps, held seeds and moving targets, by which load_state_dict resumes bit for bit."""
+        seeds = [mixing.seed for mixing, _ in self._base_p] if self.hold else []
+        targets = {name: target for name, (_, target) in self._moving.items()}
+        return {"steps": self.steps, "seeds": seeds, "targets": targets}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.steps = state["steps"]
+        for (mixing, _), seed in zip(self._base_p, state["seeds"], strict=bool(self.hold)):
+            mixing.seed = seed.to(mixing.seed.device)
+        for name, (_, target) in self._moving.items():
+            target.copy_(state["targets"][name])
+        self._set_p()
+
+    def _set_p(self) -> None:
+        if self.p_factor is None:
+            return
+        factor = self.p_factor(self.steps)
+        for mixing, base in self._base_p:
+            if not 0.0 <= base * factor <= 1.0:
+                raise ValueError(f"p_factor: {factor} at step {self.steps} makes p = {base * factor}, outside [0, 1]")
+            mixing.p = base * factor
+
+
+def _own_targets(mixed: list[MixedParameter]) -> dict[str, tuple[nn.Parameter, Tensor]]:
+    """Name -> parameter and a copy of its target, now in its place; a tied parameter once."""
+    own: dict[nn.Parameter, tuple[str, Tensor]] = {}
+    for entry in mixed:
+        if entry.mixing.target is None:
+            continue
+        if entry.mixing.target.dtype != entry.parameter.dtype:
+            raise ValueError(
+                f"ema: the target of {entry.name} is {entry.mixing.target.dtype}; "
+                f"it moves in the parameter's dtype, {entry.parameter.dtype}"
+            )
+        if entry.parameter not in own:
+            own[entry.parameter] = entry.name, entry.mixing.target.clone()
+        entry.mixing.target = own[entry.parameter][1]
+    return {name: (parameter, target) for parameter, (name, target) in own.items()}
+
+
+def _draws(model: nn.Module, mixings: list[nn.Module]) -> list[Callable[[], None]]:
+    """What draws every layer's seed, one for those that share it, which no longer draw theirs themselves."""
+    draws: list[Callable[[], None]] = []
+    grouped: set[nn.Module] = set()
+    for module in model.modules():
+        for hook in module._forward_pre_hooks.values():
+            if isinstance(hook, SharedSeed):
+                hook.held = True
+                grouped.update(hook.mixings)
+                draws.append(hook.draw)
+    return draws + [SharedSeed([mixing]).draw for mixing in mixings if mixing not in grouped]

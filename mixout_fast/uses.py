@@ -1,0 +1,199 @@
+"""The uses of a model's parameters: each parameter in each module that holds it, which may read it as a weight.
+
+What apply_mixout decides over: which dimension numbers a weight's input neurons, what speaks against mixing it, which
+uses are tied, and which modules read the same x.
+"""
+
+import itertools
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from mixout_fast.embedding import MixEmbedding
+from mixout_fast.functional import DTYPES
+from mixout_fast.linear import MixLinear
+from mixout_fast.mixed_weight import Mixing, mix_weight
+
+INPUT_DIMS: dict[str, dict[str, tuple[int, ...]]] = {
+    "torch.nn.modules.linear.Linear": {"weight": (1,)},
+    "torch.nn.modules.sparse.Embedding": {"weight": (0,)},
+    "torch.nn.modules.sparse.EmbeddingBag": {"weight": (0,)},
+    "torch.nn.modules.conv.Conv1d": {"weight": (1,)},
+    "torch.nn.modules.conv.Conv2d": {"weight": (1,)},
+    "torch.nn.modules.conv.Conv3d": {"weight": (1,)},
+    "torch.nn.modules.activation.MultiheadAttention": {
+        "in_proj_weight": (1,),
+        "q_proj_weight": (1,),
+        "k_proj_weight": (1,),
+        "v_proj_weight": (1,),
+    },
+    "transformers.pytorch_utils.Conv1D": {"weight": (0,)},
+    "transformers.models.xlnet.modeling_xlnet.XLNetRelativeAttention": {
+        "q": (0,),
+        "k": (0,),
+        "v": (0,),
+        "r": (0,),
+        "o": (1, 2),
+    },
+}
+"""Class -> its weights -> the dimensions that number the weight's input neurons: (1,), (0,), or (1, 2) of three.
+
+Subclasses are covered. Add the classes of your own that hold weights directly.
+"""
+
+SIBLINGS = (
+    ("query", "key", "value"),
+    ("q_proj", "k_proj", "v_proj"),
+    ("q_lin", "k_lin", "v_lin"),
+    ("gate_proj", "up_proj"),
+    ("w1", "w3"),
+)
+"""Names of nn.Linear children that read the same x in Hugging Face models, for share_masks."""
+
+
+@dataclass(eq=False)
+class Use:
+    """A parameter in a module that holds it, and what is to become of it: mixed where `reason` is None."""
+
+    module_name: str
+    module: nn.Module
+    attribute: str
+    parameter: nn.Parameter
+    input_dims: tuple[int, ...]
+    kind: str
+    reason: str | None
+    toward_zero: bool = False
+    p: float | None = None
+    target: Tensor | None = None
+    mixing: nn.Module | None = None
+
+    @property
+    def name(self) -> str:
+        return join_names(self.module_name, self.attribute)
+
+    def mix(self, mask: str, grad_scale: str, backend: str | None) -> None:
+        """Have the module read the mixed weight."""
+        module = self.module
+        # A forward that someone put on the instance reads the weight and knows nothing of the class's.
+        replaceable = "forward" not in vars(module)
+        if type(module) is nn.Linear and replaceable:
+            module.__class__ = MixLinear
+            module._set_mixout(None, self.p, mask, grad_scale, "bernoulli", backend)
+            module.target = self.target
+            self.mixing = module
+        elif type(module) is nn.Embedding and replaceable:
+            module.__class__ = MixEmbedding
+            module.set_mixout(self.target, self.p, mask, grad_scale, columns=self.input_dims == (1,))
+            self.mixing = module
+        else:
+            self.mixing = Mixing(self.target, self.p, self.input_dims, mask, grad_scale, backend)
+            mix_weight(module, self.attribute, self.mixing)
+
+
+def find_uses(model: nn.Module, frozen: bool, mask: str) -> list[Use]:
+    """Every parameter in every module that holds it, with the reasons that lie in the parameter itself."""
+    lora_a, lora_b = _lora_weights(model)
+    uses = []
+    for module_name, module in model.named_modules():
+        for attribute, parameter in module._parameters.items():
+            if parameter is None:
+                continue
+            input_dims = _input_dims(module, attribute)
+            kind = type(module).__name__
+            use = Use(module_name, module, attribute, parameter, input_dims, kind, None, parameter in lora_a)
+            if parameter.dim() < 2 or attribute.endswith("bias"):
+                use.reason = "bias or normalisation"
+            elif parameter.dtype not in DTYPES:
+                use.reason = f"dtype {str(parameter.dtype).removeprefix('torch.')}"
+            elif parameter.is_meta:
+                raise ValueError(f"model: {use.name} is on the meta device; load its weights first")
+            elif parameter in lora_b:
+                use.reason = "LoRA's B: mixing A toward zero mixes the product"
+            elif parameter in lora_a and mask == "element":
+                use.reason = "LoRA's A: an element mask of it is none of the product"
+            elif not parameter.requires_grad and not frozen:
+                use.reason = "frozen"
+            elif not input_dims:
+                use.reason = f"raw parameter of {type(module).__name__}, not in INPUT_DIMS"
+            elif getattr(module, "groups", 1) != 1:
+                use.reason = "grouped convolution"
+            elif getattr(module, "max_norm", None) is not None:
+                use.reason = "max_norm changes it in place"
+            uses.append(use)
+    return uses
+
+
+def _lora_weights(model: nn.Module) -> tuple[set[nn.Parameter], set[nn.Parameter]]:
+    """The parameters of all A and of all B of PEFT's LoRA layers."""
+    a, b = set(), set()
+    for module in model.modules():
+        if any(cls.__name__ == "LoraLayer" and cls.__module__.startswith("peft.") for cls in type(module).__mro__):
+            a.update(module.lora_A.parameters(), module.lora_embedding_A.parameters())
+            b.update(module.lora_B.parameters(), module.lora_embedding_B.parameters())
+    return a, b
+
+
+def _input_dims(module: nn.Module, attribute: str) -> tuple[int, ...]:
+    for cls in type(module).__mro__:
+        dims = INPUT_DIMS.get(f"{cls.__module__}.{cls.__qualname__}", {})
+        if attribute in dims:
+            return dims[attribute]
+    return ()
+
+
+def resolve_ties(uses: list[Use]) -> list[list[Use]]:
+    """Has tied uses mixed alike: all or none, one p, one target, one reading of the input dimensions."""
+    by_parameter: dict[nn.Parameter, list[Use]] = {}
+    for use in uses:
+        by_parameter.setdefault(use.parameter, []).append(use)
+    ties = []
+    for tied in by_parameter.values():
+        left_out = next((use for use in tied if use.reason is not None), None)
+        if len(tied) == 1 or all(use.reason is not None for use in tied):
+            continue
+        if left_out is not None:
+            for use in tied:
+                use.reason = use.reason or f"tied to {left_out.name}: {left_out.reason}"
+            continue
+        # A linear layer gains time by the mask of its own inputs; an embedding is cheap either way.
+        input_dims = next((use.input_dims for use in tied if isinstance(use.module, nn.Linear)), tied[0].input_dims)
+        for use in tied:
+            use.p, use.target, use.input_dims = tied[0].p, tied[0].target, input_dims
+        ties.append(tied)
+    return ties
+
+
+def siblings(mixed: list[Use]) -> list[list[Use]]:
+    """Uses of nn.Linear modules under one parent whose names are siblings' and whose inputs are as many."""
+    groups: dict[tuple, list[Use]] = {}
+    for use in mixed:
+        parent, _, name = use.module_name.rpartition(".")
+        for number, names in enumerate(SIBLINGS):
+            if name in names and isinstance(use.module, nn.Linear):
+                groups.setdefault((parent, number, use.parameter.shape[1]), []).append(use)
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def merge_groups(groups: list[list[Use]]) -> list[list[Use]]:
+    """Groups without a use in common: those that share one become one."""
+    merged: list[list[Use]] = []
+    for group in groups:
+        touching = [other for other in merged if any(use in other for use in group)]
+        merged = [other for other in merged if other not in touching]
+        merged.append(list(dict.fromkeys(itertools.chain(*touching, group))))
+    return merged
+
+
+def lowest_common_module(model: nn.Module, group: list[Use]) -> nn.Module:
+    """The innermost module that contains all and has a forward of its own."""
+    paths = [use.module_name.split(".") if use.module_name else [] for use in group]
+    common = [parts[0] for parts in itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False))]
+    while True:
+        module = model.get_submodule(".".join(common))
+        if not common or type(module).forward is not nn.Module.forward:
+            return module
+        common.pop()
+
+
+def join_names(module_name: str, name: str) -> str:
+    return f"{module_name}.{name}" if module_name else name

@@ -1,0 +1,590 @@
+"""apply_mixout and remove_mixout on modules of PyTorch's own: what is mixed, what stays, what is refused."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from mixout_fast import (
+    MixEmbedding,
+    apply_mixout,
+    mixout,
+    mixout_report,
+    remove_mixout,
+    target_state_dict,
+    testing,
+)
+from mixout_fast.apply import mixed_parameters
+from mixout_fast.functional import MASKS
+from mixout_fast.mixed_weight import Mixing
+from mixout_fast.uses import INPUT_DIMS
+
+masks = pytest.mark.parametrize("mask", MASKS)
+
+
+class Transposed(nn.Module):
+    """A layer of one's own that holds its weight as (in, out)."""
+
+    def __init__(self, in_features, out_features):
+        super().__init__()
+        self.kernel = nn.Parameter(torch.randn(in_features, out_features))
+
+    def forward(self, x):
+        return x @ self.kernel
+
+
+class Net(nn.Module):
+    """Something of everything: x (B, 12) of token numbers below 20."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(20, 16)
+        self.drop = nn.Dropout(0.0)
+        self.conv = nn.Conv1d(16, 16, 3, padding=1)
+        self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
+        self.norm = nn.LayerNorm(16)
+        self.query, self.key = nn.Linear(16, 16), nn.Linear(16, 16, bias=False)
+        self.frozen = nn.Linear(16, 16).requires_grad_(False)
+        self.head = nn.Linear(16, 20)
+
+    def forward(self, tokens):
+        x = self.drop(self.embed(tokens))
+        x = self.conv(x.transpose(1, 2)).transpose(1, 2)
+        x = self.norm(x + self.attention(x, x, x)[0])
+        return self.head(self.frozen(self.query(x) * self.key(x)))
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(20, 16)
+        self.head = nn.Linear(16, 20, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, tokens):
+        return self.head(self.embed(tokens).tanh())
+
+
+@pytest.fixture
+def net(device):
+    return Net().to(device).train()
+
+
+@pytest.fixture
+def tokens(device):
+    return torch.randint(0, 20, (3, 12), device=device)
+
+
+def train(model, tokens, steps=3, lr=0.05):
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(tokens).square().mean().backward()
+        optimizer.step()
+
+
+def output(model, tokens, manual_seed=3):
+    torch.manual_seed(manual_seed)
+    return model(tokens)
+
+
+def reasons(model):
+    return {row.name: row.reason for row in mixout_report(model).rows}
+
+
+@masks
+def test_first_output_is_the_plain_models(net, tokens, mask, backend, mixes_first):
+    plain = net(tokens)
+    assert apply_mixout(net, 0.9, mask=mask, backend=backend) is net
+    testing.assert_same_bits("output before any step", net(tokens), plain, net)
+
+
+@masks
+def test_masks_change_the_output_once_the_weights_have_moved(net, tokens, mask):
+    apply_mixout(net, 0.5, mask=mask)
+    train(net, tokens)
+    assert not torch.equal(net(tokens), net(tokens))
+    testing.assert_same_bits("under one seed", output(net, tokens), output(net, tokens), net)
+
+
+def test_every_parameter_is_mixed_or_has_a_reason(net):
+    apply_mixout(net, 0.9)
+    rows = mixout_report(net).rows
+    assert [row.name for row in rows] == [name for name, _ in net.named_parameters(remove_duplicate=False)]
+    unmixed = {name: reason for name, reason in reasons(net).items() if reason is not None}
+    assert unmixed.pop("frozen.weight") == "frozen"
+    assert set(unmixed.values()) == {"bias or normalisation"}
+    assert all("bias" in name or "norm" in name for name in unmixed)
+    assert {mixed.name for mixed in mixed_parameters(net)} == {row.name for row in rows if row.reason is None}
+    assert all(row.p == 0.9 for row in rows if row.reason is None)
+
+
+def test_report_is_a_table(net, capsys):
+    apply_mixout(net, 0.25, verbose=True)
+    printed = capsys.readouterr().out
+    assert printed.strip() == str(mixout_report(net))
+    (line,) = (line for line in printed.splitlines() if line.startswith("attention.in_proj_weight"))
+    assert line.split() == ["attention.in_proj_weight", "MultiheadAttention", "0.25", "768", "mixed"]
+    assert "2,944 of 3,364 parameters mixed" in printed
+
+
+def test_objects_keys_and_an_optimizer_made_before_stay_valid(net, tokens):
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    parameters, modules = dict(net.named_parameters()), dict(net.named_modules())
+    state = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    calls = []
+    net.query.register_forward_hook(lambda *_: calls.append("hook"))
+    apply_mixout(net, 0.5)
+    assert dict(net.named_parameters()).keys() == parameters.keys()
+    assert all(parameter is parameters[name] for name, parameter in net.named_parameters())
+    assert all(dict(net.named_modules())[name] is module for name, module in modules.items())
+    assert type(net.conv).__name__ == "Conv1d", "transformers saves the names of classes"
+    assert list(net.state_dict()) == list(state)
+    for name, tensor in net.state_dict().items():
+        testing.assert_same_bits(name, tensor, state[name], net)
+
+    net(tokens).sum().backward()
+    optimizer.step()
+    assert calls == ["hook"]
+    assert not torch.equal(net.query.weight, state["query.weight"])
+
+
+def test_removal_restores_types_and_leaves_the_trained_weights(net, tokens):
+    types = {name: type(module) for name, module in net.named_modules()}
+    attributes = {name: set(vars(module)) for name, module in net.named_modules()}
+    parameters = dict(net.named_parameters())
+    apply_mixout(net, 0.9, dropout=0.5, share_masks=True)
+    assert net.drop.p == 0.5
+    train(net, tokens)
+    mixed = net.eval()(tokens)
+    assert remove_mixout(net) is net
+    assert {name: type(module) for name, module in net.named_modules()} == types
+    assert {name: set(vars(module)) for name, module in net.named_modules()} == attributes
+    assert all(parameter is parameters[name] for name, parameter in net.named_parameters())
+    assert net.drop.p == 0.0
+    assert not any(module._forward_pre_hooks for module in net.modules())
+    testing.assert_same_bits("eval", net.eval()(tokens), mixed, net)
+    testing.assert_same_bits("training", net.train()(tokens), mixed, net)
+    apply_mixout(net, 0.9)
+
+
+def test_root(device):
+    for root, x in (
+        (nn.Linear(16, 8), torch.randn(3, 16)),
+        (nn.Conv2d(16, 8, 3), torch.randn(1, 16, 5, 5)),
+        (nn.Embedding(64, 8), torch.arange(64)),
+    ):
+        root, x, plain_type = root.to(device), x.to(device), type(root)
+        assert apply_mixout(root, 0.5) is root
+        assert [mixed.name for mixed in mixed_parameters(root)] == ["weight"]
+        train(root, x)
+        assert any(not torch.equal(root(x), root(x)) for _ in range(5))
+        assert type(remove_mixout(root)) is plain_type
+
+
+@pytest.mark.parametrize(
+    ("module", "x", "name", "dims"),
+    (
+        (nn.Conv1d(6, 4, 3), (2, 6, 8), "weight", (1,)),
+        (nn.Conv2d(6, 4, 3), (2, 6, 8, 8), "weight", (1,)),
+        (Transposed(6, 4), (2, 6), "kernel", (0,)),
+    ),
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else None,
+)
+def test_weights_read_by_other_modules(module, x, name, dims, device, backend, monkeypatch):
+    """The mask is one of input neurons, whichever dimension numbers them; gradient and eval mode are mixout's."""
+    monkeypatch.setitem(INPUT_DIMS, f"{__name__}.Transposed", {"kernel": (0,)})
+    module, input = copy.deepcopy(module).to(device), torch.randn(x, device=device)
+    apply_mixout(module, 0.5, target=dict.fromkeys((name,), torch.zeros_like(getattr(module, name))), backend=backend)
+    parameter = module._parameters[name]
+    read = getattr(module, name)
+    others = [d for d in range(parameter.dim()) if d not in dims]
+    kept = read != 0
+    assert torch.equal(kept.any(dim=others), kept.all(dim=others)), "all of a neuron's weights or none"
+    testing.assert_same_bits("kept weights", read[kept], parameter.detach()[kept] * 2.0, module)
+    torch.manual_seed(1)
+    read = getattr(module, name)
+    torch.manual_seed(1)
+    module(input).sum().backward()
+    assert torch.equal(parameter.grad != 0, read != 0), "the gradient has forward's mask"
+    assert getattr(module.eval(), name) is parameter
+
+
+def test_a_forward_that_was_replaced_reads_the_mixed_weight(device):
+    """As accelerate's and others' hooks do: a change of class would not reach it."""
+    linear = nn.Linear(16, 4, bias=False).to(device)
+    linear.forward = lambda x: F.linear(x, linear.weight)
+    apply_mixout(linear, 0.5, target={"weight": torch.zeros_like(linear.weight)})
+    assert (linear(torch.eye(16, device=device)) == 0).all(dim=1).any()
+
+
+@masks
+@pytest.mark.parametrize("grad_scale", ("exact", "paper"))
+def test_embedding_is_that_of_the_mixed_table(mask, grad_scale, device):
+    table = nn.Embedding(50, 8, padding_idx=3).to(device)
+    apply_mixout(table, 0.5, mask=mask, grad_scale=grad_scale)
+    assert type(table) is MixEmbedding
+    with torch.no_grad():
+        table.weight.add_(torch.randn_like(table.weight))
+    table.seed = torch.tensor(5, device=device)
+    tokens = torch.tensor([[0, 7, 7, 49], [3, 3, 12, 0]], device=device)
+    # mixout's rows are the neurons of dimension 1.
+    weight = table.weight.detach().requires_grad_()
+    options = {"mask": mask, "grad_scale": grad_scale, "seed": table.seed}
+    mixed = mixout(weight.unsqueeze(0), table.target.unsqueeze(0), 0.5, True, **options)[0]
+    want = F.embedding(tokens, mixed, padding_idx=3)
+    got = table(tokens)
+    testing.assert_same_bits("rows", got, want, table)
+    gradient = torch.randint(-4, 5, got.shape, device=device).float()
+    grads = torch.autograd.grad(got, table.weight, gradient), torch.autograd.grad(want, weight, gradient)
+    testing.assert_same_values("gradient", grads[0][0], grads[1][0], table)
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16, torch.float64))
+def test_embedding_in_other_dtypes(dtype, device):
+    table = nn.Embedding(50, 8).to(device, dtype)
+    plain = table(torch.arange(50, device=device))
+    apply_mixout(table, 0.9)
+    testing.assert_same_bits("W == U", table(torch.arange(50, device=device)), plain, table)
+    with torch.no_grad():
+        table.weight.add_(torch.randn_like(table.weight))
+    table.seed = torch.tensor(5, device=device)
+    want = mixout(table.weight[None].detach(), table.target[None], 0.9, True, seed=table.seed)[0]
+    testing.assert_same_bits("rows", table(torch.arange(50, device=device)), want, table)
+
+
+def test_tied_weights_are_mixed_once(device, tokens):
+    model = Tied().to(device)
+    apply_mixout(model, 0.5)
+    assert model.head.weight is model.embed.weight
+    assert model.head.target is model.embed.target
+    assert set(reasons(model)) == {"embed.weight", "head.weight"}
+    with torch.no_grad():
+        model.head.weight.zero_()
+    model.head.target.fill_(1.0)
+    seen = []
+    for _ in range(4):
+        model(tokens)
+        read_by_head = model.head(torch.eye(16, device=device)).t()  # W' (20, 16)
+        read_by_embedding = model.embed(torch.arange(20, device=device))
+        testing.assert_same_bits("the table that both read", read_by_embedding, read_by_head, model)
+        assert read_by_head.unique().tolist() == [-1.0, 1.0]
+        seen.append(read_by_head[0])
+    assert len(torch.stack(seen).unique(dim=0)) == 4, "a mask for every forward pass"
+    model(tokens).sum().backward()
+
+
+def test_tied_weights_are_mixed_everywhere_or_nowhere(device):
+    model = Tied().to(device)
+    with pytest.raises(ValueError, match="filter_fn: it matches no layer"):
+        apply_mixout(model, 0.5, filter_fn=lambda module, name: isinstance(module, nn.Linear))
+    model.other = nn.Linear(4, 4)
+    apply_mixout(model, 0.5, filter_fn=lambda module, name: isinstance(module, nn.Linear))
+    assert reasons(model)["head.weight"] == "tied to embed.weight: filter_fn"
+    assert reasons(model)["embed.weight"] == "filter_fn"
+    assert type(model.embed) is nn.Embedding
+
+
+def test_shared_seed_of_tied_weights_survives_activation_checkpointing(device, tokens):
+    """With the pass recomputed inside the module that draws the seed, as whole, gradients are the plain pass's."""
+    from torch.utils.checkpoint import checkpoint
+
+    model = apply_mixout(Tied().to(device), 0.5)
+    train(model, tokens)
+    gradients = []
+    for call in (model, lambda t: checkpoint(model, t, use_reentrant=False)):
+        torch.manual_seed(5)
+        gradients.append(torch.autograd.grad(call(tokens).square().sum(), model.head.weight)[0])
+    testing.assert_same_bits("gradient", gradients[1], gradients[0], model)
+
+
+def test_targets(net, tokens, mixes_first):
+    reference = copy.deepcopy(net).requires_grad_(False)
+    with torch.no_grad():
+        for parameter in reference.parameters():
+            parameter.add_(1.0)
+    apply_mixout(net, 1.0, target=reference)
+    for mixed in mixed_parameters(net):
+        assert mixed.mixing.target.data_ptr() == reference.get_parameter(mixed.name).data_ptr(), "in place"
+    # At p = 1 the mixed weights are the target's; the rest is the model's own.
+    plain = {name: parameter.detach() for name, parameter in net.named_parameters()}
+    plain |= {mixed.name: reference.get_parameter(mixed.name) for mixed in mixed_parameters(net)}
+    remove_mixout(net)
+    want = torch.func.functional_call(net, plain, (tokens,))
+    apply_mixout(net, 1.0, target={name: t for name, t in reference.state_dict().items() if "norm" not in name})
+    testing.assert_same_bits("output at p = 1", net(tokens), want, net)
+
+
+def test_the_models_own_weights_as_target_are_copied(net):
+    for target in (None, net, net.state_dict()):
+        apply_mixout(net, 0.9, target=target)
+        for mixed in mixed_parameters(net):
+            assert mixed.mixing.target.data_ptr() != mixed.parameter.data_ptr()
+            assert torch.equal(mixed.mixing.target, mixed.parameter)
+        remove_mixout(net)
+
+
+def test_a_target_that_lacks_a_parameter_leaves_it_unmixed_and_says_so(net):
+    state = net.state_dict()
+    del state["head.weight"]
+    apply_mixout(net, 0.9, target=state)
+    assert reasons(net)["head.weight"] == "the target has no such parameter"
+
+
+def test_targets_in_a_smaller_dtype(net, tokens):
+    """They are widened where they are used: the step is that of the widened targets."""
+    apply_mixout(net, 0.5, target_dtype=torch.bfloat16)
+    small = copy.deepcopy(net)
+    for mixed in mixed_parameters(net):
+        assert mixed.mixing.target.dtype == torch.bfloat16
+        mixed.mixing.target = mixed.mixing.target.float()
+    for model in (small, net):
+        output(model, tokens).square().sum().backward()
+    for (name, ours), theirs in zip(small.named_parameters(), net.parameters(), strict=True):
+        if ours.requires_grad:
+            testing.assert_same_bits(name, ours.grad, theirs.grad, net)
+
+
+def test_no_widened_target_waits_for_backward(device):
+    linear, saved = nn.Linear(33, 17).to(device), []
+    apply_mixout(linear, 0.5, target_dtype=torch.bfloat16)
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
+        linear(torch.randn(5, 33, device=device))
+    weights = [tensor for tensor in saved if tensor.shape == (17, 33)]
+    assert {tensor.data_ptr() for tensor in weights} == {linear.weight.data_ptr(), linear.target.data_ptr()}
+
+
+@pytest.mark.parametrize("weight", (torch.bfloat16, torch.float32))
+@pytest.mark.parametrize("target", (torch.float16, torch.bfloat16, torch.float64))
+def test_targets_of_any_dtype(weight, target, device):
+    linear = nn.Linear(16, 4).to(device, weight)
+    apply_mixout(linear, 0.5, target={"weight": linear.weight.detach().to(target)})
+    assert linear.target.dtype == (target if target.itemsize < weight.itemsize else weight)
+    linear(torch.randn(3, 16, device=device, dtype=weight)).sum().backward()
+
+
+def test_saved_targets_resume(net, tokens):
+    apply_mixout(net, 0.9)
+    train(net, tokens)
+    buffer = io.BytesIO()
+    torch.save({"model": net.state_dict(), "targets": target_state_dict(net)}, buffer)
+    buffer.seek(0)
+    saved = torch.load(buffer, weights_only=True)
+    again = Net().to(tokens.device)
+    again.load_state_dict(saved["model"])
+    apply_mixout(again, 0.9, target=saved["targets"])
+    testing.assert_same_bits("output", output(again, tokens), output(net, tokens), net)
+
+
+def test_copies_and_pickles_are_whole_and_independent(net, tokens):
+    apply_mixout(net, 0.9, share_masks=True)
+    train(net, tokens)
+    want = output(net, tokens)
+    buffer = io.BytesIO()
+    torch.save(net, buffer)
+    buffer.seek(0)
+    copies = [copy.deepcopy(net), pickle.loads(pickle.dumps(net)), torch.load(buffer, weights_only=False)]
+    for other in copies:
+        testing.assert_same_bits("output", output(other, tokens), want, net)
+    remove_mixout(copies[0])
+    train(copies[1], tokens)
+    testing.assert_same_bits("the original afterwards", output(net, tokens), want, net)
+    testing.assert_same_bits("another copy", output(copies[2], tokens), want, net)
+    assert isinstance(net.conv.mixing_weight, Mixing)
+
+
+def test_p_of_each_layer_and_the_filter(net):
+    apply_mixout(net, lambda module, name: 0.0 if name == "key" else 0.3 if name == "query" else 0.6)
+    assert (net.query.p, net.head.p) == (0.3, 0.6)
+    assert reasons(net)["key.weight"] == "p = 0"
+    remove_mixout(net)
+    apply_mixout(net, 0.4, filter_fn=lambda module, name: name in ("query", "conv"))
+    assert {mixed.name for mixed in mixed_parameters(net)} == {"query.weight", "conv.weight"}
+    assert reasons(net)["embed.weight"] == "filter_fn"
+
+
+def test_frozen_layers_when_asked(net):
+    apply_mixout(net, 0.5, frozen=True)
+    assert net.frozen.p == 0.5
+
+
+@pytest.mark.parametrize("rule", (None, ("mixout", 0.3), ("dropout", 0.3)))
+def test_head_rules(net, tokens, rule):
+    initial = net.head.weight.detach().clone()
+    reference = {name: tensor + 1.0 for name, tensor in net.state_dict().items()}
+    apply_mixout(net, 0.9, target=reference, head={"head": rule})
+    train(net, tokens)
+    if rule is None:
+        assert reasons(net)["head.weight"] == "head, left alone"
+        assert type(net.head) is nn.Linear
+    elif rule[0] == "mixout":
+        assert net.head.p == 0.3
+        testing.assert_same_bits("w_0", net.head.target, initial, net)
+    else:
+        assert reasons(net)["head.weight"] == "head, dropout(0.3)"
+        x = torch.randn(50, 16, device=tokens.device)
+        torch.manual_seed(1)
+        want = F.linear(F.dropout(x, 0.3), net.head.weight, net.head.bias)
+        testing.assert_same_bits("head", output(net.head, x, 1), want, net)
+        testing.assert_same_bits("head, eval", net.eval().head(x), F.linear(x, net.head.weight, net.head.bias), net)
+    remove_mixout(net)
+    assert not net.head._forward_pre_hooks
+
+
+def test_paper_layers(device):
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second, self.third = (nn.Linear(8, 8) for _ in range(3))
+            self.drop, self.unused_drop = nn.Dropout(0.1), nn.Dropout(0.2)
+            self.norm = nn.LayerNorm(8)
+
+        def forward(self, x):
+            h = self.first(x)
+            return self.unused_drop(self.third(F.gelu(self.second(self.norm(x + self.drop(h)))) + h))
+
+    model = Block().to(device).train()
+    x = torch.randn(2, 8, device=device)
+    apply_mixout(model, 0.9, layers="paper", example=x)
+    assert {mixed.name for mixed in mixed_parameters(model)} == {"second.weight"}
+    assert reasons(model)["first.weight"] == reasons(model)["third.weight"] == "no Dropout feeds it"
+    assert (model.drop.p, model.unused_drop.p) == (0.0, 0.2)
+    assert "p of drop (was 0.1) set" in str(mixout_report(model))
+    assert model.training and model.drop.training
+    assert not model.drop._forward_hooks
+    remove_mixout(model)
+    # A head is mixed though no Dropout feeds it.
+    apply_mixout(model, 0.9, layers="paper", example=(x,), head={"first": ("mixout", 0.5)})
+    assert model.first.p == 0.5
+    remove_mixout(model)
+    assert model.drop.p == 0.1
+
+
+def test_siblings_share_a_mask(net, device, tokens):
+    apply_mixout(net, 0.5, share_masks=True, target={n: torch.zeros_like(t) for n, t in net.state_dict().items()})
+    eye, seen = torch.eye(16, device=device), []
+    for _ in range(4):
+        net(tokens)
+        kept = [(layer(eye) - (0 if layer.bias is None else layer.bias)).any(dim=1) for layer in (net.query, net.key)]
+        assert torch.equal(*kept)
+        seen.append(kept[0])
+    assert len(torch.stack(seen).unique(dim=0)) > 1
+
+
+def test_eval_mode_draws_no_random_numbers(net, tokens):
+    apply_mixout(net, 0.5, share_masks=True).eval()
+    state = torch.get_rng_state()
+    net(tokens)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_targets_are_left_out_of_ddps_broadcasts(net):
+    apply_mixout(net, 0.5)
+    buffers = {name for name, _ in net.named_buffers() if name.endswith("target")}
+    assert set(net._ddp_params_and_buffers_to_ignore) == buffers
+    assert len(buffers) == len(mixed_parameters(net)) == 7
+    net._ddp_params_and_buffers_to_ignore.append("a.users.own.target")
+    assert remove_mixout(net)._ddp_params_and_buffers_to_ignore == ["a.users.own.target"]
+
+
+def test_moves_and_casts(net, tokens):
+    apply_mixout(net, 0.9)
+    net.to(torch.bfloat16)
+    assert net(tokens).dtype == torch.bfloat16
+    net.double()
+    net(tokens).sum().backward()
+
+
+def test_unmixable_modules_are_listed(device):
+    model = nn.ModuleDict(
+        {
+            "grouped": nn.Conv1d(4, 4, 3, groups=2),
+            "renormed": nn.Embedding(5, 4, max_norm=1.0),
+            "rnn": nn.LSTM(4, 4),
+            "raw": Transposed(4, 4),
+            "linear": nn.Linear(4, 4),
+        }
+    ).to(device)
+    apply_mixout(model, 0.5)
+    got = reasons(model)
+    assert got["grouped.weight"] == "grouped convolution"
+    assert got["renormed.weight"] == "max_norm changes it in place"
+    assert got["rnn.weight_ih_l0"] == "raw parameter of LSTM, not in INPUT_DIMS"
+    assert got["raw.kernel"] == "raw parameter of Transposed, not in INPUT_DIMS"
+    assert got["linear.weight"] is None
+
+
+BAD = (
+    ({"p": 1.5}, ValueError, ("p: 1.5", "[0, 1]")),
+    ({"p": lambda module, name: -1.0}, ValueError, ("p: -1.0", "[0, 1]")),
+    ({"p": "0.9"}, TypeError, ("p: '0.9'",)),
+    ({"layers": "some"}, ValueError, ("layers: 'some'", "paper")),
+    ({"layers": "paper"}, ValueError, ("example: None",)),
+    ({"mask": "row"}, ValueError, ("mask: 'row'",)),
+    ({"dropout": 2.0}, ValueError, ("dropout: 2.0",)),
+    ({"target": 0}, TypeError, ("target: int",)),
+    ({"target": {"query.weight": torch.zeros(3)}}, ValueError, ("target: query.weight", "(3,)", "(16, 16)")),
+    ({"target": {"query.weight": torch.zeros(16, 16).int()}}, TypeError, ("target: query.weight", "int32")),
+    ({"target": {"other": torch.zeros(3)}}, ValueError, ("nothing to mix", "the target has no such parameter")),
+    ({"target_dtype": torch.int8}, TypeError, ("target_dtype: torch.int8",)),
+    ({"filter_fn": lambda module, name: False}, ValueError, ("filter_fn", "embed", "query")),
+    ({"head": "head"}, TypeError, ("head: str",)),
+    ({"head": {"classifier": None}}, ValueError, ("head: 'classifier'", "no such module")),
+    ({"head": {"head": ("mixup", 0.1)}}, ValueError, ("head: 'head'", "mixup", "dropout")),
+    ({"head": {"head": ("mixout", 1.1)}}, ValueError, ("1.1",)),
+    ({"head": {"norm": ("dropout", 0.1)}}, ValueError, ("head: 'norm'", "nn.Linear")),
+)
+
+
+@pytest.mark.parametrize(("options", "error", "fragments"), BAD)
+def test_bad_arguments_change_nothing(options, error, fragments):
+    net = Net()
+    types, attributes = [type(m) for m in net.modules()], [set(vars(m)) for m in net.modules()]
+    with pytest.raises(error) as caught:
+        apply_mixout(net, **options)
+    assert all(fragment in str(caught.value) for fragment in fragments), caught.value
+    assert [type(m) for m in net.modules()] == types
+    assert [set(vars(m)) for m in net.modules()] == attributes
+    apply_mixout(net)
+
+
+def test_applying_twice_and_removing_nothing():
+    net = apply_mixout(Net())
+    with pytest.raises(ValueError, match=r"mixed already \(embed.weight, …\); call remove_mixout"):
+        apply_mixout(net)
+    remove_mixout(net)
+    with pytest.raises(ValueError, match="no weight of it is mixed"):
+        remove_mixout(net)
+    with pytest.raises(ValueError, match="apply_mixout has not been applied"):
+        mixout_report(net)
+    with pytest.raises(ValueError, match="meta device"):
+        apply_mixout(nn.Linear(3, 3, device="meta"))
+    with pytest.raises(TypeError, match="model: list"):
+        apply_mixout([nn.Linear(3, 3)])
+    with pytest.raises(ValueError, match="no weight matrix"):
+        apply_mixout(nn.LayerNorm(3))
+
+
+@pytest.mark.slow
+def test_compiles_to_one_graph_with_fresh_masks(net, tokens):
+    torch.compiler.reset()
+    apply_mixout(net, 0.5, share_masks=True)
+    train(net, tokens)
+    compiled = torch.compile(net, fullgraph=True)
+    outputs = [compiled(tokens) for _ in range(6)]
+    outputs[-1].sum().backward()
+    assert len(torch.stack([o.detach().flatten() for o in outputs]).unique(dim=0)) == 6
+
+
+@pytest.mark.slow
+def test_eval_model_exports(net, tokens):
+    apply_mixout(net, 0.5)
+    train(net, tokens)
+    net.eval()
+    exported = torch.export.export(net, (tokens,))
+    testing.assert_same_bits("exported", exported.module()(tokens), net(tokens), net)
+    assert not any("mixout_fast" in str(node.target) for node in exported.graph.nodes)

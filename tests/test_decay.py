@@ -1,0 +1,173 @@
+"""wdecay: decay toward a target as a hook of the optimizer."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from mixout_fast import apply_mixout, testing, wdecay
+
+
+@pytest.fixture
+def model(device):
+    return nn.Sequential(nn.Linear(7, 5), nn.LayerNorm(5), nn.Linear(5, 3)).to(device)
+
+
+@pytest.fixture
+def x(device):
+    return torch.randn(4, 7, device=device)
+
+
+def step(model, optimizer, x):
+    optimizer.zero_grad()
+    model(x).square().sum().backward()
+    optimizer.step()
+
+
+def parameters(model):
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def moved(model):
+    """Moved to small integers, on which a step of a power of two is exact."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randint(-8, 9, parameter.shape))
+    return model
+
+
+def test_toward_zero_decoupled_is_adamws(model, x):
+    other = copy.deepcopy(model)
+    plain = torch.optim.AdamW(other.parameters(), lr=0.1, weight_decay=0.3)
+    ours = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.0)
+    wdecay(ours, model, 0.3, target=0, include=lambda name, parameter: True)
+    for _ in range(3):
+        step(other, plain, x)
+        step(model, ours, x)
+    for name, want in parameters(other).items():
+        testing.assert_same_bits(name, parameters(model)[name], want, "3 steps of AdamW")
+
+
+@pytest.mark.parametrize("optimizer", (torch.optim.SGD, torch.optim.Adam))
+def test_toward_zero_coupled_is_weight_decay(model, x, optimizer):
+    other = copy.deepcopy(model)
+    plain = optimizer(other.parameters(), lr=0.1, weight_decay=0.3)
+    ours = optimizer(model.parameters(), lr=0.1)
+    wdecay(ours, model, 0.3, target=0, decoupled=False, include=lambda name, parameter: True)
+    for _ in range(3):
+        step(other, plain, x)
+        step(model, ours, x)
+    for name, want in parameters(other).items():
+        testing.assert_same_bits(name, parameters(model)[name], want, f"3 steps of {optimizer.__name__}")
+
+
+@pytest.mark.parametrize("decoupled", (True, False))
+def test_gradient_is_that_of_the_penalty(model, x, decoupled):
+    """SGD: both forms are a step along λ (w - u), which autograd finds of λ/2 ‖w - u‖²; u is the mixout target."""
+    apply_mixout(moved(model), 0.9, filter_fn=lambda module, name: name == "0")
+    targets = {name: p.detach().clone() for name, p in model.named_parameters()}
+    moved(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.25)
+    # Of "2", which is not mixed, the target is its present value: moved.
+    targets["2.weight"] = model[2].weight.detach().clone()
+    handle = wdecay(optimizer, model, 0.5, decoupled=decoupled)
+    before = parameters(model)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    for name, w in before.items():
+        leaf = w.clone().requires_grad_()
+        (0.25 * (leaf - targets[name]).square().sum()).backward()
+        want = w - 0.25 * leaf.grad if name.endswith("weight") and w.dim() == 2 else w
+        testing.assert_same_values(name, parameters(model)[name], want, f"decoupled={decoupled}")
+    assert not torch.equal(before["0.weight"], parameters(model)["0.weight"])
+    testing.assert_same_bits("2.weight, at its target", parameters(model)["2.weight"], before["2.weight"], model)
+
+    handle.remove()
+    before = parameters(model)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    testing.assert_same_bits("without the hook", parameters(model)["0.weight"], before["0.weight"], model)
+
+
+def test_target_of_another_model_and_of_a_state_dict(model):
+    reference = moved(copy.deepcopy(model))
+    for target in (reference, reference.state_dict()):
+        trained = copy.deepcopy(model)
+        optimizer = torch.optim.SGD(trained.parameters(), lr=1.0)
+        wdecay(optimizer, trained, 1.0, target=target)
+        for parameter in trained.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+        testing.assert_same_bits("at lr · decay = 1", trained[0].weight, reference[0].weight, trained)
+        testing.assert_same_bits("bias", trained[0].bias, model[0].bias, trained)
+
+
+def test_parameters_without_a_gradient_and_groups_rates(model):
+    moved_copy = moved(copy.deepcopy(model))
+    optimizer = torch.optim.SGD(
+        [{"params": model[0].parameters(), "lr": 0.5}, {"params": model[2].parameters()}], lr=0.1
+    )
+    wdecay(optimizer, model, 1.0, target=moved_copy)
+    before = parameters(model)
+    model[0].weight.grad = torch.zeros_like(model[0].weight)
+    optimizer.step()
+    want = torch.lerp(before["0.weight"], moved_copy[0].weight.detach(), 0.5)
+    testing.assert_same_bits("group's rate", model[0].weight, want, model)
+    testing.assert_same_bits("no gradient", model[2].weight, before["2.weight"], model)
+
+
+@pytest.mark.parametrize("fused", (True, False))
+@pytest.mark.parametrize("decoupled", (True, False))
+def test_with_grad_scaler(model, x, fused, decoupled):
+    """Scaled by a power of two nothing rounds otherwise: the same bits, and a skipped step decays nothing."""
+    device = x.device.type
+    other = copy.deepcopy(model)
+    scaler = torch.amp.GradScaler(device, init_scale=2.0**10, growth_interval=1000)
+    plain = torch.optim.Adam(other.parameters(), lr=0.1, fused=fused)
+    scaled = torch.optim.Adam(model.parameters(), lr=0.1, fused=fused)
+    target = {name: parameter + 1.0 for name, parameter in parameters(model).items()}
+    wdecay(plain, other, 0.3, target=target, decoupled=decoupled)
+    wdecay(scaled, model, 0.3, target=target, decoupled=decoupled)
+    for _ in range(3):
+        step(other, plain, x)
+        scaled.zero_grad()
+        scaler.scale(model(x).square().sum()).backward()
+        scaler.step(scaled)
+        scaler.update()
+    for name, want in parameters(other).items():
+        testing.assert_same_bits(name, parameters(model)[name], want, f"fused={fused}, decoupled={decoupled}")
+    before = parameters(model)
+    scaler.scale(model(x * torch.inf).square().sum()).backward()
+    scaler.step(scaled)
+    testing.assert_same_bits("skipped step", model[0].weight, before["0.weight"], model)
+
+
+def test_weights_at_their_target_keep_their_gradients_bits(model, x):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    wdecay(optimizer, model, 0.3, decoupled=False)
+    model(x).sum().backward()
+    before = model[0].weight.grad.clone()
+    optimizer.step()
+    testing.assert_same_bits("gradient", model[0].weight.grad, before, model)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    (
+        ({"decay": -1.0}, "decay: -1.0"),
+        ({"target": 1.0}, "target: 1.0; the only number it takes is 0"),
+        ({"target": {}}, "target: it has no 0.weight"),
+        ({"target": {"0.weight": torch.zeros(3), "2.weight": torch.zeros(3)}}, r"target: 0.weight is \(3,\)"),
+        ({"include": lambda name, parameter: False}, "include: no parameter"),
+    ),
+)
+def test_refuses(options, message):
+    model = nn.Sequential(nn.Linear(7, 5), nn.LayerNorm(5), nn.Linear(5, 3))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match=message):
+        wdecay(optimizer, model, **{"decay": 0.1} | options)
+    with pytest.raises(ValueError, match="optimizer: none of its parameters"):
+        wdecay(torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1), model, 0.1)

@@ -1,0 +1,308 @@
+"""The tools around a mixed model, run for real: Trainer, accelerate, PEFT, autocast, checkpointing, compile, export."""
+
+import copy
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")
+# ruff: noqa: E402
+from stack_models import MODELS, batch, bert, gpt2
+from torch.utils.data import DataLoader, Dataset
+
+from mixout_fast import (
+    MixLinear,
+    MixoutScheduler,
+    apply_mixout,
+    mix_linear,
+    mixout_report,
+    remove_mixout,
+    testing,
+    wdecay,
+)
+from mixout_fast.apply import mixed_parameters
+
+architectures = pytest.mark.parametrize("name", MODELS)
+
+
+class Examples(Dataset):
+    def __init__(self, name, size=32):
+        self.columns = batch(name, size)
+
+    def __len__(self):
+        return len(self.columns["labels"])
+
+    def __getitem__(self, row):
+        return {key: column[row] for key, column in self.columns.items()}
+
+
+def weights(model):
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters(remove_duplicate=False)}
+
+
+def assert_same_weights(ours, theirs):
+    assert ours.keys() == theirs.keys()
+    for name, want in theirs.items():
+        testing.assert_same_bits(name, ours[name], want, "weights after training")
+
+
+def gradients(model, inputs, manual_seed=7):
+    model.zero_grad()
+    torch.manual_seed(manual_seed)
+    model(**inputs).loss.backward()
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+@architectures
+def test_trainer_trains_saves_resumes_and_evaluates(name, tmp_path):
+    """Four steps, and two and two more from the checkpoint, with targets from the pretrained one: the same bits."""
+    pretrained, data = MODELS[name](), Examples(name)
+    pretrained.save_pretrained(tmp_path / "pretrained")
+
+    def trainer(model):
+        pretrained = type(model).from_pretrained(tmp_path / "pretrained")
+        apply_mixout(model, 0.8, target=pretrained, share_masks=True)
+        arguments = transformers.TrainingArguments(
+            output_dir=tmp_path / "run", per_device_train_batch_size=8, max_steps=4, save_steps=2, learning_rate=1e-2,
+            report_to=[], disable_tqdm=True, use_cpu=True, seed=3, logging_strategy="no", save_total_limit=None,
+        )  # fmt: skip
+        return transformers.Trainer(model, arguments, train_dataset=data, eval_dataset=data)
+
+    straight = trainer(copy.deepcopy(pretrained))
+    straight.train()
+    moved = weights(straight.model)
+    mixed = [m.name for m in mixed_parameters(straight.model)]
+    assert all(not torch.equal(moved[key], pretrained.get_parameter(key)) for key in mixed if "token_type" not in key)
+
+    checkpoint = tmp_path / "run" / "checkpoint-2"
+    resumed = trainer(type(pretrained).from_pretrained(checkpoint))
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    assert_same_weights(weights(resumed.model), moved)
+
+    loss = resumed.evaluate()["eval_loss"]
+    plain = type(pretrained).from_pretrained(tmp_path / "run" / "checkpoint-4").eval()
+    inputs = batch(name)
+    want = plain(**inputs).logits
+    testing.assert_same_bits("eval", resumed.model.eval()(**inputs).logits, want, name)
+    assert loss == loss and loss > 0
+
+
+def test_accelerate(tmp_path):
+    """Accumulation, bf16 autocast, clipping, and a state saved and loaded: the same bits again."""
+    accelerate = pytest.importorskip("accelerate")
+    start, data = bert(), Examples("bert")
+
+    def run(steps, load=None, save=None):
+        accelerate.state.AcceleratorState._reset_state(True)
+        accelerator = accelerate.Accelerator(cpu=True, mixed_precision="bf16", gradient_accumulation_steps=2)
+        model = apply_mixout(copy.deepcopy(start).train(), 0.8, share_masks=True)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        wdecay(optimizer, model, 0.1)
+        torch.manual_seed(5)
+        scheduler = MixoutScheduler(model, p_factor=lambda step: 1 / (1 + step), hold=2)
+        optimizer.register_step_post_hook(lambda *_: scheduler.step())
+        accelerator.register_for_checkpointing(scheduler)
+        model, optimizer, loader = accelerator.prepare(model, optimizer, DataLoader(data, batch_size=4))
+        batches = list(loader)
+        if load:
+            accelerator.load_state(load)
+        for number in steps:
+            with accelerator.accumulate(model):
+                accelerator.backward(model(**batches[number]).loss)
+                if accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(model.parameters(), 1.0)
+                optimizer.step()
+                optimizer.zero_grad()
+        if save:
+            accelerator.save_state(save)
+        return accelerator.unwrap_model(model)
+
+    straight = run(range(8))
+    run(range(4), save=tmp_path / "state")
+    resumed = run(range(4, 8), load=tmp_path / "state")
+    assert_same_weights(weights(resumed), weights(straight))
+    assert not torch.equal(straight.classifier.weight, start.classifier.weight)
+
+
+def test_lora_on_a_mixed_model(mixes_first):
+    """The base weights are frozen at their targets: mixing them changes nothing."""
+    peft = pytest.importorskip("peft")
+    base, inputs = bert().train(), batch("bert")
+    config = peft.LoraConfig(r=4, target_modules=["query", "value"], modules_to_save=["classifier"])
+    results = []
+    for mixes in (False, True):
+        model = copy.deepcopy(base)
+        if mixes:
+            apply_mixout(model, 0.9, filter_fn=lambda module, name: name.endswith(("query", "value")))
+        torch.manual_seed(1)
+        model = peft.get_peft_model(model, config).train()
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(**inputs).loss.backward()
+            optimizer.step()
+        results.append(model(**inputs).logits)
+    testing.assert_same_bits("logits", results[1], results[0], "with and without mixout")
+
+
+def test_mixout_of_lora_is_that_of_the_product(mixes_first):
+    """A toward zero: the layer's weight is mixout(W + scaling · BA) toward the frozen W."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["query", "value"], lora_dropout=0.0)
+    model, inputs = peft.get_peft_model(bert(), config).train(), batch("bert")
+    plain = model(**inputs).logits
+    apply_mixout(model, 0.5)
+    testing.assert_same_bits("logits before any step", model(**inputs).logits, plain, "B = 0")
+    rows = {row.name: row.reason for row in mixout_report(model).rows}
+    assert {key.rpartition(".lora_")[2] for key, reason in rows.items() if reason is None} == {"A.default.weight"}
+    assert {reason for key, reason in rows.items() if ".lora_B." in key} == {
+        "LoRA's B: mixing A toward zero mixes the product"
+    }
+    assert rows["base_model.model.classifier.weight"] == "frozen"
+
+    layer = model.base_model.model.bert.encoder.layer[0].attention.self.query
+    down, up = layer.lora_A["default"], layer.lora_B["default"]
+    with torch.no_grad():
+        for weight in (down.weight, up.weight, layer.base_layer.weight, layer.base_layer.bias):
+            weight.copy_(torch.randint(-2, 3, weight.shape))
+    down.seed = torch.tensor(3)
+    x = torch.randint(-2, 3, (6, 32)).float()
+    frozen, bias = layer.base_layer.weight.detach(), layer.base_layer.bias.detach()
+    product = frozen + layer.scaling["default"] * up.weight.detach() @ down.weight.detach()
+    want = mix_linear(x, product, frozen, bias, 0.5, seed=3)
+    # On small integers nothing rounds.
+    testing.assert_same_values("layer", layer(x).detach(), want, "LoRA")
+
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    model(**inputs).loss.backward()
+    optimizer.step()
+    mixed = model.eval()(**inputs).logits
+    testing.assert_same_bits("eval after removal", remove_mixout(model)(**inputs).logits, mixed, "LoRA")
+    with pytest.raises(ValueError, match="an element mask of it is none of the product"):
+        apply_mixout(model, 0.5, mask="element")
+
+
+@architectures
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+def test_autocast(name, dtype, mixes_first):
+    model, inputs = MODELS[name]().train(), batch(name)
+    scaler = torch.amp.GradScaler("cpu", enabled=dtype == torch.float16, init_scale=2.0**8)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    with torch.autocast("cpu", dtype):
+        plain = model(**inputs).logits
+    apply_mixout(model, 0.8)
+    before = weights(model)
+    for number in range(3):
+        optimizer.zero_grad()
+        with torch.autocast("cpu", dtype):
+            outputs = model(**inputs)
+        if number == 0:
+            testing.assert_same_bits("logits before any step", outputs.logits, plain, f"{name}, {dtype}")
+        scaler.scale(outputs.loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    assert scaler.get_scale() == (2.0**8 if dtype == torch.float16 else 1.0), "no step was skipped"
+    after = weights(model)
+    assert all(value.isfinite().all() for value in after.values())
+    mixed = [m.name for m in mixed_parameters(model) if "token_type" not in m.name]
+    assert sum(not torch.equal(after[key], before[key]) for key in mixed) > 0.9 * len(mixed)
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "xlnet"])
+@pytest.mark.parametrize("reentrant", (True, False))
+def test_activation_checkpointing_recomputes_the_same_masks(name, reentrant):
+    """XLNet's class has no gradient_checkpointing_enable."""
+    model, inputs = MODELS[name]().train(), batch(name)
+    apply_mixout(model, 0.5, share_masks=True)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    want = gradients(model, inputs)
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    if reentrant:
+        model.enable_input_require_grads()
+    got = gradients(model, inputs)
+    assert got.keys() == want.keys()
+    for key in want:
+        testing.assert_same_bits(key, got[key], want[key], f"{name}, reentrant={reentrant}")
+
+
+def test_gradient_accumulation_adds_up():
+    model = apply_mixout(bert().train(), 0.5)
+    first, second = batch("bert"), batch("bert")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    parts = gradients(model, first, 1), gradients(model, second, 2)
+    model.zero_grad()
+    for inputs, manual_seed in ((first, 1), (second, 2)):
+        torch.manual_seed(manual_seed)
+        model(**inputs).loss.backward()
+    for name, parameter in model.named_parameters():
+        testing.assert_same_bits(name, parameter.grad, parts[0][name] + parts[1][name], "two batches")
+
+
+@architectures
+def test_compiles_without_a_graph_break(name):
+    """One graph, and fresh masks without recompiling.
+
+    With the eager kernels: test_apply.py generates code too. Without labels: transformers' choice of a loss breaks the
+    graph of some models.
+    """
+    model, inputs = apply_mixout(MODELS[name]().train(), 0.5, share_masks=True), batch(name)
+    del inputs["labels"]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        outputs = [compiled(**inputs)[0] for _ in range(6)]
+    assert len(torch.stack([output.detach().flatten() for output in outputs]).unique(dim=0)) == 6
+    outputs[-1].square().mean().backward()
+    for m in mixed_parameters(model):
+        assert m.parameter.grad is not None or m.name.startswith("bert.pooler"), m.name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("build", (bert, gpt2), ids=lambda build: build.__name__)
+def test_eval_model_exports(build):
+    model, inputs = apply_mixout(build(), 0.9).eval(), batch(build.__name__)
+    del inputs["labels"]
+    options = {"use_cache": False} if build is gpt2 else {}
+    want = model(**inputs, **options).logits
+    exported = torch.export.export(model, (), {**inputs, **options})
+    testing.assert_same_bits("logits", exported.module()(**inputs, **options).logits, want, build.__name__)
+    assert not any("mixout_fast" in str(node.target) for node in exported.graph.nodes)
+
+
+def test_an_ema_copy_of_the_model():
+    from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+    model, inputs = apply_mixout(bert().train(), 0.8), batch("bert")
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(**inputs).loss.backward()
+        optimizer.step()
+        average.update_parameters(model)
+    assert isinstance(average.module.classifier, MixLinear)
+    remove_mixout(average.module)
+    assert not torch.equal(average.eval()(**inputs).logits, model.eval()(**inputs).logits)
+    assert isinstance(model.classifier, MixLinear)
+
+
+def test_ddp_does_not_broadcast_targets(tmp_path):
+    distributed = torch.distributed
+    store = distributed.FileStore(str(tmp_path / "store"), 1)
+    distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        model, inputs = apply_mixout(bert().train(), 0.8), batch("bert")
+        wrapped = torch.nn.parallel.DistributedDataParallel(model)
+        assert not any(name.endswith("target") for name in wrapped.named_module_buffers)
+        assert wrapped.named_module_buffers, "BERT's own"
+        wrapped(**inputs).loss.backward()
+        assert model.classifier.weight.grad is not None
+    finally:
+        distributed.destroy_process_group()
