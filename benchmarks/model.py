@@ -16,7 +16,7 @@ from benchmarks import timing
 from benchmarks.agreement import max_error
 from benchmarks.bert import SIZES, Classifier, rte_like_batch
 from benchmarks.contenders import PublishedMixLinear, why_not_compiled
-from benchmarks.encoder import replace_linears, with_dropout, with_mixout
+from benchmarks.encoder import with_dropout, with_mixout
 from benchmarks.layer import matmul_precision
 
 BASELINE = "dropout(0.1)"
@@ -145,15 +145,14 @@ def method(name: str) -> Callable[[nn.Module], nn.Module]:
 
 def with_published_mixout(model: nn.Module, p: float) -> nn.Module:
     """As with_mixout, with the published code's layer."""
-
-    def published(linear: nn.Linear) -> nn.Module:
-        layer = PublishedMixLinear(linear.in_features, linear.out_features, device="meta")
-        layer.weight, layer.bias, layer.p = linear.weight, linear.bias, p
-        layer.register_buffer("target", linear.weight.detach().clone(), persistent=False)
-        return layer
-
     model = with_dropout(model, 0.0)
-    replace_linears(model.base_model, published)
+    for parent in list(model.base_model.modules()):
+        for name, linear in parent.named_children():
+            if isinstance(linear, nn.Linear):
+                layer = PublishedMixLinear(linear.in_features, linear.out_features, device="meta")
+                layer.weight, layer.bias, layer.p = linear.weight, linear.bias, p
+                layer.register_buffer("target", linear.weight.detach().clone(), persistent=False)
+                setattr(parent, name, layer)
     return model
 
 
