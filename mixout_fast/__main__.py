@@ -20,7 +20,7 @@ def main(arguments: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command")
     check = commands.add_parser("check", help="check a backend on a device", description=CHECK_DESCRIPTION)
     check.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, … (default: %(default)s)")
-    check.add_argument("--backend", help="cpu, reference, … (default: the one that serves the device)")
+    check.add_argument("--backend", help="cpu, cuda, triton or reference (default: the one that serves the device)")
     check.add_argument("--seed", type=int, default=0, help="seed of the random inputs (default: %(default)s)")
     options = parser.parse_args(arguments)
     if options.command == "check":

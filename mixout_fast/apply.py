@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mixout_fast import backends
 from mixout_fast.dropout_feeds import DROPOUTS, dropout_feeds
 from mixout_fast.embedding import MixEmbedding
 from mixout_fast.functional import DTYPES, check_options
@@ -108,13 +109,14 @@ def apply_mixout(
         filter_fn: (module, name of the module) -> whether its weights are mixed.
         head: what to do with the weights of freshly initialised modules (the paper's Table 3), by the modules' names:
             None leaves them alone, ("mixout", p) mixes toward their present weights, whatever `target`, and
-            ("dropout", p) drops out the inputs of their nn.Linear layers.
+            ("dropout", p) drops out the inputs of their nn.Linear layers,
+            beside the model's own Dropout before them.
         example: for layers="paper", the model's argument, or a tuple or mapping of arguments. None takes the
             `dummy_inputs` of a transformers model.
         dropout: sets the p of every Dropout module; the published code sets 0. None leaves them.
         frozen: mix parameters with requires_grad=False too.
         share_masks: one mask for layers that read the same x (query, key and value, …: `SIBLINGS`).
-        mask, grad_scale, backend: as for `mixout`.
+        mask, grad_scale, backend: as for `mixout`; embeddings are mixed by PyTorch, whatever the backend.
         verbose: print the report, which `mixout_report(model)` returns.
 
     Returns:
@@ -123,7 +125,7 @@ def apply_mixout(
     Raises:
         TypeError, ValueError: naming the argument, what it got and what it takes; nothing has been changed then.
     """
-    _check_arguments(model, p, target_dtype, layers, head, dropout, mask, grad_scale)
+    _check_arguments(model, p, target_dtype, layers, head, dropout, mask, grad_scale, backend)
     head = head or {}
     uses = find_uses(model, frozen, mask)
     feeds = dropout_feeds(model, _example(model, example)) if layers == "paper" else None
@@ -173,7 +175,7 @@ def remove_mixout(model: nn.Module) -> nn.Module:
     for module in list(model.modules()):
         if isinstance(module, (MixLinear, MixEmbedding)):
             del module.target
-            for name in ("p", "mask", "grad_scale", "distribution", "backend", "seed", "columns"):
+            for name in ("p", "mask", "grad_scale", "distribution", "backend", "seed", "columns", "base_p"):
                 vars(module).pop(name, None)
             module.__class__ = nn.Linear if isinstance(module, MixLinear) else nn.Embedding
         elif isinstance(module, MixedWeights):
@@ -259,7 +261,7 @@ def draw_seed(mixing: nn.Module) -> Tensor:
     return torch.randint(-(2**63), 2**63 - 1, (), device=None if tensor is None else tensor.device)
 
 
-def _check_arguments(model, p, target_dtype, layers, head, dropout, mask, grad_scale) -> None:
+def _check_arguments(model, p, target_dtype, layers, head, dropout, mask, grad_scale, backend) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: {type(model).__name__}; it takes an nn.Module")
     if not callable(p):
@@ -268,6 +270,8 @@ def _check_arguments(model, p, target_dtype, layers, head, dropout, mask, grad_s
         raise TypeError(f"target_dtype: {target_dtype}; it takes one of {', '.join(map(str, DTYPES))}")
     if layers not in ("all", "paper"):
         raise ValueError(f"layers: {layers!r}; it takes one of all, paper (or use filter_fn)")
+    if backend is not None and backend not in backends.BACKENDS:
+        raise ValueError(f"backend: {backend!r}; it takes one of {', '.join(backends.BACKENDS)}")
     if dropout is not None and not 0.0 <= dropout <= 1.0:
         raise ValueError(f"dropout: {dropout}; it takes a probability in [0, 1] or None")
     applied = [mixed.name for mixed in mixed_parameters(model)]
@@ -321,8 +325,9 @@ def _in_base_model(model: nn.Module, module: nn.Module) -> bool:
 
 
 def _example(model: nn.Module, example: Any) -> Any:
-    if example is None:
-        example = getattr(model, "dummy_inputs", None)
+    if example is None and hasattr(model, "dummy_inputs"):
+        device = next(model.parameters()).device
+        example = {name: torch.as_tensor(value, device=device) for name, value in model.dummy_inputs.items()}
     if example is None:
         raise ValueError('example: None; layers="paper" takes an argument of the model, or a tuple or mapping of them')
     return example

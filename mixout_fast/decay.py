@@ -28,7 +28,8 @@ def wdecay(
 
     Decoupled, as in AdamW: w ← w - lr · decay · (w - u) before the step. Coupled, as in Adam or SGD with weight_decay:
     decay · (w - u), the gradient of decay/2 ‖w - u‖², is added to w's. Set the optimizer's own weight_decay to 0.
-    Parameters without a gradient do not decay, as with torch's optimizers.
+    Parameters without a gradient do not decay, as with torch's optimizers. The targets are taken when this is called:
+    move the model to its device, and make a MixoutScheduler with `ema`, before.
 
     Args:
         optimizer: whose step is hooked, with its groups' learning rates. GradScaler is served, also with an optimizer

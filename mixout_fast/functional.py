@@ -43,7 +43,7 @@ def mixout(
         distribution: "bernoulli", or "gaussian" (m normal with the same mean and variance; reference backend only).
         seed: int or 0-d int64 tensor on input's device that determines the mask; None draws one from the device's
             default generator, so torch.manual_seed governs it.
-        backend: "cpu", "reference", …; None chooses by device (`python -m mixout_fast` lists them).
+        backend: "cpu", "cuda", "triton" or "reference"; None chooses by device (`python -m mixout_fast` lists them).
 
     Returns:
         The mixed weight, of input's shape and dtype, contiguous. Twice differentiable in `input`.

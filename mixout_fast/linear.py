@@ -79,7 +79,7 @@ class MixLinear(nn.Linear):
         distribution: str = "bernoulli",
         backend: str | None = None,
     ) -> "MixLinear":
-        """A MixLinear with the Parameter objects, hooks' owner aside, and training mode of `linear`.
+        """A MixLinear with the Parameter objects and the training mode of `linear`; hooks are not carried over.
 
         The parameters are the same objects, so optimizers and tied weights stay valid. `target=None` takes a copy of
         the present weight, the usual w_pre; for dropout of weights pass zeros.

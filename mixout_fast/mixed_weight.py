@@ -109,7 +109,11 @@ def _mixed_class(plain_class: type[nn.Module], names: tuple[str, ...]) -> type[n
 
 
 def _read(name: str, module: nn.Module) -> Tensor:
-    return module._modules[PREFIX + name](module._parameters[name])
+    try:
+        return module._modules[PREFIX + name](module._parameters[name])
+    except AttributeError as error:
+        # On an AttributeError of a property Python asks nn.Module.__getattr__, which has the plain Parameter.
+        raise RuntimeError(f"{PREFIX + name}: {error}") from error
 
 
 def _new(plain_class: type[nn.Module], names: tuple[str, ...]) -> nn.Module:

@@ -22,6 +22,9 @@ class MixoutScheduler:
         ema: after every step targets become ema · target + (1 - ema) · weight. They are copied first, for they may be
             another model's weights.
 
+    Move the model to its device before: seeds and moving targets stay where they are. A further scheduler of the same
+    model takes the place of the one before, and starts from the p that apply_mixout set.
+
     Under torch.compile a p that changes is a constant that changes: have p_factor take few values.
 
     Raises:
@@ -45,9 +48,15 @@ class MixoutScheduler:
             raise ValueError(f"ema: {ema!r}; it takes a number in [0, 1]")
         self.p_factor, self.hold, self.ema = p_factor, hold, ema
         self.steps = 0
-        self._base_p = [(entry.mixing, entry.mixing.p) for entry in mixed]
+        # A scheduler before this one has scaled p and may hold seeds: this one begins where that one began.
+        self._base_p = [(entry.mixing, vars(entry.mixing).setdefault("base_p", entry.mixing.p)) for entry in mixed]
+        for mixing, base in self._base_p:
+            mixing.p, mixing.seed = base, None
         self._moving = _own_targets(mixed) if ema is not None else {}
-        self._draws = _draws(model, [entry.mixing for entry in mixed]) if hold else []
+        hooks = _shared_seeds(model)
+        for hook in hooks:
+            hook.held = hold is not None
+        self._draws = _draws(hooks, [entry.mixing for entry in mixed]) if hold else []
         for draw in self._draws:
             draw()
         self._set_p()
@@ -74,7 +83,7 @@ class MixoutScheduler:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.steps = state["steps"]
-        for (mixing, _), seed in zip(self._base_p, state["seeds"], strict=bool(self.hold)):
+        for (mixing, _), seed in zip(self._base_p, state["seeds"] if self.hold else (), strict=bool(self.hold)):
             mixing.seed = seed.to(mixing.seed.device)
         for name, (_, target) in self._moving.items():
             target.copy_(state["targets"][name])
@@ -107,14 +116,12 @@ def _own_targets(mixed: list[MixedParameter]) -> dict[str, tuple[nn.Parameter, T
     return {name: (parameter, target) for parameter, (name, target) in own.items()}
 
 
-def _draws(model: nn.Module, mixings: list[nn.Module]) -> list[Callable[[], None]]:
-    """What draws every layer's seed, one for those that share it, which no longer draw theirs themselves."""
-    draws: list[Callable[[], None]] = []
-    grouped: set[nn.Module] = set()
-    for module in model.modules():
-        for hook in module._forward_pre_hooks.values():
-            if isinstance(hook, SharedSeed):
-                hook.held = True
-                grouped.update(hook.mixings)
-                draws.append(hook.draw)
-    return draws + [SharedSeed([mixing]).draw for mixing in mixings if mixing not in grouped]
+def _shared_seeds(model: nn.Module) -> list[SharedSeed]:
+    hooks = (hook for module in model.modules() for hook in module._forward_pre_hooks.values())
+    return [hook for hook in hooks if isinstance(hook, SharedSeed)]
+
+
+def _draws(hooks: list[SharedSeed], mixings: list[nn.Module]) -> list[Callable[[], None]]:
+    """What draws every layer's seed, one for those that share it."""
+    grouped = {mixing for hook in hooks for mixing in hook.mixings}
+    return [hook.draw for hook in hooks] + [SharedSeed([m]).draw for m in mixings if m not in grouped]

@@ -10,7 +10,6 @@ from torch import nn
 from torch.nn import functional as F
 
 from mixout_fast import (
-    MixEmbedding,
     apply_mixout,
     mixout,
     mixout_report,
@@ -19,6 +18,7 @@ from mixout_fast import (
     testing,
 )
 from mixout_fast.apply import mixed_parameters
+from mixout_fast.embedding import MixEmbedding
 from mixout_fast.functional import MASKS
 from mixout_fast.mixed_weight import Mixing
 from mixout_fast.uses import INPUT_DIMS
@@ -588,3 +588,18 @@ def test_eval_model_exports(net, tokens):
     exported = torch.export.export(net, (tokens,))
     testing.assert_same_bits("exported", exported.module()(tokens), net(tokens), net)
     assert not any("mixout_fast" in str(node.target) for node in exported.graph.nodes)
+
+
+def test_an_attribute_error_in_mixing_does_not_leave_the_plain_weight():
+    """Python would ask nn.Module.__getattr__, which has the Parameter of that name."""
+    model = apply_mixout(nn.Sequential(nn.Conv1d(4, 4, 1)), 0.5).train()
+    del model[0].mixing_weight.p
+    with pytest.raises(RuntimeError, match="mixing_weight"):
+        model(torch.zeros(1, 4, 3))
+
+
+def test_an_unknown_backend_changes_nothing():
+    model = nn.Sequential(nn.Linear(4, 4))
+    with pytest.raises(ValueError, match="backend: 'cppu'"):
+        apply_mixout(model, 0.5, backend="cppu")
+    assert type(model[0]) is nn.Linear

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from mixout_fast import MixoutScheduler, apply_mixout, testing
+from mixout_fast import MixoutScheduler, apply_mixout, remove_mixout, testing
 from mixout_fast.apply import mixed_parameters
 
 
@@ -140,3 +140,13 @@ def test_refuses_a_model_without_mixout_and_small_targets():
     model = apply_mixout(nn.Linear(3, 3), target_dtype=torch.bfloat16)
     with pytest.raises(ValueError, match=r"ema: the target of weight is torch\.bfloat16"):
         MixoutScheduler(model, ema=0.9)
+
+
+def test_a_further_scheduler_takes_the_place_of_the_one_before():
+    """p scaled to 0 and held seeds do not stay behind."""
+    model = apply_mixout(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), 0.8)
+    MixoutScheduler(model, p_factor=lambda step: 0.0, hold=3)
+    assert [mixed.mixing.p for mixed in mixed_parameters(model)] == [0.0, 0.0]
+    MixoutScheduler(model)
+    assert [(mixed.mixing.p, mixed.mixing.seed) for mixed in mixed_parameters(model)] == [(0.8, None)] * 2
+    assert not hasattr(remove_mixout(model)[0], "base_p")

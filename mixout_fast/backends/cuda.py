@@ -4,6 +4,7 @@ Nothing in it waits for the device: kept columns have always the static size, ca
 so that every call can be captured in a CUDA graph.
 """
 
+import functools
 from pathlib import Path
 
 import torch
@@ -43,7 +44,20 @@ def load(library: Path) -> str | None:
 
 def unavailable(device_type: str) -> str | None:
     """Why this backend cannot serve a device; None: it can."""
-    return "it serves CUDA tensors only" if device_type != "cuda" else LOAD_ERROR
+    if device_type != "cuda":
+        return "it serves CUDA tensors only"
+    return LOAD_ERROR or ("it takes compute capability 8.0 or newer" if _is_too_old() else None)
+
+
+@torch.compiler.assume_constant_result
+def _is_too_old() -> bool:
+    # Asking would initialise CUDA, after which a process cannot fork; where there is a CUDA tensor it is.
+    return torch.cuda.is_initialized() and _capability() < (8, 0)
+
+
+@functools.cache
+def _capability() -> tuple[int, int]:
+    return torch.cuda.get_device_capability()
 
 
 def is_one_pass(dtype: torch.dtype, rows: int) -> tuple[bool, bool]:
