@@ -5,7 +5,6 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
-#include <array>
 #include <cstdlib>
 #include <memory>
 #include <new>
@@ -14,6 +13,7 @@
 #include <tuple>
 #include <vector>
 
+#include "../library.h"
 #include "kernels.h"
 
 namespace mixout_fast::cpu {
@@ -41,24 +41,8 @@ const InstructionSet& instruction_set() {
   return chosen;
 }
 
-Dtype dtype_of(ScalarType type) {
-  switch (type) {
-  case ScalarType::Double:
-    return Dtype::f64;
-  case ScalarType::Float:
-    return Dtype::f32;
-  case ScalarType::BFloat16:
-    return Dtype::bf16;
-  case ScalarType::Half:
-    return Dtype::f16;
-  default:
-    STD_TORCH_CHECK(false, "dtype: takes float64, float32, bfloat16 or float16");
-    return Dtype::f32;
-  }
-}
-
 const Kernels& kernels_of(ScalarType operand, ScalarType result) {
-  const Kernels* kernels = instruction_set().kernels(dtype_of(operand), dtype_of(result));
+  const Kernels* kernels = instruction_set().kernels(kernel_dtype<Dtype>(operand), kernel_dtype<Dtype>(result));
   STD_TORCH_CHECK(kernels, "dtype: a result may be of the operand's dtype, or float32 with bfloat16 or float16");
   return *kernels;
 }
@@ -227,20 +211,6 @@ Tensor one_pass(const Tensor& rows, const Mixing& mixing, int64_t outputs, const
            std::min(slice.last(units) * output_unit, outputs), bias_data, data);
   });
   return out;
-}
-
-// The library's products, through the dispatcher: the same kernels that Python's F.linear and mm reach.
-Tensor library_linear(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias) {
-  std::array<StableIValue, 3> stack{torch::stable::detail::from(input), torch::stable::detail::from(weight),
-                                    torch::stable::detail::from(bias)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
-}
-
-Tensor library_mm(const Tensor& a, const Tensor& b) {
-  std::array<StableIValue, 2> stack{torch::stable::detail::from(a), torch::stable::detail::from(b)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "", stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
 std::tuple<Tensor, Tensor, Tensor> linear(const Tensor& input, const Tensor& weight,

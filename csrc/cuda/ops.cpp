@@ -11,12 +11,12 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
-#include <array>
 #include <cstdint>
 #include <optional>
 #include <tuple>
 #include <vector>
 
+#include "../library.h"
 #include "kernels.h"
 
 // csrc/tests/emulation.h runs the kernels on CPU tensors.
@@ -59,21 +59,7 @@ struct OnDevice {
 
 void check(const char* error) { STD_TORCH_CHECK(!error, error); }
 
-Dtype dtype_of(ScalarType type) {
-  switch (type) {
-  case ScalarType::Double:
-    return Dtype::f64;
-  case ScalarType::Float:
-    return Dtype::f32;
-  case ScalarType::BFloat16:
-    return Dtype::bf16;
-  case ScalarType::Half:
-    return Dtype::f16;
-  default:
-    STD_TORCH_CHECK(false, "dtype: takes float64, float32, bfloat16 or float16");
-    return Dtype::f32;
-  }
-}
+Dtype dtype_of(ScalarType type) { return kernel_dtype<Dtype>(type); }
 
 Dtype dtype_of(const Tensor& tensor) { return dtype_of(tensor.scalar_type()); }
 
@@ -177,20 +163,6 @@ std::tuple<Tensor, Tensor> gather(const Tensor& rows, const Tensor& seed, int64_
   check(
       launch_gather(dtype_of(rows), mask_of(seed, threshold, capacity, rows.size(1)), gathered.gather, device.launch));
   return {gathered.index, gathered.columns};
-}
-
-// The library's products, through the dispatcher: the same kernels that Python's F.linear and mm reach.
-Tensor library_linear(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias) {
-  std::array<StableIValue, 3> stack{torch::stable::detail::from(input), torch::stable::detail::from(weight),
-                                    torch::stable::detail::from(bias)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
-}
-
-Tensor library_mm(const Tensor& a, const Tensor& b) {
-  std::array<StableIValue, 2> stack{torch::stable::detail::from(a), torch::stable::detail::from(b)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "", stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
 std::tuple<Tensor, Tensor, Tensor> linear(const Tensor& input, const Tensor& weight,

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from mixout_fast import reference
+from mixout_fast.backends import operators
 from mixout_fast.reference import capacity, scale, threshold
 
 # Rows up to which a product in one pass over W and U beats mixing and then multiplying with the library: (y, dX).
@@ -62,13 +63,15 @@ def mix(weight: Tensor, target: Tensor | None, seed: Tensor, p: float, mask: str
     if weight.dim() == 3:
         weight, target = weight.contiguous(), None if target is None else target.contiguous()
     return torch.ops.mixout_fast.mix.default(
-        weight, target, seed, threshold(p), scale(p), _capacity(weight, p, mask), dtype
+        weight, target, seed, threshold(p), scale(p), operators.capacity(weight, p, mask), dtype
     )
 
 
 def mask_grad(grad: Tensor, seed: Tensor, p: float, mask: str, factor: float, dtype: torch.dtype) -> Tensor:
     grad = grad.contiguous() if grad.dim() == 3 else grad
-    return torch.ops.mixout_fast.mask_grad.default(grad, seed, threshold(p), _capacity(grad, p, mask), factor, dtype)
+    return torch.ops.mixout_fast.mask_grad.default(
+        grad, seed, threshold(p), operators.capacity(grad, p, mask), factor, dtype
+    )
 
 
 def gather(rows: Tensor, seed: Tensor, p: float, static: bool) -> tuple[Tensor, Tensor]:
@@ -87,7 +90,7 @@ def linear(
     static: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     one_pass, _ = is_one_pass(input.dtype, input.numel() // weight.shape[1])
-    bound = _capacity(weight, p, mask)
+    bound = operators.capacity(weight, p, mask)
     bias = None if bias is None else bias.contiguous()
     return torch.ops.mixout_fast.linear.default(
         input, weight, target, bias, seed, threshold(p), scale(p), bound, one_pass, gathers, static
@@ -97,7 +100,7 @@ def linear(
 def grad_input(grad: Tensor, weight: Tensor, target: Tensor | None, seed: Tensor, p: float, mask: str) -> Tensor:
     _, one_pass = is_one_pass(grad.dtype, grad.shape[0])
     return torch.ops.mixout_fast.grad_input.default(
-        grad, weight, target, seed, threshold(p), scale(p), _capacity(weight, p, mask), one_pass
+        grad, weight, target, seed, threshold(p), scale(p), operators.capacity(weight, p, mask), one_pass
     )
 
 
@@ -109,20 +112,9 @@ def grad_weight(
     return torch.ops.mixout_fast.grad_weight.default(columns, grad, index, in_features, factor, dtype)
 
 
-def _capacity(weight: Tensor, p: float, mask: str) -> int | None:
-    return capacity(weight.shape[1], p) if mask == "input" else None
-
-
 def _register_fakes() -> None:
+    operators.register_fakes("mixout_fast")
     fake = torch.library.register_fake
-
-    @fake("mixout_fast::mix")
-    def _(weight, target, seed, threshold, scale, capacity, dtype):
-        return torch.empty(weight.shape, dtype=dtype, device=weight.device)
-
-    @fake("mixout_fast::mask_grad")
-    def _(grad, seed, threshold, capacity, factor, dtype):
-        return torch.empty(grad.shape, dtype=dtype, device=grad.device)
 
     @fake("mixout_fast::gather")
     def gather(rows, seed, threshold, capacity, fixed_size):
@@ -136,14 +128,6 @@ def _register_fakes() -> None:
         if gathers:
             return output, *gather(input.reshape(-1, weight.shape[1]), seed, threshold, capacity, fixed_size)
         return output, torch.empty(0, dtype=torch.int32, device=input.device), input.new_empty(0, 0)
-
-    @fake("mixout_fast::grad_input")
-    def _(grad, weight, target, seed, threshold, scale, capacity, one_pass):
-        return grad.new_empty(grad.shape[0], weight.shape[1])
-
-    @fake("mixout_fast::grad_weight")
-    def _(columns, grad, index, in_features, factor, dtype):
-        return torch.empty(grad.shape[1], in_features, dtype=dtype, device=grad.device)
 
 
 # At import and not at first use: torch.compile traces `unavailable`, and cannot trace a search of the file system.

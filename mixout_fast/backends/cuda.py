@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mixout_fast import reference
+from mixout_fast.backends import operators
 from mixout_fast.reference import capacity, scale, threshold
 
 # Rows up to which a product in one pass over W and U is taken: (y, dX). One pass writes no W' but reads W and U once
@@ -82,14 +83,14 @@ def mix(weight: Tensor, target: Tensor | None, seed: Tensor, p: float, mask: str
     if weight.dim() == 3:
         weight, target = weight.contiguous(), None if target is None else target.contiguous()
     return torch.ops.mixout_fast_cuda.mix.default(
-        weight, target, seed, threshold(p), scale(p), _capacity(weight, p, mask), dtype
+        weight, target, seed, threshold(p), scale(p), operators.capacity(weight, p, mask), dtype
     )
 
 
 def mask_grad(grad: Tensor, seed: Tensor, p: float, mask: str, factor: float, dtype: torch.dtype) -> Tensor:
     grad = grad.contiguous() if grad.dim() == 3 else grad
     return torch.ops.mixout_fast_cuda.mask_grad.default(
-        grad, seed, threshold(p), _capacity(grad, p, mask), factor, dtype
+        grad, seed, threshold(p), operators.capacity(grad, p, mask), factor, dtype
     )
 
 
@@ -110,7 +111,7 @@ def linear(
 ) -> tuple[Tensor, Tensor, Tensor]:
     one_pass, _ = is_one_pass(input.dtype, input.numel() // weight.shape[1])
     tf32 = one_pass and input.dtype == torch.float32 and _allows_tf32()
-    bound = _capacity(weight, p, mask)
+    bound = operators.capacity(weight, p, mask)
     return torch.ops.mixout_fast_cuda.linear.default(
         input, weight, target, bias, seed, threshold(p), scale(p), bound, one_pass, tf32, gathers
     )
@@ -120,7 +121,7 @@ def grad_input(grad: Tensor, weight: Tensor, target: Tensor | None, seed: Tensor
     _, one_pass = is_one_pass(grad.dtype, grad.shape[0])
     tf32 = one_pass and grad.dtype == torch.float32 and _allows_tf32()
     return torch.ops.mixout_fast_cuda.grad_input.default(
-        grad, weight, target, seed, threshold(p), scale(p), _capacity(weight, p, mask), one_pass, tf32
+        grad, weight, target, seed, threshold(p), scale(p), operators.capacity(weight, p, mask), one_pass, tf32
     )
 
 
@@ -138,20 +139,9 @@ def _allows_tf32() -> bool:
     return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
-def _capacity(weight: Tensor, p: float, mask: str) -> int | None:
-    return capacity(weight.shape[1], p) if mask == "input" else None
-
-
 def _register_fakes() -> None:
+    operators.register_fakes("mixout_fast_cuda")
     fake = torch.library.register_fake
-
-    @fake("mixout_fast_cuda::mix")
-    def _(weight, target, seed, threshold, scale, capacity, dtype):
-        return torch.empty(weight.shape, dtype=dtype, device=weight.device)
-
-    @fake("mixout_fast_cuda::mask_grad")
-    def _(grad, seed, threshold, capacity, factor, dtype):
-        return torch.empty(grad.shape, dtype=dtype, device=grad.device)
 
     @fake("mixout_fast_cuda::gather")
     def gather(rows, seed, threshold, capacity):
@@ -164,14 +154,6 @@ def _register_fakes() -> None:
         if gathers:
             return output, *gather(input.reshape(-1, weight.shape[1]), seed, threshold, capacity)
         return output, torch.empty(0, dtype=torch.int32, device=input.device), input.new_empty(0, 0)
-
-    @fake("mixout_fast_cuda::grad_input")
-    def _(grad, weight, target, seed, threshold, scale, capacity, one_pass, tf32):
-        return grad.new_empty(grad.shape[0], weight.shape[1])
-
-    @fake("mixout_fast_cuda::grad_weight")
-    def _(columns, grad, index, in_features, factor, dtype):
-        return torch.empty(grad.shape[1], in_features, dtype=dtype, device=grad.device)
 
 
 # At import and not at first use: torch.compile traces `unavailable`, and cannot trace a search of the file system.
