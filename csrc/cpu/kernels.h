@@ -29,18 +29,15 @@ struct Mixing {
   Mask mask;
 };
 
-// Kernels over a pair of dtypes. Packed operands are in the accumulation type: fp64 for fp64, else fp32.
+// Kernels over a pair of dtypes: the operands', and that of the result and of x or dy.
 struct Kernels {
   // Rows [begin, end) of W' into out (rows, columns).
   void (*mix)(const Mixing& mixing, int64_t begin, int64_t end, void* out);
 
   // Columns [begin, end) of y (m, rows) = x W'^T + bias, or of dx (m, columns) = dy W', from the rows or columns
-  // [begin, end) of W and U, read once. x or dy is packed first, in units of which there are packed_units(); bias may
-  // be null.
-  void (*pack)(Matrix x, int64_t m, int64_t columns, int64_t block, int64_t begin, int64_t end, void* packed);
-  void (*linear)(const Mixing& mixing, const void* packed, int64_t m, int64_t begin, int64_t end, const void* bias,
-                 void* y);
-  void (*grad_input)(const Mixing& mixing, const void* packed, int64_t m, int64_t begin, int64_t end, const void* bias,
+  // [begin, end) of W and U, read once. bias may be null.
+  void (*linear)(const Mixing& mixing, Matrix x, int64_t m, int64_t begin, int64_t end, const void* bias, void* y);
+  void (*grad_input)(const Mixing& mixing, Matrix dy, int64_t m, int64_t begin, int64_t end, const void* bias,
                      void* dx);
 
   // Rows [begin, end) of mask * grad * factor into out (rows, columns).
@@ -69,18 +66,8 @@ struct InstructionSet {
 
 constexpr int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
-// Blocks of the one-pass products: of mixed weight, in L2, 48 x 256 forward and 256 x 256 backward.
-constexpr int64_t linear_block = 48;
-constexpr int64_t linear_depth = 256;
-constexpr int64_t grad_input_block = 256;
-constexpr int64_t grad_input_depth = 128;
-// Where threads may split the outputs: a multiple of every tile's height.
+// Where threads may split the outputs of a product: a multiple of every vector's lanes.
 constexpr int64_t output_unit = 16;
-
-constexpr int64_t packed_units(int64_t m, int64_t columns, int64_t block, int64_t lanes) {
-  return round_up(columns, block) / block * (round_up(m, lanes) / lanes);
-}
-constexpr int64_t packed_size(int64_t m, int64_t columns, int64_t lanes) { return columns * round_up(m, lanes); }
 
 namespace baseline {
 extern const InstructionSet instruction_set;

@@ -88,11 +88,23 @@ struct MultiplyVectors {
   }
 };
 
+// A product is computed in tiles of tile_rows x one panel of outputs. x or dy lies in L2 with a block of W', which is
+// small: the next part of W and U is on its way into L2 meanwhile. A block for dx takes few but wide parts of W's rows.
+// Measured on 2 cores against the library's product at 128x768x768 and 128x1024x4096: y 1.16 and 0.98 of it (1 panel of
+// 256 terms: 2 % slower), dx 1.29 and 1.20 (11 panels of 96: 1.29, 1.20; 11 of 48: 1.43, 1.33; 4 of 192: 1.26, 1.27; 2
+// of 384: 1.28, 1.36).
 template <typename T>
 constexpr int64_t panel = 3 * lanes<T>;
+template <bool forward>
+constexpr int64_t block_panels = forward ? 1 : 8;
+template <bool forward>
+constexpr int64_t block_terms = forward ? 384 : 128;
+// Of x or dy beside W', off the power of two, whose rows would share one L1 set.
+template <bool forward>
+constexpr int64_t left_stride = block_terms<forward> + 16;
 
 // Per-thread memory that only grows; it holds one block of a product and never a whole operand.
-enum class Slot { mask, weight, target, block };
+enum class Slot { mask, weight, target, rows, block };
 template <typename T>
 T* scratch(Slot slot, int64_t count) {
   struct Buffer {
@@ -100,7 +112,7 @@ T* scratch(Slot slot, int64_t count) {
     int64_t bytes = 0;
     ~Buffer() { free(data); }
   };
-  static thread_local Buffer buffers[4];
+  static thread_local Buffer buffers[5];
   Buffer& buffer = buffers[static_cast<int>(slot)];
   const int64_t bytes = round_up(count * static_cast<int64_t>(sizeof(T)), 64);
   if (buffer.bytes < bytes) {
@@ -326,18 +338,69 @@ void expand(Matrix compact, const int32_t* index, int64_t count, int64_t columns
 #endif
 }
 
-// A part of W: rows and columns that are mixed together.
-struct Range {
-  int64_t row, rows, column, columns;
+// A part of W' (N, K) that is mixed at once, for y = x W'^T (forward) or dx = dy W'. A product runs over its terms and
+// gives outputs: K terms and N outputs forward, the other way round for dx.
+struct Part {
+  int64_t output, outputs, term, terms;
 };
+
+// W' as the vector operand of a product: panels of outputs, each [terms][panel], the last one narrower where the
+// outputs end, filled up with 0 to a whole vector.
+template <typename T>
+struct Panels {
+  T* data;
+  int64_t terms;
+
+  MIXOUT_INLINE T* at(int64_t output) const { return data + output * terms; }
+  MIXOUT_INLINE static int64_t width(int64_t output, int64_t outputs) {
+    const int64_t left = round_up(outputs, lanes<T>) - output;
+    return left < panel<T> ? left : panel<T>;
+  }
+};
+
+template <bool forward, typename Operand, typename Result, typename T>
+void mix_panels(const Mixing& mixing, Part part, Panels<T> panels) {
+  constexpr int64_t width = lanes<T>;
+  if constexpr (forward) {
+    // Rows of W' are outputs: as many as a vector has lanes are mixed and transposed.
+    const int64_t stride = round_up(part.terms, width);
+    T* mixed = scratch<T>(Slot::rows, width * stride);
+    for (int64_t output = 0; output < part.outputs; output += width) {
+      for (int64_t i = 0; i < width; ++i)
+        if (output + i < part.outputs)
+          mix_segment<Operand, Result>(mixing, part.output + output + i, part.term, part.terms, mixed + i * stride);
+        else memset(mixed + i * stride, 0, part.terms * sizeof(T));
+      const int64_t first = output / panel<T> * panel<T>, step = panels.width(first, part.outputs);
+      T* out = panels.at(first) + (output - first);
+      for (int64_t k = 0; k < part.terms; k += width) {
+        Vector<T> block[width];
+        for (int64_t i = 0; i < width; ++i) block[i] = load(mixed + i * stride + k);
+        transpose<T>(block);
+        for (int64_t l = 0; l < width && k + l < part.terms; ++l) store(out + (k + l) * step, block[l]);
+      }
+    }
+  } else {
+    const int64_t padded = round_up(part.outputs, width);
+    T* mixed = scratch<T>(Slot::rows, padded);
+    memset(mixed, 0, padded * sizeof(T));
+    for (int64_t k = 0; k < part.terms; ++k) {
+      mix_segment<Operand, Result>(mixing, part.term + k, part.output, part.outputs, mixed);
+      for (int64_t output = 0; output < padded; output += panel<T>) {
+        const int64_t step = panels.width(output, part.outputs);
+        T* out = panels.at(output) + k * step;
+        for (int64_t v = 0; v < step; v += width) store(out + v, load(mixed + output + v));
+      }
+    }
+  }
+}
 
 // The next part of W and U on its way to L2 while this one is multiplied, a line of each at a time: mixing waits for
 // memory, and multiplying leaves it idle.
 struct Prefetch {
-  const char* weight;
-  const char* target;
-  int64_t weight_stride, target_stride; // bytes
-  int64_t rows, lines;
+  const char* weight = nullptr;
+  const char* target = nullptr;
+  int64_t weight_stride = 0, target_stride = 0; // bytes
+  int64_t rows = 0, lines = 0;
   int64_t line = 0;
 
   MIXOUT_INLINE void step() {
@@ -352,179 +415,171 @@ struct Prefetch {
   }
 };
 
-template <typename Operand>
-Prefetch prefetch_of(const Mixing& mixing, Range next) {
+template <bool forward, typename Operand>
+Prefetch prefetch_of(const Mixing& mixing, Part next) {
+  if (next.terms <= 0 || mixing.weight.column_stride != 1) return {};
   constexpr int64_t size = sizeof(Operand);
+  const int64_t row = forward ? next.output : next.term, column = forward ? next.term : next.output;
   const auto start = [=](const Matrix& matrix) {
-    return static_cast<const char*>(matrix.data) + (next.row * matrix.row_stride + next.column) * size;
+    return static_cast<const char*>(matrix.data) + (row * matrix.row_stride + column) * size;
   };
-  const bool adjacent = mixing.weight.column_stride == 1;
   const bool has_target = mixing.target.data && mixing.target.column_stride == 1;
   return {start(mixing.weight),
           has_target ? start(mixing.target) : nullptr,
           mixing.weight.row_stride * size,
           mixing.target.row_stride * size,
-          adjacent ? next.rows : 0,
-          (next.columns * size + 63) / 64};
+          forward ? next.outputs : next.terms,
+          ((forward ? next.terms : next.outputs) * size + 63) / 64};
 }
 
-// How a block of W' lies: as in W, so [outputs][depth] for y = x W'^T and [depth][outputs] for dx = dy W'.
-template <bool forward>
-struct Block {
-  static constexpr int64_t outputs = forward ? linear_block : grad_input_block;
-  static constexpr int64_t depth = forward ? linear_depth : grad_input_depth;
-  // Off the power of two, whose rows would share one L1 set.
-  static constexpr int64_t stride = (forward ? depth : outputs) + 16;
-  static constexpr int64_t output_stride = forward ? stride : 1;
-  static constexpr int64_t depth_stride = forward ? 1 : stride;
-  static constexpr int64_t size = (forward ? outputs : depth) * stride;
-};
-
-// c[tile_rows][vectors] (+)= block[tile_rows][depth] * b[depth][vectors]. Each depth block is summed from zero: summing
-// on from c doubles the error at 1023 terms, to twice the library's.
+// c[tile_rows][vectors] = base + left[tile_rows][terms] * right[terms][vectors]. The products are summed from zero:
+// summing on from c doubles the error at 1023 terms, to twice the library's.
 template <bool forward, typename T, int vectors>
-MIXOUT_INLINE void multiply_tile(int64_t depth, const T* __restrict a, const T* __restrict b, T* __restrict c,
-                                 int64_t c_stride, bool accumulate, Prefetch& prefetch) {
-  using A = Block<forward>;
+MIXOUT_INLINE void multiply_tile(int64_t terms, const T* __restrict left, const T* __restrict right, const T* base,
+                                 int64_t base_stride, T* c, int64_t c_stride, Prefetch& prefetch) {
   Vector<T> sum[tile_rows][vectors];
 #pragma GCC unroll 16
   for (int i = 0; i < tile_rows; ++i)
 #pragma GCC unroll 3
     for (int v = 0; v < vectors; ++v) sum[i][v] = Vector<T>{};
-  for (int64_t k = 0; k < depth; ++k) {
-    if (k % 4 == 0) prefetch.step();
-    Vector<T> right[vectors];
+  const auto add_term = [&](const T* left_term, const T* right_term) __attribute__((always_inline)) {
+    Vector<T> factor[vectors];
 #pragma GCC unroll 3
-    for (int v = 0; v < vectors; ++v) right[v] = load(b + (k * vectors + v) * lanes<T>);
+    for (int v = 0; v < vectors; ++v) factor[v] = load(right_term + v * lanes<T>);
 #pragma GCC unroll 16
     for (int i = 0; i < tile_rows; ++i) {
-      const Vector<T> left = broadcast(a[i * A::output_stride + k * A::depth_stride]);
+      const Vector<T> value = broadcast(left_term[i * left_stride<forward>]);
 #pragma GCC unroll 3
-      for (int v = 0; v < vectors; ++v) sum[i][v] = multiply_add(left, right[v], sum[i][v]);
+      for (int v = 0; v < vectors; ++v) sum[i][v] = multiply_add(value, factor[v], sum[i][v]);
     }
+  };
+  // Two terms a turn: at one the loop's own instructions take the multiplications' slots, and at four it is 6 % slower,
+  // for no reason that we found.
+  constexpr int64_t step = vectors * lanes<T>;
+  for (const T* end = left + (terms & ~int64_t{1}); left != end; left += 2, right += 2 * step) {
+    prefetch.step();
+    add_term(left, right);
+    add_term(left + 1, right + step);
   }
+  if (terms & 1) add_term(left, right);
 #pragma GCC unroll 16
   for (int i = 0; i < tile_rows; ++i)
 #pragma GCC unroll 3
-    for (int v = 0; v < vectors; ++v) {
-      T* out = c + i * c_stride + v * lanes<T>;
-      store(out, accumulate ? load(out) + sum[i][v] : sum[i][v]);
-    }
+    for (int v = 0; v < vectors; ++v)
+      store(c + i * c_stride + v * lanes<T>, load(base + i * base_stride + v * lanes<T>) + sum[i][v]);
 }
 
+// The same, summed in pieces of so many terms.
 template <bool forward, typename T, int vectors>
-MIXOUT_INLINE void multiply_pieces(int64_t piece, int64_t depth, const T* a, const T* b, T* c, int64_t c_stride,
-                                   bool accumulate, Prefetch& prefetch) {
-  for (int64_t k = 0; k < depth; k += piece)
-    multiply_tile<forward, T, vectors>(depth - k < piece ? depth - k : piece, a + k * Block<forward>::depth_stride,
-                                       b + k * vectors * lanes<T>, c, c_stride, accumulate || k > 0, prefetch);
-}
-
-// c[outputs][width] (+)= block * b, b in panels [depth][panel], the last one narrower where width ends.
-template <bool forward, typename T>
-void multiply_block(int64_t outputs, int64_t width, int64_t depth, const T* a, const T* b, T* c, bool accumulate,
-                    Prefetch prefetch) {
-  // Where one side is a vector or little more, the library sums in as many parts as its vectors have lanes, and 255
-  // terms one by one would have 3 times its error.
-  const int64_t piece = outputs <= tile_rows || width <= lanes<T> ? 32 : depth;
-  for (int64_t column = 0; column < width; column += panel<T>) {
-    for (int64_t row = 0; row < outputs; row += tile_rows) {
-      const T* left = a + row * Block<forward>::output_stride;
-      const T* right = b + column * depth;
-      T* out = c + row * width + column;
-      const int64_t vectors = (width - column) / lanes<T>;
-      if (vectors >= 3) multiply_pieces<forward, T, 3>(piece, depth, left, right, out, width, accumulate, prefetch);
-      else if (vectors == 2)
-        multiply_pieces<forward, T, 2>(piece, depth, left, right, out, width, accumulate, prefetch);
-      else multiply_pieces<forward, T, 1>(piece, depth, left, right, out, width, accumulate, prefetch);
-    }
+MIXOUT_INLINE void multiply_pieces(int64_t piece, int64_t terms, const T* left, const T* right, const T* base,
+                                   int64_t base_stride, T* c, int64_t c_stride, Prefetch& prefetch) {
+  for (int64_t k = 0; k < terms; k += piece) {
+    multiply_tile<forward, T, vectors>(terms - k < piece ? terms - k : piece, left + k, right + k * vectors * lanes<T>,
+                                       base, base_stride, c, c_stride, prefetch);
+    base = c;
+    base_stride = c_stride;
   }
 }
 
-// x (m, columns), transposed for the vector operand: [depth blocks][panels of m][depth][panel]. A unit is a depth block
-// of one vector's rows.
-template <typename Element>
-void pack(Matrix x, int64_t m, int64_t columns, int64_t block, int64_t begin, int64_t end, void* packed) {
-  using T = Compute<Element>;
-  constexpr int64_t width = lanes<T>;
-  const int64_t padded = round_up(m, width);
-  for (int64_t unit = begin; unit < end; ++unit) {
-    const int64_t start = unit / (padded / width) * block;
-    const int64_t row = unit % (padded / width) * width;
-    const int64_t depth = columns - start < block ? columns - start : block;
-    const int64_t first = row / panel<T> * panel<T>;
-    const int64_t stride = padded - first < panel<T> ? padded - first : panel<T>;
-    T* out = static_cast<T*>(packed) + start * padded + first * depth + (row - first);
-    const Element* source = static_cast<const Element*>(x.data) + row * x.row_stride + start * x.column_stride;
-    const int64_t height = m - row < width ? m - row : width;
-    for (int64_t k = 0; k < depth; k += width) {
-      const int64_t count = depth - k < width ? depth - k : width;
-      Vector<T> rows[width] = {};
-      for (int64_t i = 0; i < height; ++i)
-        rows[i] = load_widened<T>(source + i * x.row_stride + k * x.column_stride, x.column_stride, count);
-      transpose<T>(rows);
-      for (int64_t l = 0; l < count; ++l) store(out + (k + l) * stride, rows[l]);
-    }
+template <bool forward, typename T>
+void multiply_panel(int64_t width, int64_t piece, int64_t terms, const T* left, const T* right, const T* base,
+                    int64_t base_stride, T* c, int64_t c_stride, Prefetch& prefetch) {
+  if (width == panel<T>)
+    multiply_pieces<forward, T, 3>(piece, terms, left, right, base, base_stride, c, c_stride, prefetch);
+  else if (width == 2 * lanes<T>)
+    multiply_pieces<forward, T, 2>(piece, terms, left, right, base, base_stride, c, c_stride, prefetch);
+  else multiply_pieces<forward, T, 1>(piece, terms, left, right, base, base_stride, c, c_stride, prefetch);
+}
+
+// Terms [term, term + terms) of x or dy as the broadcast operand, its last row repeated to fill a tile.
+template <typename T, typename Element>
+void stage_rows(Matrix x, int64_t m, int64_t term, int64_t terms, int64_t stride, T* staged) {
+  for (int64_t row = 0; row < round_up(m, tile_rows); ++row, staged += stride) {
+    const Element* source =
+        static_cast<const Element*>(x.data) + (row < m ? row : m - 1) * x.row_stride + term * x.column_stride;
+    for (int64_t k = 0; k < terms; k += lanes<T>)
+      store(staged + k, load_widened<T>(source + k * x.column_stride, x.column_stride,
+                                        terms - k < lanes<T> ? terms - k : lanes<T>));
   }
 }
 
 // x W'^T + bias (forward) or dy W': its columns [begin, end), for x or dy of m rows.
 template <bool forward, typename Operand, typename Result>
-void multiply(const Mixing& mixing, const void* packed, int64_t m, int64_t begin, int64_t end, const void* bias,
-              void* result) {
+void multiply(const Mixing& mixing, Matrix x, int64_t m, int64_t begin, int64_t end, const void* bias, void* result) {
   using T = Compute<Operand>;
-  using B = Block<forward>;
-  constexpr int64_t width = lanes<T>;
+  constexpr bool narrows = !std::is_same_v<Result, T>;
+  constexpr int64_t block_outputs = block_panels<forward> * panel<T>;
   const int64_t terms = forward ? mixing.columns : mixing.rows;
   const int64_t result_stride = forward ? mixing.rows : mixing.columns;
-  const int64_t padded = round_up(m, width);
-  T* mixed = scratch<T>(Slot::block, B::size + B::outputs * padded);
-  T* sum = mixed + B::size;
-  const auto range = [=](int64_t first, int64_t start) -> Range {
-    const int64_t outputs = end - first < B::outputs ? end - first : B::outputs;
-    const int64_t depth = terms - start < B::depth ? terms - start : B::depth;
-    if (outputs <= 0) return {};
-    return forward ? Range{first, outputs, start, depth} : Range{start, depth, first, outputs};
+  // Where one side is a vector or less, the library sums in as many parts as its vectors have lanes, and 255 terms one
+  // by one would have 3 times its error.
+  const int64_t piece = m <= lanes<T> || end - begin <= lanes<T> ? 32 : block_terms<forward>;
+
+  const int64_t staged_size = round_up(m, tile_rows) * left_stride<forward>;
+  constexpr int64_t block_size = block_terms<forward> * block_outputs;
+  T* staged = scratch<T>(Slot::block, staged_size + block_size + block_outputs + (narrows ? m * (end - begin) : 0));
+  T* mixed = staged + staged_size;
+  T* offset = mixed + block_size;
+  memset(offset, 0, block_outputs * sizeof(T));
+  // Sums go to the result itself where it is of their dtype.
+  T* sums;
+  int64_t sums_stride;
+  if constexpr (narrows) {
+    sums_stride = end - begin;
+    sums = offset + block_outputs - begin;
+  } else {
+    sums_stride = result_stride;
+    sums = static_cast<Result*>(result);
+  }
+
+  const auto part_at = [=](int64_t output, int64_t term) -> Part {
+    const int64_t outputs_left = end - output, terms_left = terms - term;
+    return {output, outputs_left < block_outputs ? outputs_left : block_outputs, term,
+            terms_left < block_terms<forward> ? terms_left : block_terms<forward>};
   };
-  for (int64_t first = begin; first < end; first += B::outputs) {
-    for (int64_t start = 0; start < terms; start += B::depth) {
-      const Range part = range(first, start);
-      for (int64_t row = 0; row < part.rows; ++row)
-        mix_segment<Operand, Result>(mixing, part.row + row, part.column, part.columns, mixed + row * B::stride);
-      const int64_t outputs = forward ? part.rows : part.columns, depth = forward ? part.columns : part.rows;
-      const int64_t filled = round_up(outputs, tile_rows);
-      for (int64_t i = outputs; i < filled; ++i)
-        for (int64_t k = 0; k < depth; ++k) mixed[i * B::output_stride + k * B::depth_stride] = T{0};
-      const bool last = start + B::depth >= terms;
-      const Range next = last ? range(first + B::outputs, 0) : range(first, start + B::depth);
-      multiply_block<forward>(filled, padded, depth, mixed, static_cast<const T*>(packed) + start * padded, sum,
-                              start > 0, prefetch_of<Operand>(mixing, next));
-    }
-    const int64_t outputs = end - first < B::outputs ? end - first : B::outputs;
-    for (int64_t column = 0; column < outputs; column += width) {
-      const int64_t count = outputs - column < width ? outputs - column : width;
-      Result* out = static_cast<Result*>(result) + first + column;
-      const Vector<T> offset =
-          bias ? load_widened<T>(static_cast<const Result*>(bias) + first + column, 1, count) : Vector<T>{};
-      for (int64_t row = 0; row < m; row += width) {
-        Vector<T> values[width];
-        for (int64_t i = 0; i < width; ++i) values[i] = load(sum + (column + i) * padded + row);
-        transpose<T>(values);
-        for (int64_t i = 0; i < width && row + i < m; ++i)
-          store_narrowed<T>(values[i] + offset, count, out + (row + i) * result_stride);
+  for (int64_t term = 0; term < terms; term += block_terms<forward>)
+    for (int64_t first = begin; first < end; first += block_outputs) {
+      const Part part = part_at(first, term);
+      const Panels<T> panels{mixed, part.terms};
+      if (first == begin) stage_rows<T, Result>(x, m, term, part.terms, left_stride<forward>, staged);
+      mix_panels<forward, Operand, Result>(mixing, part, panels);
+      if (bias && term == 0)
+        for (int64_t j = 0; j < part.outputs; ++j) offset[j] = widen(static_cast<const Result*>(bias)[first + j]);
+      const bool is_last = first + block_outputs >= end;
+      Prefetch prefetch = prefetch_of<forward, Operand>(mixing, is_last ? part_at(begin, term + block_terms<forward>)
+                                                                        : part_at(first + block_outputs, term));
+
+      for (int64_t row = 0; row < m; row += tile_rows) {
+        const T* left = staged + row * left_stride<forward>;
+        for (int64_t output = 0; output < part.outputs; output += panel<T>) {
+          const int64_t width = panels.width(output, part.outputs);
+          T* out = sums + row * sums_stride + first + output;
+          const T* base = term ? out : offset + output;
+          const int64_t base_stride = term ? sums_stride : 0;
+          if (row + tile_rows <= m && output + width <= part.outputs) {
+            multiply_panel<forward>(width, piece, part.terms, left, panels.at(output), base, base_stride, out,
+                                    sums_stride, prefetch);
+            continue;
+          }
+          T edge[tile_rows * panel<T>] = {};
+          multiply_panel<forward>(width, piece, part.terms, left, panels.at(output), edge, panel<T>, edge, panel<T>,
+                                  prefetch);
+          for (int64_t i = 0; i < tile_rows && row + i < m; ++i)
+            for (int64_t j = 0; j < width && output + j < part.outputs; ++j)
+              out[i * sums_stride + j] = base[i * base_stride + j] + edge[i * panel<T> + j];
+        }
       }
     }
-  }
+  if constexpr (narrows)
+    for (int64_t row = 0; row < m; ++row)
+      for (int64_t output = begin; output < end; ++output)
+        put<Result>(sums[row * sums_stride + output], static_cast<Result*>(result) + row * result_stride + output);
 }
 
 template <typename Operand, typename Result>
 constexpr Kernels kernels_for = {
-    mix<Operand, Result>,
-    pack<Result>,
-    multiply<true, Operand, Result>,
-    multiply<false, Operand, Result>,
-    mask_grad<Operand, Result>,
-    expand<Operand, Result>,
+    mix<Operand, Result>,       multiply<true, Operand, Result>, multiply<false, Operand, Result>,
+    mask_grad<Operand, Result>, expand<Operand, Result>,
 };
 
 const Kernels* kernels(Dtype operand, Dtype result) {

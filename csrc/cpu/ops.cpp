@@ -51,22 +51,6 @@ Tensor allocate(std::initializer_list<int64_t> sizes, ScalarType type) {
   return torch::stable::empty(torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()), type);
 }
 
-int64_t accumulation_lanes(ScalarType type) {
-  return instruction_set().vector_bytes / (type == ScalarType::Double ? sizeof(double) : sizeof(float));
-}
-
-struct Free {
-  void operator()(void* data) const { std::free(data); }
-};
-
-// Vectors are loaded from it: a load across two cache lines costs twice. Every element that is read is written first.
-std::unique_ptr<void, Free> packed_buffer(int64_t count, ScalarType type) {
-  const int64_t bytes = count * (type == ScalarType::Double ? sizeof(double) : sizeof(float));
-  std::unique_ptr<void, Free> buffer(std::aligned_alloc(64, round_up(bytes, 64)));
-  if (!buffer) throw std::bad_alloc();
-  return buffer;
-}
-
 // (N, K), or (N, K, R) seen as (N, K * R).
 Matrix matrix_of(const Tensor& tensor) {
   if (tensor.dim() == 2) return {tensor.const_data_ptr(), tensor.stride(0), tensor.stride(1)};
@@ -187,28 +171,22 @@ std::tuple<Tensor, Tensor> gather(const Tensor& rows, const Tensor& seed, int64_
 }
 
 // The product of rows (m, terms) with W'^T or W', with `bias` added, reading W and U once and writing no W'. `kernel`
-// is the kernel of one of the two; `beside` is done in the slices that pack the rows.
+// is the kernel of one of the two; `beside` is done in the same slices.
 template <typename Kernel, typename Function>
 Tensor one_pass(const Tensor& rows, const Mixing& mixing, int64_t outputs, const std::optional<Tensor>& bias,
-                int64_t block, const Kernels& kernels, Kernel kernel, const Function& beside) {
-  const ScalarType dtype = rows.scalar_type();
-  const int64_t m = rows.size(0), terms = rows.size(1), lanes = accumulation_lanes(dtype);
-  Tensor out = allocate({m, outputs}, dtype);
+                Kernel kernel, const Function& beside) {
+  const int64_t m = rows.size(0);
+  Tensor out = allocate({m, outputs}, rows.scalar_type());
   if (m == 0) return out;
   void* data = out.mutable_data_ptr();
   STD_TORCH_CHECK(!bias || bias->is_contiguous(), "bias: must be contiguous");
   const void* bias_data = bias ? bias->const_data_ptr() : nullptr;
-  const auto packed = packed_buffer(packed_size(m, terms, lanes), dtype);
-  const int64_t pack_units = packed_units(m, terms, block, lanes);
   const Matrix x = matrix_of(rows);
-  in_slices(2 * bytes_of(rows), [&](Slice slice) {
-    beside(slice);
-    kernels.pack(x, m, terms, block, slice.first(pack_units), slice.last(pack_units), packed.get());
-  });
   const int64_t units = round_up(outputs, output_unit) / output_unit;
-  in_slices(2 * mixing.rows * mixing.columns * static_cast<int64_t>(rows.element_size()), [&](Slice slice) {
-    kernel(mixing, packed.get(), m, slice.first(units) * output_unit,
-           std::min(slice.last(units) * output_unit, outputs), bias_data, data);
+  in_slices(2 * mixing.rows * mixing.columns * rows.element_size() + bytes_of(rows), [&](Slice slice) {
+    beside(slice);
+    kernel(mixing, x, m, slice.first(units) * output_unit, std::min(slice.last(units) * output_unit, outputs),
+           bias_data, data);
   });
   return out;
 }
@@ -235,7 +213,7 @@ std::tuple<Tensor, Tensor, Tensor> linear(const Tensor& input, const Tensor& wei
   };
 
   if (in_one_pass) {
-    Tensor output = one_pass(rows, mixing, mixing.rows, bias, linear_depth, kernels, kernels.linear, gather_slice);
+    Tensor output = one_pass(rows, mixing, mixing.rows, bias, kernels.linear, gather_slice);
     if (is_matrix) return {output, index, columns};
     std::vector<int64_t> sizes(input.sizes().begin(), input.sizes().end());
     sizes.back() = mixing.rows;
@@ -256,8 +234,7 @@ Tensor grad_input(const Tensor& grad, const Tensor& weight, const std::optional<
   const DrawnMask drawn(seed, threshold, capacity, weight.size(1));
   const Mixing mixing = mixing_of(weight, target, scale, drawn.mask);
   const Kernels& kernels = kernels_of(weight.scalar_type(), grad.scalar_type());
-  return one_pass(grad, mixing, mixing.columns, std::nullopt, grad_input_depth, kernels, kernels.grad_input,
-                  [](Slice) {});
+  return one_pass(grad, mixing, mixing.columns, std::nullopt, kernels.grad_input, [](Slice) {});
 }
 
 Tensor grad_weight(const Tensor& columns, const Tensor& grad, const Tensor& index, int64_t in_features, double factor,
