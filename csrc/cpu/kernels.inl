@@ -46,6 +46,13 @@ MIXOUT_INLINE Vector<uint64_t> multiply_low_halves(Vector<uint64_t> a, uint32_t 
 MIXOUT_INLINE void stream_vector(const void* source, void* destination) {
   _mm512_stream_si512(static_cast<__m512i*>(destination), _mm512_load_si512(source));
 }
+MIXOUT_INLINE Vector<float> spread(const float* source, uint32_t kept) {
+  return _mm512_maskz_expandloadu_ps(static_cast<__mmask16>(kept), source);
+}
+MIXOUT_INLINE Vector<double> spread(const double* source, uint32_t kept) {
+  return _mm512_maskz_expandloadu_pd(static_cast<__mmask8>(kept), source);
+}
+#define MIXOUT_HAS_SPREAD
 constexpr int tile_rows = 8; // 8 x 3 sums, 3 operands and a broadcast in 32 registers
 #elif MIXOUT_VECTOR_BYTES == 32
 MIXOUT_INLINE Vector<float> broadcast(float value) { return _mm256_set1_ps(value); }
@@ -294,6 +301,28 @@ void stream_row(const T* source, int64_t count, T* destination) {
   memcpy(destination, source, count * sizeof(T));
 }
 
+// Where the kept columns lie: their numbers, and a bit for each in a word per vector.
+struct Kept {
+  const int32_t* index;
+  int64_t count;
+  const uint16_t* bits;
+};
+
+// A row of the dense gradient from its kept columns; the others of `dense` are 0 already.
+template <typename T>
+void fill_row(const T* kept_columns, const Kept& kept, int64_t columns, T* dense) {
+#if defined(MIXOUT_HAS_SPREAD)
+  for (int64_t k = 0; k < columns; k += lanes<T>) {
+    const uint32_t bits = kept.bits[k / lanes<T>];
+    store(dense + k, spread(kept_columns, bits));
+    kept_columns += __builtin_popcount(bits);
+  }
+#else
+  (void)columns;
+  for (int64_t j = 0; j < kept.count; ++j) dense[kept.index[j]] = kept_columns[j];
+#endif
+}
+
 template <typename Operand, typename Result>
 void expand(Matrix compact, const int32_t* index, int64_t count, int64_t columns, double factor, int64_t begin,
             int64_t end, void* out) {
@@ -301,12 +330,14 @@ void expand(Matrix compact, const int32_t* index, int64_t count, int64_t columns
   constexpr int64_t width = lanes<T>;
   while (count > 0 && index[count - 1] < 0) --count;
   const int64_t padded = round_up(count, width);
-  T* rows = scratch<T>(Slot::block, width * padded);
-  // Rows are filled four at a time and then copied: a vector load right behind the single stores that it covers stalls.
-  constexpr int64_t group = width < 4 ? width : 4;
   const int64_t stride = round_up(columns, 64 / sizeof(Result));
-  Result* dense = scratch<Result>(Slot::weight, group * stride);
-  memset(dense, 0, group * stride * sizeof(Result));
+  T* rows = scratch<T>(Slot::block, width * padded + stride);
+  T* dense = rows + width * padded;
+  memset(dense, 0, stride * sizeof(T));
+  uint16_t* bits = scratch<uint16_t>(Slot::mask, columns / width + 1);
+  memset(bits, 0, (columns / width + 1) * sizeof(uint16_t));
+  for (int64_t j = 0; j < count; ++j) bits[index[j] / width] |= 1 << index[j] % width;
+  const Kept kept{index, count, bits};
   for (int64_t first = begin; first < end; first += width) {
     const int64_t height = end - first < width ? end - first : width;
     const Operand* source = static_cast<const Operand*>(compact.data) + first * compact.column_stride;
@@ -324,13 +355,16 @@ void expand(Matrix compact, const int32_t* index, int64_t count, int64_t columns
         for (int64_t i = 0; i < width; ++i) store(rows + i * padded + j, block[i]);
       }
     }
-    for (int64_t i = 0; i < height; i += group) {
-      for (int64_t j = 0; j < count; ++j) {
-        const int64_t column = index[j];
-        for (int64_t l = 0; l < group; ++l) put<Result>(rows[(i + l) * padded + j], dense + l * stride + column);
+    for (int64_t i = 0; i < height; ++i) {
+      Result* destination = static_cast<Result*>(out) + (first + i) * columns;
+      fill_row(rows + i * padded, kept, columns, dense);
+      if constexpr (std::is_same_v<Result, T>) {
+        stream_row(dense, columns, destination);
+      } else {
+        Result* narrowed = scratch<Result>(Slot::weight, stride);
+        for (int64_t k = 0; k < columns; ++k) put<Result>(dense[k], narrowed + k);
+        stream_row(narrowed, columns, destination);
       }
-      for (int64_t l = 0; l < group && i + l < height; ++l)
-        stream_row(dense + l * stride, columns, static_cast<Result*>(out) + (first + i + l) * columns);
     }
   }
 #if defined(__x86_64__)

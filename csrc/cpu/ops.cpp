@@ -239,10 +239,11 @@ Tensor grad_input(const Tensor& grad, const Tensor& weight, const std::optional<
 
 Tensor grad_weight(const Tensor& columns, const Tensor& grad, const Tensor& index, int64_t in_features, double factor,
                    ScalarType dtype) {
-  // (C, N) where few columns are kept: MKL runs this form at the dense product's rate, the other at half of it for C =
-  // 77 (2048x768x768, p = 0.9: 0.12 of the dense product's time against 0.21). (N, C) where many are: its rate is level
-  // from C = K / 2 on, and its rows expand without a transpose (128x768x768, p = 0.1: 0.79 against 0.99 ms).
-  const bool by_columns = 2 * columns.size(1) < in_features;
+  // (C, N) where few columns of many rows are kept: MKL runs this form at the dense product's rate, the other at half
+  // of it for C = 77 (2048x768x768, p = 0.9: 1.29 against 1.48 ms with the expansion; p = 0.5: 4.1 and 4.4). (N, C)
+  // else: it expands without a transpose (128x768x768, p = 0.9: 0.20 against 0.34, p = 0.5: 0.42 and 0.63; level at 512
+  // rows).
+  const bool by_columns = columns.size(0) > 256 && 2 * columns.size(1) < in_features;
   Tensor compact = by_columns ? library_mm(torch::stable::transpose(columns, 0, 1), grad)
                               : library_mm(torch::stable::transpose(grad, 0, 1), columns);
   if (!by_columns) compact = torch::stable::transpose(compact, 0, 1);

@@ -10,14 +10,16 @@ from mixout_fast.backends import operators
 from mixout_fast.reference import capacity, scale, threshold
 
 # Rows up to which a product in one pass over W and U beats mixing and then multiplying with the library: (y, dX).
-# Measured on 2 cores with AVX-512 and AMX at 768x768, one pass / two, for y and dX: fp32, in a training step, 0.88 and
-# 0.98 at 128 rows, 0.95 and 1.02 at 256; fp64 0.93 and 0.94 at 128; bf16, whose library product is 8 times faster, 0.98
-# and 0.93 at 16, 1.21 and 1.24 at 32; fp16 0.94 and 1.03 at 128.
+# Measured on 2 cores with AVX-512 and AMX, one pass / two, y and dX, behind a sweep of L2: fp32 at 768x768 0.79 and 0.91
+# with 128 rows, 0.90 and 1.05 with 256, 0.92 and 1.13 with 512; at 1024x4096 0.71 and 0.81, 0.84 and 0.97, 0.98 and 1.12;
+# at 3072x768 0.71 and 0.72 with 256, 1.02 and 1.00 with 512. fp64 at 768x768 0.90 and 0.91 with 256; bf16, whose library
+# product is 8 times faster, 0.98 and 0.90 with 16, 1.18 and 1.10 with 32; fp16 0.89 and 0.94 with 64, 0.98 and 1.01 with
+# 128. With AVX2 alone fp32 at 768x768 takes 0.94 and 1.09 with 128.
 ONE_PASS_ROWS = {
-    torch.float32: (256, 128),
-    torch.float64: (128, 128),
+    torch.float32: (512, 256),
+    torch.float64: (256, 256),
     torch.bfloat16: (16, 16),
-    torch.float16: (128, 0),
+    torch.float16: (128, 64),
 }
 
 
@@ -52,11 +54,11 @@ def is_one_pass(dtype: torch.dtype, rows: int) -> tuple[bool, bool]:
 def full_product(rows: Tensor, p: float) -> bool:
     """As reference's. The compact product saves 2 · p · rows operations a weight, and its expansion costs a constant.
 
-    Measured on 2 cores, fp32, forward and backward of the layer, full / compact: 128x768x768 at p = 0.1, 0.3, 0.5:
-    0.84, 0.92, 0.99; 128x1024x4096 at 0.1: 0.92; 256x1024x4096 at 0.3: 1.03; 1024x1024x4096 at 0.1: 0.96; 2048x768x768
-    at 0.1: 0.99. Not for bf16 and fp16, where rounding X · s costs accuracy.
+    Measured on 2 cores, fp32, dW from x, full / compact: 128x768x768 at p = 0.1, 0.2, 0.3, 0.5: 0.81, 0.91, 1.04, 1.16;
+    128x1024x4096: 0.80, 0.85, 1.03, 1.22; 512x768x768 at 0.1, 0.2: 0.97, 1.03; 2048x768x768: 0.95, 1.05;
+    1024x1024x4096: 1.00, 1.05. Not for bf16 and fp16, where rounding X · s costs accuracy.
     """
-    return (p <= 0.15 or p * rows.shape[0] <= 64) and rows.dtype in (torch.float32, torch.float64)
+    return (p <= 0.15 or p * rows.shape[0] <= 32) and rows.dtype in (torch.float32, torch.float64)
 
 
 def mix(weight: Tensor, target: Tensor | None, seed: Tensor, p: float, mask: str, dtype: torch.dtype) -> Tensor:
