@@ -106,9 +106,19 @@ template <bool forward>
 constexpr int64_t block_panels = forward ? 1 : 8;
 template <bool forward>
 constexpr int64_t block_terms = forward ? 384 : 128;
-// Of x or dy beside W', off the power of two, whose rows would share one L1 set.
+// How the broadcast operand of a tile lies: from row to row, and from term to term.
+template <int64_t row, int64_t term>
+struct Left {
+  static constexpr int64_t row_stride = row, term_stride = term;
+};
+// x or dy beside W', off the power of two, whose rows would share one L1 set.
 template <bool forward>
-constexpr int64_t left_stride = block_terms<forward> + 16;
+using StagedRows = Left<block_terms<forward> + 16, 1>;
+// The weight's gradient takes rows of x and dy in blocks of so many, and as many of its own rows at a time as keep
+// their compact sums in L2: at most so many elements.
+constexpr int64_t compact_terms = 256;
+constexpr int64_t compact_sums = 128 * 1024;
+constexpr int64_t tile_size = compact_terms * tile_rows + 16; // off the power of two here too
 
 // Per-thread memory that only grows; it holds one block of a product and never a whole operand.
 enum class Slot { mask, weight, target, rows, block };
@@ -301,27 +311,48 @@ void stream_row(const T* source, int64_t count, T* destination) {
   memcpy(destination, source, count * sizeof(T));
 }
 
-// Where the kept columns lie: their numbers, and a bit for each in a word per vector.
-struct Kept {
-  const int32_t* index;
-  int64_t count;
-  const uint16_t* bits;
-};
-
-// A row of the dense gradient from its kept columns; the others of `dense` are 0 already.
-template <typename T>
-void fill_row(const T* kept_columns, const Kept& kept, int64_t columns, T* dense) {
-#if defined(MIXOUT_HAS_SPREAD)
-  for (int64_t k = 0; k < columns; k += lanes<T>) {
-    const uint32_t bits = kept.bits[k / lanes<T>];
-    store(dense + k, spread(kept_columns, bits));
-    kept_columns += __builtin_popcount(bits);
+// Writes rows of the dense gradient from their kept columns; the other columns are 0.
+template <typename T, typename Result>
+class DenseRows {
+public:
+  DenseRows(const int32_t* index, int64_t count, int64_t columns)
+      : index_(index), count_(count), columns_(columns), stride_(round_up(columns, 64)),
+        row_(scratch<T>(Slot::target, stride_)), kept_(scratch<uint16_t>(Slot::mask, stride_)) {
+    memset(row_, 0, stride_ * sizeof(T));
+    memset(kept_, 0, stride_ * sizeof(uint16_t));
+    for (int64_t j = 0; j < count; ++j) kept_[index[j] / lanes<T>] |= 1 << index[j] % lanes<T>;
   }
-#else
-  (void)columns;
-  for (int64_t j = 0; j < kept.count; ++j) dense[kept.index[j]] = kept_columns[j];
+  ~DenseRows() {
+#if defined(__x86_64__)
+    _mm_sfence();
 #endif
-}
+  }
+
+  void put(const T* kept_columns, Result* destination) {
+#if defined(MIXOUT_HAS_SPREAD)
+    for (int64_t k = 0; k < columns_; k += lanes<T>) {
+      const uint32_t kept = kept_[k / lanes<T>];
+      store(row_ + k, spread(kept_columns, kept));
+      kept_columns += __builtin_popcount(kept);
+    }
+#else
+    for (int64_t j = 0; j < count_; ++j) row_[index_[j]] = kept_columns[j];
+#endif
+    if constexpr (std::is_same_v<Result, T>) {
+      stream_row(row_, columns_, destination);
+    } else {
+      Result* narrowed = scratch<Result>(Slot::weight, stride_);
+      for (int64_t k = 0; k < columns_; ++k) narrowed[k] = narrow<Result>(row_[k]);
+      stream_row(narrowed, columns_, destination);
+    }
+  }
+
+private:
+  const int32_t* index_;
+  int64_t count_, columns_, stride_;
+  T* row_;
+  uint16_t* kept_; // a bit per column, a word per vector
+};
 
 template <typename Operand, typename Result>
 void expand(Matrix compact, const int32_t* index, int64_t count, int64_t columns, double factor, int64_t begin,
@@ -330,14 +361,8 @@ void expand(Matrix compact, const int32_t* index, int64_t count, int64_t columns
   constexpr int64_t width = lanes<T>;
   while (count > 0 && index[count - 1] < 0) --count;
   const int64_t padded = round_up(count, width);
-  const int64_t stride = round_up(columns, 64 / sizeof(Result));
-  T* rows = scratch<T>(Slot::block, width * padded + stride);
-  T* dense = rows + width * padded;
-  memset(dense, 0, stride * sizeof(T));
-  uint16_t* bits = scratch<uint16_t>(Slot::mask, columns / width + 1);
-  memset(bits, 0, (columns / width + 1) * sizeof(uint16_t));
-  for (int64_t j = 0; j < count; ++j) bits[index[j] / width] |= 1 << index[j] % width;
-  const Kept kept{index, count, bits};
+  T* rows = scratch<T>(Slot::block, width * padded);
+  DenseRows<T, Result> dense(index, count, columns);
   for (int64_t first = begin; first < end; first += width) {
     const int64_t height = end - first < width ? end - first : width;
     const Operand* source = static_cast<const Operand*>(compact.data) + first * compact.column_stride;
@@ -355,21 +380,9 @@ void expand(Matrix compact, const int32_t* index, int64_t count, int64_t columns
         for (int64_t i = 0; i < width; ++i) store(rows + i * padded + j, block[i]);
       }
     }
-    for (int64_t i = 0; i < height; ++i) {
-      Result* destination = static_cast<Result*>(out) + (first + i) * columns;
-      fill_row(rows + i * padded, kept, columns, dense);
-      if constexpr (std::is_same_v<Result, T>) {
-        stream_row(dense, columns, destination);
-      } else {
-        Result* narrowed = scratch<Result>(Slot::weight, stride);
-        for (int64_t k = 0; k < columns; ++k) put<Result>(dense[k], narrowed + k);
-        stream_row(narrowed, columns, destination);
-      }
-    }
+    for (int64_t i = 0; i < height; ++i)
+      dense.put(rows + i * padded, static_cast<Result*>(out) + (first + i) * columns);
   }
-#if defined(__x86_64__)
-  _mm_sfence();
-#endif
 }
 
 // A part of W' (N, K) that is mixed at once, for y = x W'^T (forward) or dx = dy W'. A product runs over its terms and
@@ -468,7 +481,7 @@ Prefetch prefetch_of(const Mixing& mixing, Part next) {
 
 // c[tile_rows][vectors] = base + left[tile_rows][terms] * right[terms][vectors]. The products are summed from zero:
 // summing on from c doubles the error at 1023 terms, to twice the library's.
-template <bool forward, typename T, int vectors>
+template <typename Left, typename T, int vectors>
 MIXOUT_INLINE void multiply_tile(int64_t terms, const T* __restrict left, const T* __restrict right, const T* base,
                                  int64_t base_stride, T* c, int64_t c_stride, Prefetch& prefetch) {
   Vector<T> sum[tile_rows][vectors];
@@ -482,7 +495,7 @@ MIXOUT_INLINE void multiply_tile(int64_t terms, const T* __restrict left, const 
     for (int v = 0; v < vectors; ++v) factor[v] = load(right_term + v * lanes<T>);
 #pragma GCC unroll 16
     for (int i = 0; i < tile_rows; ++i) {
-      const Vector<T> value = broadcast(left_term[i * left_stride<forward>]);
+      const Vector<T> value = broadcast(left_term[i * Left::row_stride]);
 #pragma GCC unroll 3
       for (int v = 0; v < vectors; ++v) sum[i][v] = multiply_add(value, factor[v], sum[i][v]);
     }
@@ -490,10 +503,11 @@ MIXOUT_INLINE void multiply_tile(int64_t terms, const T* __restrict left, const 
   // Two terms a turn: at one the loop's own instructions take the multiplications' slots, and at four it is 6 % slower,
   // for no reason that we found.
   constexpr int64_t step = vectors * lanes<T>;
-  for (const T* end = left + (terms & ~int64_t{1}); left != end; left += 2, right += 2 * step) {
+  for (const T* end = right + (terms & ~int64_t{1}) * step; right != end;
+       left += 2 * Left::term_stride, right += 2 * step) {
     prefetch.step();
     add_term(left, right);
-    add_term(left + 1, right + step);
+    add_term(left + Left::term_stride, right + step);
   }
   if (terms & 1) add_term(left, right);
 #pragma GCC unroll 16
@@ -504,25 +518,25 @@ MIXOUT_INLINE void multiply_tile(int64_t terms, const T* __restrict left, const 
 }
 
 // The same, summed in pieces of so many terms.
-template <bool forward, typename T, int vectors>
+template <typename Left, typename T, int vectors>
 MIXOUT_INLINE void multiply_pieces(int64_t piece, int64_t terms, const T* left, const T* right, const T* base,
                                    int64_t base_stride, T* c, int64_t c_stride, Prefetch& prefetch) {
   for (int64_t k = 0; k < terms; k += piece) {
-    multiply_tile<forward, T, vectors>(terms - k < piece ? terms - k : piece, left + k, right + k * vectors * lanes<T>,
-                                       base, base_stride, c, c_stride, prefetch);
+    multiply_tile<Left, T, vectors>(terms - k < piece ? terms - k : piece, left + k * Left::term_stride,
+                                    right + k * vectors * lanes<T>, base, base_stride, c, c_stride, prefetch);
     base = c;
     base_stride = c_stride;
   }
 }
 
-template <bool forward, typename T>
+template <typename Left, typename T>
 void multiply_panel(int64_t width, int64_t piece, int64_t terms, const T* left, const T* right, const T* base,
                     int64_t base_stride, T* c, int64_t c_stride, Prefetch& prefetch) {
   if (width == panel<T>)
-    multiply_pieces<forward, T, 3>(piece, terms, left, right, base, base_stride, c, c_stride, prefetch);
+    multiply_pieces<Left, T, 3>(piece, terms, left, right, base, base_stride, c, c_stride, prefetch);
   else if (width == 2 * lanes<T>)
-    multiply_pieces<forward, T, 2>(piece, terms, left, right, base, base_stride, c, c_stride, prefetch);
-  else multiply_pieces<forward, T, 1>(piece, terms, left, right, base, base_stride, c, c_stride, prefetch);
+    multiply_pieces<Left, T, 2>(piece, terms, left, right, base, base_stride, c, c_stride, prefetch);
+  else multiply_pieces<Left, T, 1>(piece, terms, left, right, base, base_stride, c, c_stride, prefetch);
 }
 
 // Terms [term, term + terms) of x or dy as the broadcast operand, its last row repeated to fill a tile.
@@ -549,7 +563,7 @@ void multiply(const Mixing& mixing, Matrix x, int64_t m, int64_t begin, int64_t 
   // by one would have 3 times its error.
   const int64_t piece = m <= lanes<T> || end - begin <= lanes<T> ? 32 : block_terms<forward>;
 
-  const int64_t staged_size = round_up(m, tile_rows) * left_stride<forward>;
+  const int64_t staged_size = round_up(m, tile_rows) * StagedRows<forward>::row_stride;
   constexpr int64_t block_size = block_terms<forward> * block_outputs;
   T* staged = scratch<T>(Slot::block, staged_size + block_size + block_outputs + (narrows ? m * (end - begin) : 0));
   T* mixed = staged + staged_size;
@@ -575,7 +589,7 @@ void multiply(const Mixing& mixing, Matrix x, int64_t m, int64_t begin, int64_t 
     for (int64_t first = begin; first < end; first += block_outputs) {
       const Part part = part_at(first, term);
       const Panels<T> panels{mixed, part.terms};
-      if (first == begin) stage_rows<T, Result>(x, m, term, part.terms, left_stride<forward>, staged);
+      if (first == begin) stage_rows<T, Result>(x, m, term, part.terms, StagedRows<forward>::row_stride, staged);
       mix_panels<forward, Operand, Result>(mixing, part, panels);
       if (bias && term == 0)
         for (int64_t j = 0; j < part.outputs; ++j) offset[j] = widen(static_cast<const Result*>(bias)[first + j]);
@@ -584,20 +598,20 @@ void multiply(const Mixing& mixing, Matrix x, int64_t m, int64_t begin, int64_t 
                                                                         : part_at(first + block_outputs, term));
 
       for (int64_t row = 0; row < m; row += tile_rows) {
-        const T* left = staged + row * left_stride<forward>;
+        const T* left = staged + row * StagedRows<forward>::row_stride;
         for (int64_t output = 0; output < part.outputs; output += panel<T>) {
           const int64_t width = panels.width(output, part.outputs);
           T* out = sums + row * sums_stride + first + output;
           const T* base = term ? out : offset + output;
           const int64_t base_stride = term ? sums_stride : 0;
           if (row + tile_rows <= m && output + width <= part.outputs) {
-            multiply_panel<forward>(width, piece, part.terms, left, panels.at(output), base, base_stride, out,
-                                    sums_stride, prefetch);
+            multiply_panel<StagedRows<forward>>(width, piece, part.terms, left, panels.at(output), base, base_stride,
+                                                out, sums_stride, prefetch);
             continue;
           }
           T edge[tile_rows * panel<T>] = {};
-          multiply_panel<forward>(width, piece, part.terms, left, panels.at(output), edge, panel<T>, edge, panel<T>,
-                                  prefetch);
+          multiply_panel<StagedRows<forward>>(width, piece, part.terms, left, panels.at(output), edge, panel<T>, edge,
+                                              panel<T>, prefetch);
           for (int64_t i = 0; i < tile_rows && row + i < m; ++i)
             for (int64_t j = 0; j < width && output + j < part.outputs; ++j)
               out[i * sums_stride + j] = base[i * base_stride + j] + edge[i * panel<T> + j];
@@ -610,10 +624,102 @@ void multiply(const Mixing& mixing, Matrix x, int64_t m, int64_t begin, int64_t 
         put<Result>(sums[row * sums_stride + output], static_cast<Result*>(result) + row * result_stride + output);
 }
 
+// Columns [0, count) of rows [term, term + panels.terms) of x as the vector operand.
+template <typename T>
+void stage_columns(Matrix x, int64_t term, int64_t count, Panels<T> panels) {
+  for (int64_t k = 0; k < panels.terms; ++k) {
+    const T* source = static_cast<const T*>(x.data) + (term + k) * x.row_stride;
+    for (int64_t column = 0; column < count; column += panel<T>) {
+      const int64_t width = panels.width(column, count);
+      T* out = panels.at(column) + k * width;
+      for (int64_t v = 0; v < width; v += lanes<T>) {
+        const int64_t left = count - column - v;
+        store(out + v, load_widened<T>(source + (column + v) * x.column_stride, x.column_stride,
+                                       left < lanes<T> ? left : lanes<T>));
+      }
+    }
+  }
+}
+
+// Columns [first, first + columns) of rows [term, term + terms) of dy as broadcast operands, one per tile of columns:
+// [tiles][tile_size], a tile [terms][tile_rows], filled up with 0.
+template <typename T>
+void stage_tiles(Matrix dy, int64_t term, int64_t terms, int64_t first, int64_t columns, T* staged) {
+  for (int64_t k = 0; k < terms; ++k) {
+    const T* source = static_cast<const T*>(dy.data) + (term + k) * dy.row_stride + first * dy.column_stride;
+    for (int64_t column = 0; column < columns; column += tile_rows) {
+      T* out = staged + column / tile_rows * tile_size + k * tile_rows;
+      if (columns - column >= tile_rows && dy.column_stride == 1) memcpy(out, source + column, tile_rows * sizeof(T));
+      else
+        for (int64_t i = 0; i < tile_rows; ++i)
+          out[i] = column + i < columns ? source[(column + i) * dy.column_stride] : T{0};
+    }
+  }
+}
+
+// Rows [begin, end) of dW (outputs, columns) = (x^T dy)^T * factor from the kept columns of x (m, count) and dy (m,
+// outputs): the compact rows are summed in L2 and spread from there.
+template <typename T>
+void grad_weight(Matrix x, Matrix dy, int64_t m, const int32_t* index, int64_t count, int64_t columns, double factor,
+                 int64_t begin, int64_t end, void* out) {
+  while (count > 0 && index[count - 1] < 0) --count;
+  const int64_t padded = round_up(count, lanes<T>);
+  // As in multiply().
+  const int64_t piece = count <= lanes<T> || end - begin <= lanes<T> ? 32 : compact_terms;
+  const int64_t fitting = compact_sums / (padded + 1) + 1;
+  const int64_t blocks = (end - begin + fitting - 1) / fitting;
+  const int64_t block_rows = blocks ? round_up((end - begin + blocks - 1) / blocks, tile_rows) : 0;
+  T* sums =
+      scratch<T>(Slot::block, (block_rows + compact_terms) * padded + block_rows / tile_rows * tile_size + panel<T>);
+  T* kept_x = sums + block_rows * padded;
+  T* staged_dy = kept_x + compact_terms * padded;
+  T* zeros = staged_dy + block_rows / tile_rows * tile_size;
+  memset(zeros, 0, panel<T> * sizeof(T));
+  DenseRows<T, T> dense(index, count, columns);
+  for (int64_t first = begin; first < end; first += block_rows) {
+    const int64_t rows = end - first < block_rows ? end - first : block_rows;
+    for (int64_t term = 0; term < m; term += compact_terms) {
+      const int64_t terms = m - term < compact_terms ? m - term : compact_terms;
+      const Panels<T> panels{kept_x, terms};
+      if (m > compact_terms || first == begin) stage_columns(x, term, count, panels);
+      stage_tiles(dy, term, terms, first, rows, staged_dy);
+      Prefetch prefetch;
+      if (term + terms < m && dy.column_stride == 1)
+        prefetch = {
+            reinterpret_cast<const char*>(static_cast<const T*>(dy.data) + (term + terms) * dy.row_stride + first),
+            nullptr,
+            dy.row_stride * static_cast<int64_t>(sizeof(T)),
+            0,
+            m - term - terms < compact_terms ? m - term - terms : compact_terms,
+            (rows * static_cast<int64_t>(sizeof(T)) + 63) / 64};
+      for (int64_t row = 0; row < rows; row += tile_rows)
+        for (int64_t column = 0; column < padded; column += panel<T>) {
+          T* c = sums + row * padded + column;
+          multiply_panel<Left<1, tile_rows>>(panels.width(column, padded), piece, terms,
+                                             staged_dy + row / tile_rows * tile_size, panels.at(column),
+                                             term ? c : zeros, term ? padded : 0, c, padded, prefetch);
+        }
+    }
+    if (m == 0) memset(sums, 0, rows * padded * sizeof(T));
+    for (int64_t row = 0; row < rows; ++row) {
+      T* sum = sums + row * padded;
+      for (int64_t j = 0; j < count; ++j) sum[j] *= static_cast<T>(factor);
+      dense.put(sum, static_cast<T*>(out) + (first + row) * columns);
+    }
+  }
+}
+
+template <typename Operand, typename Result>
+constexpr auto grad_weight_for() {
+  if constexpr (std::is_same_v<Operand, Result> && std::is_same_v<Operand, Compute<Operand>>)
+    return grad_weight<Operand>;
+  else return nullptr;
+}
+
 template <typename Operand, typename Result>
 constexpr Kernels kernels_for = {
-    mix<Operand, Result>,       multiply<true, Operand, Result>, multiply<false, Operand, Result>,
-    mask_grad<Operand, Result>, expand<Operand, Result>,
+    mix<Operand, Result>,       multiply<true, Operand, Result>,    multiply<false, Operand, Result>,
+    mask_grad<Operand, Result>, grad_weight_for<Operand, Result>(), expand<Operand, Result>,
 };
 
 const Kernels* kernels(Dtype operand, Dtype result) {

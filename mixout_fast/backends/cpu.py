@@ -52,13 +52,12 @@ def is_one_pass(dtype: torch.dtype, rows: int) -> tuple[bool, bool]:
 
 
 def full_product(rows: Tensor, p: float) -> bool:
-    """As reference's. The compact product saves 2 · p · rows operations a weight, and its expansion costs a constant.
+    """As reference's. The compact product saves 2 · p · rows operations a weight, and gathering x costs a constant.
 
-    Measured on 2 cores, fp32, dW from x, full / compact: 128x768x768 at p = 0.1, 0.2, 0.3, 0.5: 0.81, 0.91, 1.04, 1.16;
-    128x1024x4096: 0.80, 0.85, 1.03, 1.22; 512x768x768 at 0.1, 0.2: 0.97, 1.03; 2048x768x768: 0.95, 1.05;
-    1024x1024x4096: 1.00, 1.05. Not for bf16 and fp16, where rounding X · s costs accuracy.
+    Measured on 2 cores, fp32, dW from x, full / compact: 128x768x768 at p = 0.1 and 0.3: 1.0, 1.3; 2048x768x768: 0.94 and
+    1.3; 1024x1024x4096: 0.90 and 1.2. Not for bf16 and fp16, where rounding X · s costs accuracy.
     """
-    return (p <= 0.15 or p * rows.shape[0] <= 32) and rows.dtype in (torch.float32, torch.float64)
+    return p <= 0.15 and rows.dtype in (torch.float32, torch.float64)
 
 
 def mix(weight: Tensor, target: Tensor | None, seed: Tensor, p: float, mask: str, dtype: torch.dtype) -> Tensor:
