@@ -17,7 +17,7 @@ from benchmarks.bert import POSITIONS, SEGMENTS, SIZES, VOCABULARY, Classifier, 
 from benchmarks.contenders import PublishedMixout, Shape, problem
 from benchmarks.encoder import with_mixout
 from benchmarks.records import Records
-from mixout_fast import MixLinear
+from mixout_fast import MixLinear, backends
 
 README = Path(report.__file__).parent.parent / "README.md"
 
@@ -182,6 +182,30 @@ def test_phases_are_timed_apart_and_contenders_in_every_round():
         assert step_seconds == pytest.approx(forward + backward)
         assert host >= step_seconds
     assert timing.ratio({"step": [2.0, 6.0, 4.0]}, {"step": [1.0, 2.0, 2.0]}, "step")["median"] == 2.0
+
+
+def test_backends_that_are_not_chosen_are_timed_beside_the_one_that_is(monkeypatch):
+    def backend(reason):
+        return SimpleNamespace(unavailable=lambda device_type: reason)
+
+    served = {"first": backend(None), "unable": backend("no compiler"), "second": backend(None)}
+    monkeypatch.setattr(backends, "BACKENDS", served | {"reference": backends.BACKENDS["reference"]})
+    assert contenders.other_backends("cpu") == ["ours-second"]
+    options = SimpleNamespace(quick=True, targets=False, device="cpu", contenders=None)
+    assert layer.wanted(options) == ["ours", "linear", "dropout", "ours-second", "published"]
+    monkeypatch.setattr(backends, "DEFAULT", "second")
+    assert contenders.other_backends("cpu") == ["ours-first"]
+
+
+def test_the_hosts_time_stands_beside_the_steps(tmp_path):
+    records = started(tmp_path)
+    times = {"linear": (0.05, 0.02), "ours": (0.1, 0.0981), "ours-triton": (0.2, 0.2)}
+    figures = {name: {"step_ms": {"median": step}, "host_ms": {"median": host}} for name, (step, host) in times.items()}
+    cell = {"shape": "4x8x8", "p": 0.9, "dtype": "bf16"}
+    records.append({"cell": cell, "contenders": figures, "ratios": {"linear": {}, "ours-triton": {}}})
+    header, _, row = report.host_table(records).splitlines()
+    assert re.split(r"\s*\|\s*", header)[4:-1] == ["ours", "nn.Linear", "ours-triton"]
+    assert re.split(r"\s*\|\s*", row)[1:-1] == ["4x8x8", "bf16", "0.9", "100 / 98", "50 / 20", "200 / 200"]
 
 
 def test_on_a_gpu_phases_come_from_events_of_back_to_back_steps(monkeypatch):
