@@ -69,8 +69,9 @@ if [ "$part" != checks ]; then
   # To compile a form takes far longer than to time it: few cells.
   compiled=(--contenders published compiled compiled-dropout)
   [ "$device" = cpu ] || compiled+=(--shapes 4096x1024x1024 4096x1024x4096 --dtypes bf16 --p 0.9)
-  suite layer 160
-  suite model 90
+  suite layer 150
+  suite model 80
+  suite paths 30
   suite terms 15
   suite memory 40
   suite layer 30 "${compiled[@]}"

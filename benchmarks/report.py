@@ -18,13 +18,14 @@ from benchmarks.layer import TARGET_P, TARGET_SAVED, TARGETS
 from benchmarks.model import BASELINE
 from benchmarks.records import RESULTS, Records, is_disturbed
 
-SUITES = ("layer", "terms", "model", "memory")
+SUITES = ("layer", "terms", "paths", "model", "memory")
 PIVOT = ("ours", "linear", "dropout")
 """The contenders of a table's pairs; all others have a column of their own."""
 NOT_MEASURED = "On GPUs: not measured yet."
 
 LEGEND = """Each figure is the median over rounds of our time divided by the other's in the same round; below 1 ours is
 faster. * marks cells that other processes disturbed."""
+PATHS_LEGEND = "Microseconds of a call on the device / of the host."
 HOST_LEGEND = """Microseconds of a step / that the host takes to issue it. Where both are the same, the device waits for
 the host."""
 
@@ -46,6 +47,8 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"{HOST_LEGEND}\n\n{host_table(records)}\n")
     for records in results["terms"]:
         print(f"{terms_part(records)}\n")
+    for records in results["paths"]:
+        print(f"{caption(records)}\n\n{PATHS_LEGEND}\n\n{paths_table(records)}\n")
     for records in results["model"]:
         print(f"{caption(records)}\n\n{model_table(records)}\n")
     for records in results["memory"]:
@@ -235,6 +238,22 @@ def terms_table(cell: dict) -> str:
         f"{sum(floor.values()):.3f}",
     ])  # fmt: skip
     return table(["ms", "nn.Linear", "ours", "floor"], rows)
+
+
+def paths_table(records: Records) -> str:
+    """Both ways to each product, backend by backend, beside the library's."""
+    cells = measured(records)
+    names = list(dict.fromkeys(name for cell in cells for name in cell["contenders"]))
+    rows = [
+        [cell["cell"]["shape"], cell["cell"]["dtype"], result]
+        + [
+            f"{figures[f'{result}_us']:.1f} / {figures[f'{result}_host_us']:.1f}" if figures else "-"
+            for figures in map(cell["contenders"].get, names)
+        ]
+        for cell in cells
+        for result in ("y", "dX")
+    ]
+    return table(["rows x K x N", "dtype", "of", *names], rows)
 
 
 def model_table(records: Records) -> str:

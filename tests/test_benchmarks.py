@@ -11,13 +11,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import contenders, data, layer, model, report, run, timing
+from benchmarks import contenders, data, layer, model, paths, report, run, timing
 from benchmarks.agreement import check_ours
 from benchmarks.bert import POSITIONS, SEGMENTS, SIZES, VOCABULARY, Classifier, rte_like_batch
 from benchmarks.contenders import PublishedMixout, Shape, problem
 from benchmarks.encoder import with_mixout
 from benchmarks.records import Records
-from mixout_fast import MixLinear, backends
+from mixout_fast import MixLinear, backends, testing
 
 README = Path(report.__file__).parent.parent / "README.md"
 
@@ -278,6 +278,29 @@ def test_terms_are_measured_and_reported(tmp_path):
         assert f"{figures[f'{term}_ms']['median']:.3f}" in text
     assert cell["floor_ms"]["dX"] > cell["contenders"]["linear"]["dX_ms"]["median"]
     assert figures["db_ms"]["median"] < figures["dX_ms"]["median"] / 2, "a sum over rows beside a product"
+
+
+def test_both_ways_to_a_product_are_checked_and_timed(tmp_path, monkeypatch):
+    """By the rows that each is told, which a backend forgets again."""
+    arguments = ["--suite", "paths", "--quick", "--device", "cpu", "--results", str(tmp_path)]
+    taken = []
+    check = paths.check_ours
+
+    def checked(case, backend):
+        taken.append((backend, *testing.is_one_pass(case, backend)))
+        check(case, backend=backend)
+
+    monkeypatch.setattr(paths, "check_ours", checked)
+    before = {name: backends.BACKENDS[name].ONE_PASS_ROWS for name in paths.choosing("cpu")}
+    assert run.main(arguments) == 0
+    assert taken == [(name, way, way) for name in before for way in (True, False)]
+    assert {name: backends.BACKENDS[name].ONE_PASS_ROWS for name in before} == before
+    (records,) = report.load(tmp_path, "paths", quick=True)
+    (cell,) = report.measured(records)
+    assert list(cell["contenders"]) == paths.wanted(SimpleNamespace(device="cpu"))
+    text = report.paths_table(records)
+    for figures in cell["contenders"].values():
+        assert f"{figures['dX_us']:.1f} / {figures['dX_host_us']:.1f}" in text
 
 
 def test_published_mixout_keeps_whole_columns_and_leaves_out_the_scale_in_backward():

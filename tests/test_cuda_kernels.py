@@ -149,13 +149,16 @@ def test_tf32_where_it_is_allowed(path, take, allow_tf32, seed):
 
 
 @pytest.mark.skipif(DEVICE != "cuda", reason="the emulation has no CUDA graphs")
-def test_a_captured_graph_draws_fresh_masks(seed):
-    """So nothing in forward or backward waits for the device."""
+@paths
+@pytest.mark.parametrize("p", (0.5, 0.9))
+def test_a_captured_graph_draws_fresh_masks(p, path, take, seed):
+    """So nothing in forward or backward waits for the device; at 0.9 forward gathers the kept columns too."""
+    take(path)
     weight = torch.ones(64, 64, device="cuda", requires_grad=True)
     x = torch.eye(64, device="cuda")
 
     def step():
-        y = mix_linear(x, weight, p=0.5, backend="cuda")
+        y = mix_linear(x, weight, p=p, backend="cuda")
         return y, torch.autograd.grad(y.sum(), weight)[0]
 
     stream = torch.cuda.Stream()
