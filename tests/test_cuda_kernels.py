@@ -154,8 +154,8 @@ def test_tf32_where_it_is_allowed(path, take, allow_tf32, seed):
 def test_a_captured_graph_draws_fresh_masks(p, path, take, seed):
     """So nothing in forward or backward waits for the device; at 0.9 forward gathers the kept columns too."""
     take(path)
-    weight = torch.ones(64, 64, device="cuda", requires_grad=True)
-    x = torch.eye(64, device="cuda")
+    weight = torch.ones(128, 128, device="cuda", requires_grad=True)
+    x = torch.eye(128, device="cuda")
 
     def step():
         y = mix_linear(x, weight, p=p, backend="cuda")
