@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Everything on a GPU machine, without network: build what is missing, check, measure, report. Needs torch, triton, numpy
-# and pytest; tests run eight at a time where pytest-xdist is, and where matplotlib is missing there are no pictures.
+# and pytest; most tests run several at a time where pytest-xdist is; where matplotlib is missing there are no pictures.
 #
 #     benchmarks/gpu.sh            both of these, in a quarter of an hour
 #     benchmarks/gpu.sh figures    the kernels' own tests, then the suites
@@ -48,17 +48,27 @@ suite() { # suite NAME SECONDS OPTIONS…: no new cell after so long, and an end
     --budget "$seconds" "${@:3}"
 }
 tests() { # tests NAME SECONDS OPTIONS…
-  step "$1" "$2" "$python" -m pytest -q --tb=short --maxfail=40 --disable-warnings "${workers[@]}" "${@:3}"
+  step "$1" "$2" "$python" -m pytest -q --tb=short --maxfail=40 --disable-warnings "${@:3}"
+}
+many_tests() { # as tests, several at a time; each computes its fp64 oracles on the CPU
+  if "$python" -c "import xdist" 2>/dev/null; then
+    OMP_NUM_THREADS=2 tests "$@" -n $((processors > 16 ? 8 : (processors + 1) / 2))
+  else
+    tests "$@"
+  fi
 }
 sanitizer() { # sanitizer TOOL BACKEND OPTIONS…
+  if [ "$device" = cpu ] || ! command -v compute-sanitizer >/dev/null; then
+    summary+=("$(printf '%-24s         left out: there is no compute-sanitizer' "$1, $2")")
+    return
+  fi
   # Without the caching allocator an access beyond a buffer's end is one beyond an allocation's.
   PYTORCH_NO_CUDA_MEMORY_CACHING=1 step "$1, $2" 75 compute-sanitizer --tool "$1" --error-exitcode 9 "${@:3}" \
     "$python" -m benchmarks.sanitized "$2"
 }
 
 printf '\n==== %s, %s\n' "$part" "$(date -u +%FT%TZ)" >>"$log"
-workers=()
-"$python" -c "import xdist" 2>/dev/null && workers=(-n 8)
+processors=$(nproc)
 libraries=(mixout_fast/_C.so)
 [ "$device" = cpu ] || libraries+=(mixout_fast/_CUDA.so)
 ls "${libraries[@]}" >/dev/null 2>&1 || step "build" 240 "$python" setup.py -q build_ext --inplace
@@ -75,22 +85,18 @@ if [ "$part" != checks ]; then
   suite terms 15
   suite memory 40
   suite layer 30 "${compiled[@]}"
+  step "report" 60 "$python" -m benchmarks.report --results "$results"
 fi
 if [ "$part" != figures ]; then
-  tests "device tests" 180 tests -m "not slow" -k "$device and not triton"
-  if command -v compute-sanitizer >/dev/null && [ "$device" = cuda ]; then
-    for tool in memcheck racecheck synccheck initcheck; do
-      # The library's own kernels take most of the time otherwise.
-      sanitizer "$tool" cuda --kernel-name kns=mixout_fast
-    done
-  else
-    echo "sanitizer: left out, there is no compute-sanitizer" | tee -a "$log"
-  fi
-  tests "device tests of Triton" 150 tests -m "not slow" -k "$device and triton"
-  tests "torch.compile tests" 90 tests -m slow -k "$device"
-  if command -v compute-sanitizer >/dev/null && [ "$device" = cuda ]; then sanitizer memcheck triton; fi
+  many_tests "device tests" 180 tests -m "not slow" -k "$device and not triton"
+  for tool in memcheck racecheck synccheck initcheck; do
+    # The backend's own kernels: PyTorch's would take most of the time.
+    sanitizer "$tool" cuda --kernel-name kns=mixout_fast
+  done
+  many_tests "device tests of Triton" 150 tests -m "not slow" -k "$device and triton"
+  many_tests "torch.compile tests" 90 tests -m slow -k "$device"
+  sanitizer memcheck triton
 fi
-step "report" 60 "$python" -m benchmarks.report --results "$results"
 
 printf '%s\n' "" "${summary[@]}" | tee -a "$log"
 exit $status
