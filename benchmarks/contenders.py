@@ -168,8 +168,18 @@ TITLES = {
 
 def variants(device_type: str) -> dict[str, dict]:
     """Our layer in its forms on a device: contender's name -> MixLinear's options."""
-    served = [name for name, reason in backends.describe(device_type).items() if reason is None]
-    return {"ours": {}, "ours-element": {"mask": "element"}, **{f"ours-{name}": {"backend": name} for name in served}}
+    named = {f"ours-{name}": {"backend": name} for name in _served(device_type)}
+    return {"ours": {}, "ours-element": {"mask": "element"}, **named}
+
+
+def other_backends(device_type: str) -> list[str]:
+    """Ours with each compiled backend that serves the device and is not what a call takes that names none."""
+    chosen = {name for name, module in backends.BACKENDS.items() if module is backends.select(None, device_type)}
+    return [f"ours-{name}" for name in _served(device_type) if name not in {"reference", *chosen}]
+
+
+def _served(device_type: str) -> list[str]:
+    return [name for name, reason in backends.describe(device_type).items() if reason is None]
 
 
 def contenders(device_type: str) -> dict[str, Callable[[Case], nn.Module]]:

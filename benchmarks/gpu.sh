@@ -1,57 +1,102 @@
 #!/usr/bin/env bash
-# Everything on a GPU machine in about ten minutes, without network: build what is missing, device tests, sanitizer, all
-# suites, report. Needs torch, triton, numpy and pytest; where matplotlib is missing there are no pictures.
-# A step that fails doesn't stop the others; the exit status is that of the worst. Run again it goes on where it stopped.
+# Everything on a GPU machine, without network: build what is missing, check, measure, report. Needs torch, triton, numpy
+# and pytest; most tests run several at a time where pytest-xdist is; where matplotlib is missing there are no pictures.
+#
+#     benchmarks/gpu.sh            both of these, in a quarter of an hour
+#     benchmarks/gpu.sh figures    the kernels' own tests, then the suites
+#     benchmarks/gpu.sh checks     all other device tests, compute-sanitizer
+#
+# What matters most comes first. A step that fails doesn't stop the others; the exit status is that of the worst. The
+# suites go on where they stopped. All that the steps say, and at the end how each went, is added to gpu.log.
 #
 #     RESULTS=folder    where the results go (benchmarks/results)
 #     DEVICE=cpu        a rehearsal
 #     BUDGET=100        per cent of the suites' time
+#     LIMIT=570         seconds after which nothing runs any more, for machines that end a command themselves (none)
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
+part=${1:-all}
+case $part in figures | checks | all) ;; *) echo "gpu.sh: $part; it takes figures or checks" >&2 && exit 2 ;; esac
 results=${RESULTS:-benchmarks/results}
 device=${DEVICE:-cuda}
 budget=${BUDGET:-100}
+limit=${LIMIT:-86400}
 python=${PYTHON:-python3}
-export PYTHONUNBUFFERED=1
+export PYTHONUNBUFFERED=1 TQDM_MININTERVAL=10
 mkdir -p "$results"
 log="$results/gpu.log"
-: >"$log"
+summary=()
 status=0
 
 step() { # step NAME SECONDS COMMAND…: runs the command for at most so long, and notes how it went
-  local start=$SECONDS outcome=ok
-  printf '\n== %s (%d s)\n' "$1" "$SECONDS"
-  timeout "$2" "${@:3}" || { outcome="failed ($?; 124: out of time)"; status=1; }
-  printf '%-28s %4d s  %s\n' "$1" $((SECONDS - start)) "$outcome" >>"$log"
+  local start=$SECONDS outcome=ok seconds=$2
+  [ $((limit - SECONDS)) -lt "$seconds" ] && seconds=$((limit - SECONDS))
+  printf '\n== %s (%d s)\n' "$1" "$SECONDS" | tee -a "$log"
+  if [ "$seconds" -lt 10 ]; then
+    outcome="left out: no time" status=1
+  else
+    # Interrupted, pytest still says what failed.
+    timeout --signal=INT --kill-after=20 "$seconds" "${@:3}" |& tee -a "$log" ||
+      { outcome="failed (${PIPESTATUS[0]}; 124, 137: out of time)"; status=1; }
+  fi
+  summary+=("$(printf '%-24s %4d s  %s' "$1" $((SECONDS - start)) "$outcome")")
 }
-suite() { # suite NAME SECONDS: no new cell after so long, and an end in any case half a minute later
+suite() { # suite NAME SECONDS OPTIONS…: no new cell after so long, and an end in any case half a minute later
   local seconds=$(($2 * budget / 100))
   step "$1 suite" $((seconds + 30)) "$python" -m benchmarks.run --suite "$1" --device "$device" --results "$results" \
-    --budget "$seconds"
+    --budget "$seconds" "${@:3}"
+}
+tests() { # tests NAME SECONDS OPTIONS…
+  step "$1" "$2" "$python" -m pytest -q --tb=short --maxfail=40 --disable-warnings "${@:3}"
+}
+many_tests() { # as tests, several at a time; each computes its fp64 oracles on the CPU
+  if "$python" -c "import xdist" 2>/dev/null; then
+    OMP_NUM_THREADS=2 tests "$@" -n $((processors > 16 ? 8 : (processors + 1) / 2))
+  else
+    tests "$@"
+  fi
+}
+sanitizer() { # sanitizer TOOL BACKEND OPTIONS…
+  if [ "$device" = cpu ] || ! command -v compute-sanitizer >/dev/null; then
+    summary+=("$(printf '%-24s         left out: there is no compute-sanitizer' "$1, $2")")
+    return
+  fi
+  # Without the caching allocator an access beyond a buffer's end is one beyond an allocation's.
+  PYTORCH_NO_CUDA_MEMORY_CACHING=1 step "$1, $2" 75 compute-sanitizer --tool "$1" --error-exitcode 9 "${@:3}" \
+    "$python" -m benchmarks.sanitized "$2"
 }
 
+printf '\n==== %s, %s\n' "$part" "$(date -u +%FT%TZ)" >>"$log"
+processors=$(nproc)
 libraries=(mixout_fast/_C.so)
 [ "$device" = cpu ] || libraries+=(mixout_fast/_CUDA.so)
 ls "${libraries[@]}" >/dev/null 2>&1 || step "build" 240 "$python" setup.py -q build_ext --inplace
 step "backends" 60 "$python" -m mixout_fast
-step "device tests" 180 "$python" -m pytest tests -q -m "not slow" -k "$device"
-if command -v compute-sanitizer >/dev/null && [ "$device" = cuda ]; then
-  # Without the caching allocator an access beyond a buffer's end is one beyond an allocation's.
-  export PYTORCH_NO_CUDA_MEMORY_CACHING=1
-  for tool in memcheck racecheck initcheck; do
-    step "$tool" 60 compute-sanitizer --tool "$tool" --error-exitcode 9 "$python" -m benchmarks.sanitized
-  done
-  unset PYTORCH_NO_CUDA_MEMORY_CACHING
-else
-  echo "sanitizer: left out, there is no compute-sanitizer" | tee -a "$log"
-fi
-suite layer 150
-suite terms 20
-suite model 90
-suite memory 45
-step "report" 60 "$python" -m benchmarks.report --results "$results"
 
-printf '\n'
-cat "$log"
+if [ "$part" != checks ]; then
+  tests "kernel tests" 90 tests/test_cuda_kernels.py
+  # To compile a form takes far longer than to time it: few cells.
+  compiled=(--contenders published compiled compiled-dropout)
+  [ "$device" = cpu ] || compiled+=(--shapes 4096x1024x1024 4096x1024x4096 --dtypes bf16 --p 0.9)
+  suite layer 150
+  suite model 80
+  suite paths 30
+  suite terms 15
+  suite memory 40
+  suite layer 30 "${compiled[@]}"
+  step "report" 60 "$python" -m benchmarks.report --results "$results"
+fi
+if [ "$part" != figures ]; then
+  many_tests "device tests" 180 tests -m "not slow" -k "$device and not triton"
+  for tool in memcheck racecheck synccheck initcheck; do
+    # The backend's own kernels: PyTorch's would take most of the time.
+    sanitizer "$tool" cuda --kernel-name kns=mixout_fast
+  done
+  many_tests "device tests of Triton" 150 tests -m "not slow" -k "$device and triton"
+  many_tests "torch.compile tests" 90 tests -m slow -k "$device"
+  sanitizer memcheck triton
+fi
+
+printf '%s\n' "" "${summary[@]}" | tee -a "$log"
 exit $status

@@ -14,7 +14,7 @@ from torch import nn
 
 from benchmarks import timing
 from benchmarks.agreement import check_ours
-from benchmarks.contenders import CONTENDERS, Shape, contenders, problem, variants, why_not
+from benchmarks.contenders import CONTENDERS, Shape, contenders, other_backends, problem, variants, why_not
 from mixout_fast.reference import capacity
 from mixout_fast.testing import Case
 
@@ -99,11 +99,12 @@ def all_shapes() -> list[str]:
 
 
 def wanted(options: argparse.Namespace) -> list[str]:
-    """The contenders to time; always ours, nn.Linear and dropout, whose ratios every table holds."""
-    # A first torch.compile takes about 20 seconds, the whole of a quick run.
-    brief = options.quick or options.targets
+    """The contenders to time; always ours, nn.Linear and dropout, whose ratios every table holds, and ours with every
+    other backend that serves the device, which shows whether the right one is chosen."""
+    # A first torch.compile takes about 20 seconds, the whole of a quick run; a GPU has many cells.
+    brief = options.quick or options.targets or options.device == "cuda"
     chosen = options.contenders or (["published"] if brief else CONTENDERS)
-    return list(dict.fromkeys(["ours", "linear", "dropout", *chosen]))
+    return list(dict.fromkeys(["ours", "linear", "dropout", *other_backends(options.device), *chosen]))
 
 
 def seconds(options: argparse.Namespace) -> float:

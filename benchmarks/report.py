@@ -18,13 +18,16 @@ from benchmarks.layer import TARGET_P, TARGET_SAVED, TARGETS
 from benchmarks.model import BASELINE
 from benchmarks.records import RESULTS, Records, is_disturbed
 
-SUITES = ("layer", "terms", "model", "memory")
+SUITES = ("layer", "terms", "paths", "model", "memory")
 PIVOT = ("ours", "linear", "dropout")
 """The contenders of a table's pairs; all others have a column of their own."""
 NOT_MEASURED = "On GPUs: not measured yet."
 
 LEGEND = """Each figure is the median over rounds of our time divided by the other's in the same round; below 1 ours is
 faster. * marks cells that other processes disturbed."""
+PATHS_LEGEND = "Microseconds of a call on the device / of the host."
+HOST_LEGEND = """Microseconds of a step / that the host takes to issue it. Where both are the same, the device waits for
+the host."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -40,8 +43,12 @@ def main(arguments: list[str] | None = None) -> int:
         sys.exit(f"no results in {options.results}: python -m benchmarks.run measures")
     for records in results["layer"]:
         print(f"{caption(records)}\n\n{LEGEND}\n\n{layer_details(records)}\n\n{limits_section(records)}\n")
+        if is_gpu(records):
+            print(f"{HOST_LEGEND}\n\n{host_table(records)}\n")
     for records in results["terms"]:
         print(f"{terms_part(records)}\n")
+    for records in results["paths"]:
+        print(f"{caption(records)}\n\n{PATHS_LEGEND}\n\n{paths_table(records)}\n")
     for records in results["model"]:
         print(f"{caption(records)}\n\n{model_table(records)}\n")
     for records in results["memory"]:
@@ -97,7 +104,7 @@ def layer_details(records: Records) -> str:
     """Every cell of the layer suite with every figure of a whole step."""
     cells = measured(records)
     others = [name for name in TITLES if any(name in cell["ratios"] for cell in cells)]
-    others += sorted({name for cell in cells for name in cell["ratios"]} - {*others})
+    others += extra_contenders(cells)
     header = ["rows x K x N", "dtype", "p", "ours, ms"]
     header += [f"/ {TITLES.get(name, name)}" for name in others]
     header += ["+-", "floor share", "saved / nn.Linear's"]
@@ -117,6 +124,31 @@ def layer_row(cell: dict, others: list[str]) -> list[str]:
         f"{cell['floor_share']:.2f}",
         f"{saved_share(cell):.2f}",
     ]
+
+
+def host_table(records: Records) -> str:
+    """What decides between backends: a step's time and the host's share of it, contender by contender."""
+    cells = measured(records)
+    names = [name for name in (*PIVOT, *extra_contenders(cells)) if any(name in cell["contenders"] for cell in cells)]
+    header = ["rows x K x N", "dtype", "p", *(TITLES.get(name, name) for name in names)]
+    return table(header, (host_row(cell, names) for cell in cells))
+
+
+def host_row(cell: dict, names: list[str]) -> list[str]:
+    figures = [cell["contenders"].get(name) for name in names]
+    medians = [f and [1e3 * f[f"{phase}_ms"]["median"] for phase in ("step", "host")] for f in figures]
+    name = cell["cell"]
+    return [
+        name["shape"],
+        name["dtype"],
+        f"{name['p']:g}",
+        *(f"{m[0]:.0f} / {m[1]:.0f}" if m else "-" for m in medians),
+    ]
+
+
+def extra_contenders(cells: list[dict]) -> list[str]:
+    """Those without a title of their own: variants of ours."""
+    return sorted({name for cell in cells for name in cell["ratios"]} - {*TITLES})
 
 
 def step_ratio(cell: dict, other: str) -> float:
@@ -206,6 +238,22 @@ def terms_table(cell: dict) -> str:
         f"{sum(floor.values()):.3f}",
     ])  # fmt: skip
     return table(["ms", "nn.Linear", "ours", "floor"], rows)
+
+
+def paths_table(records: Records) -> str:
+    """Both ways to each product, backend by backend, beside the library's."""
+    cells = measured(records)
+    names = list(dict.fromkeys(name for cell in cells for name in cell["contenders"]))
+    rows = [
+        [cell["cell"]["shape"], cell["cell"]["dtype"], result]
+        + [
+            f"{figures[f'{result}_us']:.1f} / {figures[f'{result}_host_us']:.1f}" if figures else "-"
+            for figures in map(cell["contenders"].get, names)
+        ]
+        for cell in cells
+        for result in ("y", "dX")
+    ]
+    return table(["rows x K x N", "dtype", "of", *names], rows)
 
 
 def model_table(records: Records) -> str:

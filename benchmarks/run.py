@@ -12,13 +12,13 @@ from types import ModuleType
 
 import torch
 
-from benchmarks import bert, layer, memory, model, terms
+from benchmarks import bert, layer, memory, model, paths, terms
 from benchmarks.contenders import Shape, contenders
 from benchmarks.environment import environment, machine_slug, occasion
 from benchmarks.progress import progress
 from benchmarks.records import RESULTS, Records, is_disturbed, key
 
-SUITES = {"layer": layer, "terms": terms, "model": model, "memory": memory}
+SUITES = {"layer": layer, "terms": terms, "paths": paths, "model": model, "memory": memory}
 
 
 def main(arguments: list[str] | None = None) -> int:

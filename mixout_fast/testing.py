@@ -16,6 +16,7 @@ tolerance chosen by hand:
 `python -m mixout_fast check` runs them all.
 """
 
+import contextlib
 import functools
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -397,10 +398,27 @@ def check_grad_weight(case: Case, backend: str | None) -> None:
         assert_same_bits(f"grad_weight (static={static})", got, want, case)
 
 
+@contextlib.contextmanager
+def sums_in_fp32() -> Iterator[None]:
+    """Where cuBLAS splits a sum of bf16 or fp16 products, its parts are added up in fp32; by default in that dtype."""
+    products = torch.backends.cuda.matmul
+    names = ("allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction")
+    before = [getattr(products, name) for name in names]
+    for name in names:
+        setattr(products, name, False)
+    try:
+        yield
+    finally:
+        for name, value in zip(names, before, strict=True):
+            setattr(products, name, value)
+
+
 def check_exact(case: Case, backend: str | None) -> None:
     """y, dX, dW and db of an integer_case are the fp64 results."""
     want = oracle(case)
-    for name, result in run(case, backend).items():
+    with sums_in_fp32():
+        results = run(case, backend)
+    for name, result in results.items():
         assert_same_values(name, result, want[name].to(result.dtype), case)
 
 

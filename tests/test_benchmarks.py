@@ -11,13 +11,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import contenders, data, layer, model, report, run, timing
+from benchmarks import contenders, data, layer, model, paths, report, run, timing
 from benchmarks.agreement import check_ours
 from benchmarks.bert import POSITIONS, SEGMENTS, SIZES, VOCABULARY, Classifier, rte_like_batch
 from benchmarks.contenders import PublishedMixout, Shape, problem
 from benchmarks.encoder import with_mixout
 from benchmarks.records import Records
-from mixout_fast import MixLinear
+from mixout_fast import MixLinear, backends, testing
 
 README = Path(report.__file__).parent.parent / "README.md"
 
@@ -184,6 +184,30 @@ def test_phases_are_timed_apart_and_contenders_in_every_round():
     assert timing.ratio({"step": [2.0, 6.0, 4.0]}, {"step": [1.0, 2.0, 2.0]}, "step")["median"] == 2.0
 
 
+def test_backends_that_are_not_chosen_are_timed_beside_the_one_that_is(monkeypatch):
+    def backend(reason):
+        return SimpleNamespace(unavailable=lambda device_type: reason)
+
+    served = {"first": backend(None), "unable": backend("no compiler"), "second": backend(None)}
+    monkeypatch.setattr(backends, "BACKENDS", served | {"reference": backends.BACKENDS["reference"]})
+    assert contenders.other_backends("cpu") == ["ours-second"]
+    options = SimpleNamespace(quick=True, targets=False, device="cpu", contenders=None)
+    assert layer.wanted(options) == ["ours", "linear", "dropout", "ours-second", "published"]
+    monkeypatch.setattr(backends, "DEFAULT", "second")
+    assert contenders.other_backends("cpu") == ["ours-first"]
+
+
+def test_the_hosts_time_stands_beside_the_steps(tmp_path):
+    records = started(tmp_path)
+    times = {"linear": (0.05, 0.02), "ours": (0.1, 0.0981), "ours-triton": (0.2, 0.2)}
+    figures = {name: {"step_ms": {"median": step}, "host_ms": {"median": host}} for name, (step, host) in times.items()}
+    cell = {"shape": "4x8x8", "p": 0.9, "dtype": "bf16"}
+    records.append({"cell": cell, "contenders": figures, "ratios": {"linear": {}, "ours-triton": {}}})
+    header, _, row = report.host_table(records).splitlines()
+    assert re.split(r"\s*\|\s*", header)[4:-1] == ["ours", "nn.Linear", "ours-triton"]
+    assert re.split(r"\s*\|\s*", row)[1:-1] == ["4x8x8", "bf16", "0.9", "100 / 98", "50 / 20", "200 / 200"]
+
+
 def test_on_a_gpu_phases_come_from_events_of_back_to_back_steps(monkeypatch):
     """With events and a synchronisation that note when they were asked for."""
     log = []
@@ -254,6 +278,29 @@ def test_terms_are_measured_and_reported(tmp_path):
         assert f"{figures[f'{term}_ms']['median']:.3f}" in text
     assert cell["floor_ms"]["dX"] > cell["contenders"]["linear"]["dX_ms"]["median"]
     assert figures["db_ms"]["median"] < figures["dX_ms"]["median"] / 2, "a sum over rows beside a product"
+
+
+def test_both_ways_to_a_product_are_checked_and_timed(tmp_path, monkeypatch):
+    """By the rows that each is told, which a backend forgets again."""
+    arguments = ["--suite", "paths", "--quick", "--device", "cpu", "--results", str(tmp_path)]
+    taken = []
+    check = paths.check_ours
+
+    def checked(case, backend):
+        taken.append((backend, *testing.is_one_pass(case, backend)))
+        check(case, backend=backend)
+
+    monkeypatch.setattr(paths, "check_ours", checked)
+    before = {name: backends.BACKENDS[name].ONE_PASS_ROWS for name in paths.choosing("cpu")}
+    assert run.main(arguments) == 0
+    assert taken == [(name, way, way) for name in before for way in (True, False)]
+    assert {name: backends.BACKENDS[name].ONE_PASS_ROWS for name in before} == before
+    (records,) = report.load(tmp_path, "paths", quick=True)
+    (cell,) = report.measured(records)
+    assert list(cell["contenders"]) == paths.wanted(SimpleNamespace(device="cpu"))
+    text = report.paths_table(records)
+    for figures in cell["contenders"].values():
+        assert f"{figures['dX_us']:.1f} / {figures['dX_host_us']:.1f}" in text
 
 
 def test_published_mixout_keeps_whole_columns_and_leaves_out_the_scale_in_backward():

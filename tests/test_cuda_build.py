@@ -48,6 +48,15 @@ def test_every_kernel_is_built_for_every_architecture(kernels):
     assert set(kernels) == {(architecture, name) for architecture in architectures for name in names}
 
 
+def test_gpus_newer_than_all_it_is_compiled_for_find_ptx():
+    """They compile it when they load it. Not that of 9.0a, say, which no other GPU takes."""
+    if "TORCH_CUDA_ARCH_LIST" in os.environ:
+        pytest.skip("TORCH_CUDA_ARCH_LIST chose the GPUs")
+    listed = subprocess.run([tool("cuobjdump"), "-lelf", "-lptx", LIBRARY], capture_output=True, text=True, check=True)
+    newest = max(map(int, re.findall(r"sm_(\d+)\w?\.cubin", listed.stdout)))
+    assert re.findall(r"sm_(\w+)\.ptx", listed.stdout) == [str(newest)]
+
+
 def test_no_kernel_spills_or_has_local_memory(kernels):
     for kernel, lines in kernels.items():
         assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in lines, (kernel, lines)
@@ -150,6 +159,25 @@ print("fakes hold")
 """
     result = run(program)
     assert "fakes hold" in result.stdout, result.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU at hand runs the kernels")
+def test_a_gpu_that_has_no_kernels_is_left_to_the_next_backend():
+    """As one that is too old, or newer than what was compiled without PTX. Here it is the driver that is missing."""
+    program = f"""
+import torch
+from mixout_fast import backends
+from mixout_fast.backends import cuda
+if cuda.LOAD_ERROR:
+    assert cuda.load("{LIBRARY}") is None
+cuda.LOAD_ERROR = None
+assert backends.select(None, "cuda") is cuda, "nobody has used CUDA yet"
+torch.cuda.is_initialized = lambda: True
+assert backends.select(None, "cuda") is not cuda
+print(cuda.unavailable("cuda"))
+"""
+    result = run(program)
+    assert "this GPU and driver do not run its CUDA library: CUDA driver version" in result.stdout, result.stderr
 
 
 @pytest.mark.skipif(torch.version.cuda is not None, reason="of a CPU torch")

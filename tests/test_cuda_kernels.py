@@ -10,7 +10,8 @@ from mixout_fast import backends, mix_linear, reference, testing
 from mixout_fast.backends import cuda
 from mixout_fast.functional import DTYPES, MASKS
 
-DEVICE = next((d for d in ("cuda", "cpu") if backends.describe(d)["cuda"] is None), None)
+DEVICES = ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",)
+DEVICE = next((d for d in DEVICES if backends.describe(d)["cuda"] is None), None)
 pytestmark = pytest.mark.skipif(DEVICE is None, reason="no GPU (--emulate-cuda emulates one)")
 
 PRECISIONS = [(dtype, dtype) for dtype in DTYPES] + [(torch.float32, dtype) for dtype in testing.AUTOCAST_DTYPES]
@@ -37,11 +38,11 @@ def allow_tf32():
     """Sets whether fp32 products may round their operands to TF32."""
 
     def allow(allowed):
-        torch.backends.cuda.matmul.fp32_precision = "tf32" if allowed else "ieee"
+        torch.set_float32_matmul_precision("high" if allowed else "highest")
 
-    before = torch.backends.cuda.matmul.fp32_precision
+    before = torch.get_float32_matmul_precision()
     yield allow
-    torch.backends.cuda.matmul.fp32_precision = before
+    torch.set_float32_matmul_precision(before)
 
 
 def check_bits(case):
@@ -64,6 +65,21 @@ def test_rows_of_whole_vectors(shape, dtype, compute, mask, path, take, seed):
     testing.check_exact(testing.integer_case(*shape, p=0.75, **options), "cuda")
     del options["seed"]
     testing.check_error(testing.error_cases(testing.random_case, shape, seed, p=0.5, **options), "cuda")
+
+
+@paths
+@masks
+@precisions
+@pytest.mark.parametrize("name", ("input", "weight", "target", "grad_output"))
+def test_whole_vectors_from_addresses_that_are_none(name, dtype, compute, mask, path, take, seed):
+    """Rows are multiples of 16 bytes, but start an entry behind one: on a GPU a vector access there is a fault."""
+    take(path)
+    options = {"mask": mask, "dtype": dtype, "compute": compute, "device": DEVICE, "seed": seed}
+    case = testing.integer_case(9, 64, 48, p=0.75, **options)
+    tensor = getattr(case, name)
+    behind = torch.cat((tensor.new_zeros(1), tensor.flatten()))[1:].view(tensor.shape)
+    assert behind.data_ptr() % 16 != 0
+    testing.check_exact(dataclasses.replace(case, **{name: behind}, origin=f"{name} unaligned"), "cuda")
 
 
 @paths
@@ -106,6 +122,13 @@ def test_gather_of_no_rows_still_has_an_index(one_pass, take, seed):
     testing.check_gather(case, "cuda")
 
 
+@pytest.mark.parametrize("rows", (0, 5))
+def test_p_one_gathers_nothing(rows, take, seed):
+    """Where there is no entry there is no launch: CUDA refuses a grid of no blocks."""
+    take("mixed_first")
+    testing.check_gather(testing.random_case(rows, 255, 17, p=1.0, device=DEVICE, seed=seed), "cuda")
+
+
 @paths
 def test_tf32_where_it_is_allowed(path, take, allow_tf32, seed):
     """Products of fp32 on tensor cores: exact on small integers, but 1 + 2^-12 is 1."""
@@ -126,16 +149,20 @@ def test_tf32_where_it_is_allowed(path, take, allow_tf32, seed):
 
 
 @pytest.mark.skipif(DEVICE != "cuda", reason="the emulation has no CUDA graphs")
-def test_a_captured_graph_draws_fresh_masks(seed):
-    """So nothing in forward or backward waits for the device."""
-    weight = torch.ones(64, 64, device="cuda", requires_grad=True)
-    x = torch.eye(64, device="cuda")
+@paths
+@pytest.mark.parametrize("p", (0.5, 0.9))
+def test_a_captured_graph_draws_fresh_masks(p, path, take, seed):
+    """So nothing in forward or backward waits for the device; at 0.9 forward gathers the kept columns too."""
+    take(path)
+    weight = torch.ones(128, 128, device="cuda", requires_grad=True)
+    x = torch.eye(128, device="cuda")
 
     def step():
-        y = mix_linear(x, weight, p=0.5, backend="cuda")
+        y = mix_linear(x, weight, p=p, backend="cuda")
         return y, torch.autograd.grad(y.sum(), weight)[0]
 
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         step()
     torch.cuda.current_stream().wait_stream(stream)

@@ -31,9 +31,9 @@ struct FragmentB {
 #define MIXOUT_MULTIPLY(name, instruction)                                                                             \
   struct name {                                                                                                        \
     __device__ __forceinline__ void operator()(float* c, FragmentA a, FragmentB b) const {                             \
-      asm(instruction " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                               \
-          : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                                             \
-          : "r"(a.part[0]), "r"(a.part[1]), "r"(a.part[2]), "r"(a.part[3]), "r"(b.part[0]), "r"(b.part[1]));           \
+      asm volatile(instruction " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                      \
+                   : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                                    \
+                   : "r"(a.part[0]), "r"(a.part[1]), "r"(a.part[2]), "r"(a.part[3]), "r"(b.part[0]), "r"(b.part[1]));  \
     }                                                                                                                  \
   }
 MIXOUT_MULTIPLY(MultiplyBfloat16, "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32");
@@ -58,6 +58,16 @@ const char* launch_kernel(void (*kernel)(Parameters...), int64_t blocks, int thr
     kernel<<<static_cast<unsigned>(blocks), threads, 0, static_cast<cudaStream_t>(stream)>>>(parameters...);
     error = cudaGetLastError();
   }
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+// Null, or why the current device cannot run a kernel.
+template <typename... Parameters>
+const char* why_no_kernel(void (*kernel)(Parameters...)) {
+  cudaFuncAttributes attributes;
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, kernel);
+  // It is told here: the next launch should not find it.
+  cudaGetLastError();
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 

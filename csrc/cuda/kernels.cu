@@ -265,8 +265,28 @@ using Element = typename ElementOfSize<sizeof(T)>::type;
 template <typename Operand, typename Result>
 constexpr int lane_columns = sizeof(Operand) == 2 || sizeof(Result) == 2 ? 8 : 4;
 
-// W', and beside it the gather. Blocks stand along strips of 32 lanes' columns; a lane's columns and, of an input mask,
-// its mask are the same in all its rows.
+// A lane's part of a matrix in mix_kernel and mask_grad_kernel: `width` columns of mix_rows rows, `warps` apart. Blocks
+// stand along strips of 32 lanes' columns.
+template <int width>
+struct Part {
+  int64_t strip, column, first_row;
+
+  __device__ Part(int64_t columns, int64_t block) {
+    const int64_t strips = blocks_of(columns, 32 * width);
+    strip = block % strips * 32 * width;
+    column = strip + lane_of_thread() * width;
+    first_row = block / strips * warps * mix_rows + warp_of_thread();
+  }
+
+  // Bit i: does an input mask keep column + i.
+  __device__ uint32_t keep_bits(const Mask& mask, Scratch& scratch) const {
+    const int64_t first = strip / mask.repeats;
+    draw(mask, first, blocks_of(strip + 32 * width, mask.repeats) - first, scratch.mask.keep, scratch.mask.sums);
+    return column_keep_bits<width>(mask, scratch.mask.keep, first, column);
+  }
+};
+
+// W', and beside it the gather. A lane's mask, of an input mask, is the same in all its rows.
 template <typename Operand, typename Result>
 __global__ void __launch_bounds__(threads) mix_kernel(Mixing mixing, Result* out, int64_t mix_blocks, Gather gather) {
   using T = Compute<Operand>;
@@ -275,27 +295,20 @@ __global__ void __launch_bounds__(threads) mix_kernel(Mixing mixing, Result* out
   if (blockIdx.x >= mix_blocks)
     return gather_block<Element<Result>>(gather, mixing.mask, blockIdx.x - mix_blocks, scratch);
   const Mask& mask = mixing.mask;
-  const int64_t strips = blocks_of(mixing.columns, 32 * width);
-  const int64_t strip = blockIdx.x % strips * 32 * width;
-  const int64_t column = strip + lane_of_thread() * width;
-  const int64_t first_row = blockIdx.x / strips * warps * mix_rows + warp_of_thread();
-  uint32_t keep = 0;
-  if (!mask.per_element) {
-    const int64_t first = strip / mask.repeats;
-    draw(mask, first, blocks_of(strip + 32 * width, mask.repeats) - first, scratch.mask.keep, scratch.mask.sums);
-    keep = column_keep_bits<width>(mask, scratch.mask.keep, first, column);
-  }
+  const Part<width> part(mixing.columns, blockIdx.x);
+  const int64_t column = part.column;
+  uint32_t keep = mask.per_element ? 0 : part.keep_bits(mask, scratch);
   Operand weight[mix_rows][width], target[mix_rows][width];
 #pragma unroll
   for (int i = 0; i < mix_rows; ++i) {
-    const int64_t row = first_row + i * warps;
+    const int64_t row = part.first_row + i * warps;
     const int64_t valid = row < mixing.rows ? mixing.columns - column : 0;
     load_row<false>(mixing.weight, row, column, valid, weight[i]);
     load_row<false>(mixing.target, row, column, valid, target[i]);
   }
 #pragma unroll
   for (int i = 0; i < mix_rows; ++i) {
-    const int64_t row = first_row + i * warps;
+    const int64_t row = part.first_row + i * warps;
     if (row >= mixing.rows || column >= mixing.columns) break;
     if (mask.per_element) keep = element_keep_bits<width>(*mask.seed, mask.threshold, row * mixing.columns + column);
     Result mixed[width];
@@ -314,25 +327,18 @@ __global__ void __launch_bounds__(threads)
   using T = Compute<Operand>;
   constexpr int width = lane_columns<Operand, Result>;
   __shared__ Scratch scratch;
-  const int64_t strips = blocks_of(columns, 32 * width);
-  const int64_t strip = blockIdx.x % strips * 32 * width;
-  const int64_t column = strip + lane_of_thread() * width;
-  const int64_t first_row = blockIdx.x / strips * warps * mix_rows + warp_of_thread();
-  uint32_t keep = 0;
-  if (!mask.per_element) {
-    const int64_t first = strip / mask.repeats;
-    draw(mask, first, blocks_of(strip + 32 * width, mask.repeats) - first, scratch.mask.keep, scratch.mask.sums);
-    keep = column_keep_bits<width>(mask, scratch.mask.keep, first, column);
-  }
+  const Part<width> part(columns, blockIdx.x);
+  const int64_t column = part.column;
+  uint32_t keep = mask.per_element ? 0 : part.keep_bits(mask, scratch);
   Operand values[mix_rows][width];
 #pragma unroll
   for (int i = 0; i < mix_rows; ++i) {
-    const int64_t row = first_row + i * warps;
+    const int64_t row = part.first_row + i * warps;
     load_row<false>(grad, row, column, row < rows ? columns - column : 0, values[i]);
   }
 #pragma unroll
   for (int i = 0; i < mix_rows; ++i) {
-    const int64_t row = first_row + i * warps;
+    const int64_t row = part.first_row + i * warps;
     if (row >= rows || column >= columns) break;
     if (mask.per_element) keep = element_keep_bits<width>(*mask.seed, mask.threshold, row * columns + column);
     Result scaled[width];
@@ -614,6 +620,14 @@ const char* with_gradient_types(Dtype operand, Dtype result, Function function) 
   return with_types(operand, result, function);
 }
 
+// CUDA refuses a grid of no blocks: of tensors without entries there is nothing to launch.
+template <typename... Parameters>
+const char* launch_blocks(void (*kernel)(Parameters...), int64_t blocks, Launch launch,
+                          std::type_identity_t<Parameters>... parameters) {
+  if (blocks == 0) return nullptr;
+  return launch_kernel(kernel, blocks, threads, launch.stream, launch.device, parameters...);
+}
+
 int64_t gather_blocks(const Gather& gather) {
   if (!gather.index) return 0;
   const int64_t blocks = blocks_of(gather.rows, warps * gather_rows_per_warp);
@@ -626,10 +640,8 @@ const char* launch_product(const Product& product, const Gather& gather, Launch 
   const Mixing& mixing = product.mixing;
   tiled.tiles = blocks_of(transposed ? mixing.columns : mixing.rows, transposed ? 32 : 16);
   tiled.chunks = blocks_of(product.m, Engine::max_rows);
-  const int64_t blocks = tiled.tiles * tiled.chunks + gather_blocks(gather);
-  if (blocks == 0) return nullptr;
-  return launch_kernel(product_kernel<Operand, Engine, transposed>, blocks, threads, launch.stream, launch.device,
-                       tiled, gather);
+  return launch_blocks(product_kernel<Operand, Engine, transposed>, tiled.tiles * tiled.chunks + gather_blocks(gather),
+                       launch, tiled, gather);
 }
 
 template <bool transposed>
@@ -656,6 +668,8 @@ const char* multiply(Dtype operand, Dtype result, const Product& product, bool t
 
 } // namespace
 
+const char* why_no_kernels() { return why_no_kernel(gather_kernel<uint32_t>); }
+
 const char* launch_mix(Dtype operand, Dtype result, const Mixing& mixing, void* out, const Gather& gather,
                        Launch launch) {
   return with_types(operand, result, [&](auto types) {
@@ -663,9 +677,7 @@ const char* launch_mix(Dtype operand, Dtype result, const Mixing& mixing, void* 
     using Result = typename decltype(types)::Result;
     const int64_t mix_blocks =
         blocks_of(mixing.columns, 32 * lane_columns<Operand, Result>) * blocks_of(mixing.rows, warps * mix_rows);
-    const int64_t blocks = mix_blocks + gather_blocks(gather);
-    if (blocks == 0) return static_cast<const char*>(nullptr);
-    return launch_kernel(mix_kernel<Operand, Result>, blocks, threads, launch.stream, launch.device, mixing,
+    return launch_blocks(mix_kernel<Operand, Result>, mix_blocks + gather_blocks(gather), launch, mixing,
                          static_cast<Result*>(out), mix_blocks, gather);
   });
 }
@@ -676,17 +688,15 @@ const char* launch_mask_grad(Dtype operand, Dtype result, Matrix grad, int64_t r
     using Operand = typename decltype(types)::Operand;
     using Result = typename decltype(types)::Result;
     const int64_t blocks = blocks_of(columns, 32 * lane_columns<Operand, Result>) * blocks_of(rows, warps * mix_rows);
-    if (blocks == 0) return static_cast<const char*>(nullptr);
-    return launch_kernel(mask_grad_kernel<Operand, Result>, blocks, threads, launch.stream, launch.device, grad, rows,
-                         columns, mask, factor, static_cast<Result*>(out));
+    return launch_blocks(mask_grad_kernel<Operand, Result>, blocks, launch, grad, rows, columns, mask, factor,
+                         static_cast<Result*>(out));
   });
 }
 
 const char* launch_gather(Dtype dtype, const Mask& mask, const Gather& gather, Launch launch) {
   return with_types(dtype, dtype, [&](auto types) {
     using Value = typename decltype(types)::Result;
-    return launch_kernel(gather_kernel<Element<Value>>, gather_blocks(gather), threads, launch.stream, launch.device,
-                         mask, gather);
+    return launch_blocks(gather_kernel<Element<Value>>, gather_blocks(gather), launch, mask, gather);
   });
 }
 
@@ -706,9 +716,8 @@ const char* launch_expand(Dtype operand, Dtype result, Matrix compact, const int
     using Operand = typename decltype(types)::Operand;
     using Result = typename decltype(types)::Result;
     const int64_t blocks = blocks_of(columns, expand_columns) * blocks_of(rows, expand_rows);
-    if (blocks == 0) return static_cast<const char*>(nullptr);
-    return launch_kernel(expand_kernel<Operand, Result>, blocks, threads, launch.stream, launch.device, compact, index,
-                         count, rows, columns, factor, static_cast<Result*>(out));
+    return launch_blocks(expand_kernel<Operand, Result>, blocks, launch, compact, index, count, rows, columns, factor,
+                         static_cast<Result*>(out));
   });
 }
 

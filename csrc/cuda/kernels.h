@@ -52,6 +52,10 @@ struct Launch {
   int device;
 };
 
+// Null, or why the current device cannot run the kernels: it is older than those that they were compiled for, or newer
+// and there is no PTX, or its driver is too old for this runtime.
+const char* why_no_kernels();
+
 // W' into out (rows, columns); in the same launch the gather, of elements of the result's type.
 const char* launch_mix(Dtype operand, Dtype result, const Mixing& mixing, void* out, const Gather& gather,
                        Launch launch);

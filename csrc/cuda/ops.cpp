@@ -13,6 +13,7 @@
 
 #include <cstdint>
 #include <optional>
+#include <string>
 #include <tuple>
 #include <vector>
 
@@ -137,6 +138,12 @@ struct Gathered {
                columns.mutable_data_ptr()} {}
 };
 
+// Nothing, or why the current device cannot run the kernels.
+std::string why_no_kernels_here() {
+  const char* reason = why_no_kernels();
+  return reason ? reason : "";
+}
+
 Tensor mix(const Tensor& weight, const std::optional<Tensor>& target, const Tensor& seed, int64_t threshold,
            double scale, std::optional<int64_t> capacity, ScalarType dtype) {
   const OnDevice device(weight);
@@ -223,6 +230,7 @@ Tensor grad_weight(const Tensor& columns, const Tensor& grad, const Tensor& inde
 } // namespace
 
 STABLE_TORCH_LIBRARY(mixout_fast_cuda, m) {
+  m.def("why_no_kernels() -> str");
   m.def("mix(Tensor weight, Tensor? target, Tensor seed, int threshold, float scale, int? capacity, ScalarType dtype)"
         " -> Tensor");
   m.def("mask_grad(Tensor grad, Tensor seed, int threshold, int? capacity, float factor, ScalarType dtype) -> Tensor");
@@ -233,6 +241,10 @@ STABLE_TORCH_LIBRARY(mixout_fast_cuda, m) {
         " bool one_pass, bool tf32) -> Tensor");
   m.def("grad_weight(Tensor columns, Tensor grad, Tensor index, int in_features, float factor, ScalarType dtype)"
         " -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(mixout_fast_cuda, CompositeExplicitAutograd, m) {
+  m.impl("why_no_kernels", TORCH_BOX(&why_no_kernels_here));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mixout_fast_cuda, MIXOUT_DEVICE, m) {

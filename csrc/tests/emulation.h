@@ -250,9 +250,15 @@ inline uint32_t round_to_tf32(float value) {
 }
 
 template <typename... Parameters>
+const char* why_no_kernel(void (*)(Parameters...)) {
+  return nullptr;
+}
+
+template <typename... Parameters>
 const char* launch_kernel(void (*kernel)(Parameters...), int64_t blocks, int threads, void*, int,
                           Parameters... parameters) {
   if (threads != emulation::block_threads) return "the emulation has blocks of 256 threads";
+  if (blocks < 1 || blocks > 0x7FFFFFFF) return "invalid configuration argument";
   const std::function<void()> body = [&] { kernel(parameters...); };
   for (int64_t block = 0; block < blocks; ++block) {
     blockIdx.x = static_cast<unsigned>(block);

@@ -47,18 +47,20 @@ def unavailable(device_type: str) -> str | None:
     """Why this backend cannot serve a device; None: it can."""
     if device_type != "cuda":
         return "it serves CUDA tensors only"
-    return LOAD_ERROR or ("it takes compute capability 8.0 or newer" if _is_too_old() else None)
+    return LOAD_ERROR or _why_no_kernels()
 
 
 @torch.compiler.assume_constant_result
-def _is_too_old() -> bool:
+def _why_no_kernels() -> str | None:
     # Asking would initialise CUDA, after which a process cannot fork; where there is a CUDA tensor it is.
-    return torch.cuda.is_initialized() and _capability() < (8, 0)
+    return _asked_of_the_gpu() if torch.cuda.is_initialized() else None
 
 
 @functools.cache
-def _capability() -> tuple[int, int]:
-    return torch.cuda.get_device_capability()
+def _asked_of_the_gpu() -> str | None:
+    """Of the GPU that is current at the first question; others are taken to be like it."""
+    reason = torch.ops.mixout_fast_cuda.why_no_kernels()
+    return f"this GPU and driver do not run its CUDA library: {reason}" if reason else None
 
 
 def is_one_pass(dtype: torch.dtype, rows: int) -> tuple[bool, bool]:

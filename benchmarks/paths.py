@@ -1,0 +1,133 @@
+"""The paths suite: products in one pass over W and U beside mixing first, on the rows where a backend must choose.
+
+It decides every backend's ONE_PASS_ROWS. A call is that of the backend's own function, without autograd. Its time on
+the device is that of a call in a CUDA graph, whose launches wait for no host, every call on operands that were last
+used long ago; the host's is what it takes to issue a call.
+"""
+
+import argparse
+import itertools
+import statistics
+import time
+from collections.abc import Callable
+from unittest import mock
+
+import torch
+from torch.nn import functional as F
+
+from benchmarks.agreement import check_ours
+from benchmarks.contenders import problem
+from benchmarks.layer import DTYPES, Shape, copies, matmul_precision
+from mixout_fast import backends
+from mixout_fast.testing import Case
+
+SOURCES = ("contenders", "layer", "paths")
+RESULTS = ("y", "dX")
+WAYS = {"one pass": 2**62, "mixed first": -1}
+"""Name -> the rows up to which a backend is told to take one pass."""
+CALLS, REPLAYS = 20, 9
+
+P = 0.9
+ROWS = (16, 64, 128, 1, 32, 256)
+SIZES = ((1024, 1024), (1024, 4096), (4096, 1024))
+
+
+def cells(options: argparse.Namespace) -> list[dict]:
+    dtypes = ("bf16", "tf32", "fp32") if options.device == "cuda" else ("fp32",)
+    rows, sizes = (ROWS[:1], ((64, 64),)) if options.quick else (ROWS, SIZES)
+    return [
+        {"shape": f"{m}x{k}x{n}", "p": P, "dtype": dtype} for dtype, m, (k, n) in itertools.product(dtypes, rows, sizes)
+    ]
+
+
+def wanted(options: argparse.Namespace) -> list[str]:
+    return ["library", *(f"{name}, {way}" for name in choosing(options.device) for way in WAYS)]
+
+
+def choosing(device_type: str) -> list[str]:
+    """The backends that choose by rows."""
+    reasons = backends.describe(device_type)
+    return [n for n, module in backends.BACKENDS.items() if reasons[n] is None and hasattr(module, "ONE_PASS_ROWS")]
+
+
+def seconds(options: argparse.Namespace) -> float:
+    """Nothing here is repeated for a time."""
+    return 0.0
+
+
+def measure(cell: dict, options: argparse.Namespace) -> dict:
+    """Microseconds of y and of dX, on the device and of the host."""
+    device = options.device
+    with matmul_precision(cell["dtype"]):
+        case = problem(Shape.parse(cell["shape"]), cell["p"], DTYPES[cell["dtype"]], device)
+        operands = [(case.weight.clone(), case.target.clone()) for _ in range(max(CALLS, copies(case)))]
+        contenders = {"library": timed(library_calls(case, operands), device)}
+        for name, (way, rows) in itertools.product(choosing(device), WAYS.items()):
+            module = backends.BACKENDS[name]
+            with mock.patch.object(module, "ONE_PASS_ROWS", dict.fromkeys(module.ONE_PASS_ROWS, (rows, rows))):
+                check_ours(case, backend=name)
+                contenders[f"{name}, {way}"] = timed(our_calls(module, case, operands), device)
+    return {"contenders": contenders, "ratios": {}, "left_out": {}}
+
+
+Calls = dict[str, list[Callable[[], object]]]
+"""Of each of RESULTS, the calls to time together, each on operands of its own."""
+
+
+def library_calls(case: Case, operands: list) -> Calls:
+    x, grad = case.input.detach(), case.grad_output
+    return {
+        "y": [lambda w=w: F.linear(x, w, case.bias) for w, _ in operands],
+        "dX": [lambda w=w: grad.mm(w) for w, _ in operands],
+    }
+
+
+def our_calls(module, case: Case, operands: list) -> Calls:
+    x, grad, draw = case.input.detach(), case.grad_output, (case.seed, case.p, case.mask)
+    return {
+        "y": [lambda w=w, u=u: module.linear(x, w, u, case.bias, *draw, True, False) for w, u in operands],
+        "dX": [lambda w=w, u=u: module.grad_input(grad, w, u, *draw) for w, u in operands],
+    }
+
+
+def timed(calls: Calls, device: str) -> dict[str, float]:
+    figures = {}
+    for result in RESULTS:
+        host, on_device = microseconds(calls[result], device)
+        figures |= {f"{result}_us": round(on_device, 2), f"{result}_host_us": round(host, 2)}
+    return figures
+
+
+@torch.no_grad()
+def microseconds(calls: list[Callable[[], object]], device: str) -> tuple[float, float]:
+    """A call's time of the host and on the device, the median of REPLAYS runs of all calls."""
+    synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
+
+    def run_all() -> None:
+        for call in calls:
+            call()
+
+    def median(run: Callable[[], None]) -> float:
+        times = []
+        for _ in range(REPLAYS):
+            synchronize()
+            start = time.perf_counter()
+            run()
+            times.append(time.perf_counter() - start)
+        return 1e6 * statistics.median(times) / len(calls)
+
+    run_all()
+    host = median(run_all)
+    if device == "cpu":
+        return host, host
+    synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run_all()
+
+    def replay() -> None:
+        graph.replay()
+        synchronize()
+
+    replay()
+    return host, median(replay)
