@@ -220,7 +220,7 @@ def _seed_tensor(seed: int | Tensor | None, device: torch.device) -> Tensor:
         raise TypeError(f"seed: {seed!r} of type {type(seed).__name__}; it takes an int or a 0-d int64 tensor")
     if not -(2**63) <= seed < 2**63:
         raise ValueError(f"seed: {seed}; it takes a signed 64-bit integer")
-    return torch.tensor(seed, dtype=torch.int64, device=device)
+    return torch.full((), seed, dtype=torch.int64, device=device)  # no copy from the host, which a CUDA graph refuses
 
 
 def _as_matrix(tensor: Tensor) -> Tensor:

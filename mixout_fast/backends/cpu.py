@@ -11,10 +11,10 @@ from mixout_fast.reference import capacity, scale, threshold
 
 # Rows up to which a product in one pass over W and U beats mixing and then multiplying with the library: (y, dX).
 # Measured on 2 cores with AVX-512 and AMX, one pass / two, y and dX, behind a sweep of L2: fp32 at 768x768 0.79 and 0.91
-# with 128 rows, 0.90 and 1.05 with 256, 0.92 and 1.13 with 512; at 1024x4096 0.71 and 0.81, 0.84 and 0.97, 0.98 and 1.12;
-# at 3072x768 0.71 and 0.72 with 256, 1.02 and 1.00 with 512. fp64 at 768x768 0.90 and 0.91 with 256; bf16, whose library
-# product is 8 times faster, 0.98 and 0.90 with 16, 1.18 and 1.10 with 32; fp16 0.89 and 0.94 with 64, 0.98 and 1.01 with
-# 128. With AVX2 alone fp32 at 768x768 takes 0.94 and 1.09 with 128.
+# with 128 rows, 0.90 and 1.05 with 256, 0.92 and 1.13 with 512; at 1024x4096 0.71 and 0.81, 0.84 and 0.97, 0.98 and
+# 1.12; at 3072x768 0.71 and 0.72 with 256, 1.02 and 1.00 with 512. fp64 at 768x768 0.90 and 0.91 with 256; bf16, whose
+# library product is 8 times faster, 0.98 and 0.90 with 16, 1.18 and 1.10 with 32; fp16 0.89 and 0.94 with 64, 0.98 and
+# 1.01 with 128. With AVX2 alone fp32 at 768x768 takes 0.94 and 1.09 with 128.
 ONE_PASS_ROWS = {
     torch.float32: (512, 256),
     torch.float64: (256, 256),
@@ -54,8 +54,8 @@ def is_one_pass(dtype: torch.dtype, rows: int) -> tuple[bool, bool]:
 def full_product(rows: Tensor, p: float) -> bool:
     """As reference's. The compact product saves 2 · p · rows operations a weight, and gathering x costs a constant.
 
-    Measured on 2 cores, fp32, dW from x, full / compact: 128x768x768 at p = 0.1 and 0.3: 1.0, 1.3; 2048x768x768: 0.94 and
-    1.3; 1024x1024x4096: 0.90 and 1.2. Not for bf16 and fp16, where rounding X · s costs accuracy.
+    Measured on 2 cores, fp32, dW from x, full / compact: 128x768x768 at p = 0.1 and 0.3: 1.0, 1.3; 2048x768x768: 0.94
+    and 1.3; 1024x1024x4096: 0.90 and 1.2. Not for bf16 and fp16, where rounding X · s costs accuracy.
     """
     return p <= 0.15 and rows.dtype in (torch.float32, torch.float64)
 
