@@ -10,7 +10,7 @@ from mixout_fast.backends import operators
 from mixout_fast.reference import capacity, scale, threshold
 
 # Rows up to which a product in one pass over W and U beats mixing and then multiplying with the library: (y, dX).
-# Measured on 2 cores with AVX-512 and AMX, one pass / two, y and dX, behind a sweep of L2: fp32 at 768x768 0.79 and 0.91
+# Measured on 2 cores with AVX-512 and AMX, one pass / two, y and dX, L2 swept before: fp32 at 768x768 0.79 and 0.91
 # with 128 rows, 0.90 and 1.05 with 256, 0.92 and 1.13 with 512; at 1024x4096 0.71 and 0.81, 0.84 and 0.97, 0.98 and
 # 1.12; at 3072x768 0.71 and 0.72 with 256, 1.02 and 1.00 with 512. fp64 at 768x768 0.90 and 0.91 with 256; bf16, whose
 # library product is 8 times faster, 0.98 and 0.90 with 16, 1.18 and 1.10 with 32; fp16 0.89 and 0.94 with 64, 0.98 and
