@@ -244,9 +244,10 @@ Tensor grad_weight(const Tensor& columns, const Tensor& grad, const Tensor& inde
   Tensor out = allocate({outputs, in_features}, dtype);
   void* data = out.mutable_data_ptr();
   const int32_t* indices = static_cast<const int32_t*>(index.const_data_ptr());
-  if (kernels.grad_weight) {
-    // Against the library's product and expand(), on 2 cores, p = 0.9 and 0.5: 128x768x768 0.53 and 0.67, 128x1024x4096
-    // 0.8 and 0.6, 2048x768x768 1.1 and 1.04, 1024x1024x4096 0.8 and 0.98.
+  // In fp32 and fp64, of few rows. Against the library's product and expand(), at p = 0.9 and 0.5, on 2 cores:
+  // 128x768x768 0.53 and 0.67, 128x1024x4096 0.8 and 0.6; a whole step at 512x768x768 1.00 and 1.00, at
+  // 1024x1024x4096 1.01 and 0.99, at 2048x3072x768 1.01 and 1.08.
+  if (kernels.grad_weight && grad.size(0) <= 512) {
     const Matrix x = matrix_of(columns), dy = matrix_of(grad);
     const int64_t units = round_up(outputs, output_unit) / output_unit;
     in_slices(bytes_of(out) + bytes_of(grad), [&](Slice slice) {
@@ -255,8 +256,9 @@ Tensor grad_weight(const Tensor& columns, const Tensor& grad, const Tensor& inde
     });
     return out;
   }
-  // (C, N) where few columns of many rows are kept: in bf16 at 2048x768x768, p = 0.9, that product takes 0.36 ms and
-  // the other 0.53. (N, C) else, level from there on: it expands without a transpose.
+  // (C, N) where few columns of many rows are kept: fp32 at 2048x768x768, p = 0.9, takes 1.25 ms so and 1.48 the other
+  // way, with the expansion, bf16's product 0.36 and 0.53. (N, C) else, level from there on: it expands without a
+  // transpose.
   const bool by_columns = columns.size(0) > 256 && 2 * columns.size(1) < in_features;
   Tensor compact = by_columns ? library_mm(torch::stable::transpose(columns, 0, 1), grad)
                               : library_mm(torch::stable::transpose(grad, 0, 1), columns);
