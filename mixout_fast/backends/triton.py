@@ -52,12 +52,12 @@ ONE_PASS_ROWS = {
 # The first where it makes enough programs for the device, else the second; MIXOUT_FAST_AUTOTUNE=1 measures both at the
 # first call of each size instead and keeps the choice on disk, after which sums may round otherwise than before. Not
 # measured; chosen by benchmarks/kernel_report.py: in steps of 64 entries of 16-bit rows some kernels take more than 200
-# registers or spill a dozen, in steps of 32 none spills. The stages have about 24 KB of 16-bit W and U under way. In
-# fp32 steps are also the pieces of a sum (one_pass_kernel): at 3 rows and 127 in_features pieces of 64 have 2.5 times
-# the error of MKL's sum, pieces of 32 have 1.4 times.
+# registers or spill a dozen, in steps of 32 none does (at most 134; with 5 stages of the second, one spills). In fp32
+# steps are also the pieces of a sum (one_pass_kernel): at 3 rows and 127 in_features pieces of 64 have 2.5 times the
+# error of MKL's sum, pieces of 32 have 1.4 times.
 ONE_PASS_CONFIGS = (
     {"BLOCK_F": 64, "BLOCK_R": 32, "num_warps": 4, "num_stages": 4},
-    {"BLOCK_F": 32, "BLOCK_R": 32, "num_warps": 4, "num_stages": 6},
+    {"BLOCK_F": 32, "BLOCK_R": 32, "num_warps": 4, "num_stages": 4},
 )
 AUTOTUNES = os.environ.get("MIXOUT_FAST_AUTOTUNE") == "1" and not INTERPRETS
 
