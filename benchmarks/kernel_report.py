@@ -142,7 +142,8 @@ def specialization(launch: Launch) -> tuple[dict, dict, dict]:
     values = dict(zip(names, launch.arguments, strict=False)) | launch.options
     for i, parameter in enumerate(launch.kernel.params):
         name, value = parameter.name, values[parameter.name]
-        is_one = isinstance(value, int) and value == 1 and not parameter.annotation_type
+        specialized = not parameter.do_not_specialize
+        is_one = isinstance(value, int) and value == 1 and specialized and not parameter.annotation_type
         if parameter.is_constexpr or value is None or is_one:
             signature[name] = "constexpr"
             constants[(i,)] = value
@@ -151,7 +152,7 @@ def specialization(launch: Launch) -> tuple[dict, dict, dict]:
             signature[name] = POINTER[value.dtype]
         else:
             signature[name] = parameter.annotation_type or ("i32" if value < 2**31 else "i64")
-        if isinstance(value, torch.Tensor) or value % 16 == 0:
+        if isinstance(value, torch.Tensor) or (specialized and value % 16 == 0):
             attributes[(i,)] = [["tt.divisibility", 16]]
     return signature, constants, attributes
 
@@ -224,7 +225,8 @@ def faults(launch: Launch, name: str, reading: Reading) -> list[str]:
         found.append("no loads of 16 bytes")
     if streams and reading.narrow_loads > 1:
         found.append("loads of less than 16 bytes beside the seed's")
-    if streams and reading.fused:
+    # A product in fp32 or fp64 is made of them.
+    if (streams or launch.multiplies_on_tensor_cores) and reading.fused:
         found.append("fused multiply-adds")
     if launch.multiplies_on_tensor_cores and not reading.tensor_core:
         found.append("no products on tensor cores")

@@ -1,10 +1,16 @@
 """The Triton kernels compile for GPUs that are not here, without spills and with the instructions that they are for."""
 
 import dataclasses
+import re
+from pathlib import Path
+from unittest import mock
 
 import pytest
+import torch
 
+from mixout_fast import reference, testing
 from mixout_fast.backends import triton
+from mixout_fast.functional import MASKS
 
 if not triton.INSTALLED or triton.INTERPRETS:
     pytest.skip("triton is not installed, or interprets its kernels", allow_module_level=True)
@@ -16,6 +22,11 @@ pytestmark = pytest.mark.slow
 
 def reading_of(launch, target="sm_90"):
     return kernel_report.read(kernel_report.compile_for(launch, kernel_report.TARGETS[target]), target)
+
+
+@pytest.fixture(scope="module")
+def every_launch():
+    return kernel_report.launches(quick=False)
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +42,78 @@ def launches():
 @pytest.mark.parametrize("what", ("mix, gather", "mix, element", "y, input", "dX, input", "expand"))
 def test_compiled_without_a_fault(what, target, launches):
     assert kernel_report.faults(launches[what], target, reading_of(launches[what], target)) == []
+
+
+@pytest.mark.parametrize("target", ("sm_80", "sm_90", "sm_100"))
+@pytest.mark.parametrize("compute", (torch.bfloat16, torch.float16), ids=str)
+def test_the_largest_products_do_not_spill(target, compute, every_launch):
+    """Of 16 bits, where the blocks are largest: what leaves no registers over."""
+    largest = [
+        launch for launch in every_launch
+        if launch.compute == compute and launch.options.get("BLOCK_F") == 64 and launch.options["BLOCK_M"] == 64
+    ]  # fmt: skip
+    assert {launch.what for launch in largest} == {"y, input", "dX, input", "y, element", "dX, element"}
+    for launch in largest:
+        assert kernel_report.faults(launch, target, reading_of(launch, target)) == [], f"{launch.what} {launch.dtypes}"
+
+
+def test_the_report_in_the_repository_has_no_fault(every_launch):
+    report = Path(kernel_report.__file__).parent / "results" / "kernel-report.txt"
+    compiled = len(every_launch) * len(kernel_report.TARGETS)
+    assert report.read_text().splitlines()[-1] == f"{compiled} compiled, 0 with a fault"
+
+
+def test_a_product_without_tensor_cores_is_summed_in_pieces(every_launch):
+    """Each step's sum begins at zero, also once the compiler is done: the interpreter cannot show that."""
+    products = [launch for launch in every_launch if launch.what == "y, input" and launch.dtypes == "float32"]
+    (ieee, *_), (tf32, *_) = (
+        [launch for launch in products if launch.options["PRECISION"] == precision] for precision in ("ieee", "tf32")
+    )
+    for launch, in_pieces in ((ieee, True), (tf32, False)):
+        code = kernel_report.compile_for(launch, kernel_report.TARGETS["sm_80"]).asm["ttgir"]
+        summed_onto = re.findall(r"= tt\.dot %\S+, %\S+, %(\w+)", code)
+        assert summed_onto
+        assert all(name.startswith("cst") for name in summed_onto) == in_pieces
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """Names of kernels launched on CPU tensors, from now on compiled and launched as on a GPU, but not run."""
+    names = []
+
+    class Launcher:
+        def __init__(self, source, metadata):
+            self.name = source.fn.__name__
+
+        def __call__(self, *arguments):
+            names.append(self.name)
+
+    here = -1  # No GPU's number, so that no kernel compiled for one is taken for another's.
+    driver = mock.Mock(launcher_cls=Launcher)
+    driver.get_current_device.return_value = here
+    driver.get_current_stream.return_value = 0
+    driver.get_current_target.return_value = kernel_report.TARGETS["sm_90"]
+    driver.utils.load_binary.return_value = (None, None, 32, 0, 1024)
+    driver.utils.get_device_properties.return_value = {"max_shared_mem": kernel_report.SHARED_LIMIT["sm_90"]}
+    monkeypatch.setattr(kernel_report.triton.runtime.driver, "_active", driver)
+    monkeypatch.setattr(triton, "unavailable", lambda device_type: None)
+    yield names
+    for name in ("prologue", "element", "one_pass", "expand"):
+        getattr(triton.kernels, f"{name}_kernel").device_caches.pop(here, None)
+
+
+@pytest.mark.parametrize("path", ("one_pass", "mixed_first"))
+@pytest.mark.parametrize("mask", MASKS)
+def test_sizes_of_one_compile_and_launch(mask, path, launched, monkeypatch):
+    """Triton makes a constant of an argument that is 1, which the interpreter does not."""
+    rows = 1000 if path == "one_pass" else -1
+    monkeypatch.setattr(triton, "ONE_PASS_ROWS", dict.fromkeys(triton.ONE_PASS_ROWS, (rows, rows)))
+    monkeypatch.setattr(reference, "THIN_OUTPUT", 0)
+    for shape in ((1, 96, 48), (17, 1, 48), (17, 96, 1), (0, 96, 48)):
+        testing.run(testing.random_case(*shape, p=0.9, mask=mask, compute=torch.bfloat16), "triton")
+    kinds = {"prologue", "expand"} if mask == "input" else {"element"}
+    kinds |= {"one_pass"} if path == "one_pass" else set()
+    assert {name.removesuffix("_kernel") for name in launched} == kinds
 
 
 def test_faults_are_found(launches):

@@ -126,11 +126,17 @@ def test_every_configuration_of_the_one_pass_product(served, seed, monkeypatch):
 def test_the_configuration_follows_the_number_of_programs():
     wide, narrow = triton.ONE_PASS_CONFIGS
     rows = torch.empty(20, 64)
-    assert triton.one_pass_config(rows, 64 * triton.WIDE_PROGRAMS) == {"BLOCK_M": 32, "BLOCK_R": 32} | wide
-    assert triton.one_pass_config(rows, 64 * (triton.WIDE_PROGRAMS - 1)) == {"BLOCK_M": 32, "BLOCK_R": 32} | narrow
-    assert triton.one_pass_config(rows.half(), 64)["BLOCK_R"] == 64
+    assert triton.one_pass_config(rows, 64 * triton.WIDE_PROGRAMS) == {"BLOCK_M": 32} | wide
+    assert triton.one_pass_config(rows, 64 * (triton.WIDE_PROGRAMS - 1)) == {"BLOCK_M": 32} | narrow
     assert triton.one_pass_config(torch.empty(1000, 64), 64)["BLOCK_M"] == 64
     assert triton.one_pass_config(torch.empty(1, 64), 64)["BLOCK_M"] == 16
+
+
+def test_error_of_few_rows(served, seed):
+    """Of 3 rows MKL sums in 16 parts, so what is no worse may not sum in long ones."""
+    cases = [testing.random_case(3, 1023, 127, p=0.5, device=served, seed=seed + i) for i in range(4)]
+    assert testing.is_one_pass(cases[0], "triton") == (True, True)
+    testing.check_error(cases, "triton")
 
 
 def test_operators_are_pure_and_have_fakes(served, seed):

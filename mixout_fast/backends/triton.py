@@ -7,6 +7,11 @@ Launches per call of the layer, the library's product among them and the seed's 
     backward    dX: 2, or 1 in one pass; db: 1; dW: the compact product and its expansion, 2 (3 where forward saved x,
                 which is then gathered)
 
+Where mixed first, backward's five could be four only if db shared a launch, and no kernel here reads dY. Sums of its
+columns beside W' or the dense gradient would be a few long programs (at 1024 features, 16 blocks of 64) that all others
+are done before; a column of ones beside X[:, kept], with db in the compact product, would round dY to TF32 where
+products do. A compact product of our own that writes dW at once would stand against the library's. None was measured.
+
 Nothing waits for the device: the kept indices always have their static size C, `static` or not, padded with -1.
 """
 
@@ -46,17 +51,16 @@ ONE_PASS_ROWS = {
 
 # The first where it makes enough programs for the device, else the second; MIXOUT_FAST_AUTOTUNE=1 measures both at the
 # first call of each size instead and keeps the choice on disk, after which sums may round otherwise than before. Not
-# measured; chosen by benchmarks/kernel_report.py: of 628 kernels 4 spill, 10 to 12 registers, three of
-# them 64 x 64 on sm_100.
+# measured; chosen by benchmarks/kernel_report.py: in steps of 64 entries of 16-bit rows some kernels take more than 200
+# registers or spill a dozen, in steps of 32 none does (at most 134; with 5 stages of the second, one spills). In fp32
+# steps are also the pieces of a sum (one_pass_kernel): at 3 rows and 127 in_features pieces of 64 have 2.5 times the
+# error of MKL's sum, pieces of 32 have 1.4 times.
 ONE_PASS_CONFIGS = (
-    {"BLOCK_F": 64, "num_warps": 4, "num_stages": 3},
-    {"BLOCK_F": 32, "num_warps": 4, "num_stages": 4},
+    {"BLOCK_F": 64, "BLOCK_R": 32, "num_warps": 4, "num_stages": 4},
+    {"BLOCK_F": 32, "BLOCK_R": 32, "num_warps": 4, "num_stages": 4},
 )
 AUTOTUNES = os.environ.get("MIXOUT_FAST_AUTOTUNE") == "1" and not INTERPRETS
 
-# Bytes of a row of x that a step of the one-pass product takes. Of fp32 that is 32 entries: sums in pieces of 64 have
-# up to 2.7 times the error of MKL's at 3 rows and 127 in_features, in pieces of 32 up to 1.7 (interpreted).
-STEP_BYTES = 128
 # Programs, about one a multiprocessor, from which on the first configuration is taken. Not measured.
 WIDE_PROGRAMS = 128
 
@@ -195,7 +199,7 @@ def masked(
         weight, target = (None if t is None else t.contiguous().flatten(1) for t in (weight, target))
     launch(
         kernels.element_kernel,
-        (-(-weight.numel() // ELEMENT_BLOCK),),
+        (_blocks(weight.numel(), ELEMENT_BLOCK),),
         weight.device,
         weight,
         target,
@@ -246,11 +250,13 @@ def _prologue(weight, target, mixed, rows, columns, index, seed, p, factor, is_g
     matrix = rows if weight is None else weight
     in_features = matrix.shape[1]
     bound = capacity(in_features, p)
-    block_k = min(BLOCK_COLUMNS, max(16, triton.next_power_of_2(in_features)))
+    block_k = min(BLOCK_COLUMNS, max(16, _power_of_2(in_features)))
     block_n = max(1, TILE_BYTES // (block_k * matrix.element_size()))
-    outputs, offsets = (0, 1) if weight is None else (weight.shape[0], weight[0, 0].numel())
-    weight_rows, row_blocks = _split(outputs * offsets, block_n, triton.cdiv(in_features, block_k))
-    weight_programs = row_blocks * triton.cdiv(in_features, block_k)
+    outputs = 0 if weight is None else weight.shape[0]
+    offsets = weight.shape[2] if matrix.dim() == 3 else 1
+    column_blocks = _blocks(in_features, block_k)
+    weight_rows, row_blocks = _split(outputs * offsets, block_n, column_blocks)
+    weight_programs = row_blocks * column_blocks
     # The index is written even where there are no rows.
     gathered_rows, gather_programs = (1, 0) if rows is None else _split(max(rows.shape[0], 1), block_n, 1)
     launch(
@@ -287,18 +293,19 @@ def _prologue(weight, target, mixed, rows, columns, index, seed, p, factor, is_g
 
 def one_pass_config(rows: Tensor, features: int) -> dict:
     """The blocks and launch options of a one-pass product with so many features."""
-    block_m = min(64, max(16, triton.next_power_of_2(rows.shape[0])))
+    block_m = min(64, max(16, _power_of_2(rows.shape[0])))
     wide, narrow = ONE_PASS_CONFIGS
-    programs = triton.cdiv(features, wide["BLOCK_F"]) * triton.cdiv(rows.shape[0], block_m)
-    return {"BLOCK_M": block_m, "BLOCK_R": STEP_BYTES // rows.element_size()} | (
-        wide if programs >= WIDE_PROGRAMS else narrow
-    )
+    programs = _blocks(features, wide["BLOCK_F"]) * _blocks(rows.shape[0], block_m)
+    return {"BLOCK_M": block_m} | (wide if programs >= WIDE_PROGRAMS else narrow)
 
 
 @functools.cache
 def tuned_kernel():
     """The one-pass kernel that chooses by measurement, for each size, dtype and block of rows."""
-    configs = [triton.Config({"BLOCK_F": c["BLOCK_F"]}, c["num_warps"], c["num_stages"]) for c in ONE_PASS_CONFIGS]
+    configs = []
+    for config in ONE_PASS_CONFIGS:
+        blocks = {name: size for name, size in config.items() if name.startswith("BLOCK")}
+        configs.append(triton.Config(blocks, config["num_warps"], config["num_stages"]))
     key = ["N", "K", "TRANSPOSED", "ELEMENT", "BLOCK_M"]
     return triton.autotune(configs, key, cache_results=True)(kernels.one_pass_kernel)
 
@@ -325,10 +332,10 @@ def product(
     config = one_pass_config(rows, output.shape[1])
     kernel = kernels.one_pass_kernel
     if AUTOTUNES:
-        kernel, config = tuned_kernel(), {name: config[name] for name in ("BLOCK_M", "BLOCK_R")}
+        kernel, config = tuned_kernel(), {"BLOCK_M": config["BLOCK_M"]}
 
     def grid(options):
-        return triton.cdiv(output.shape[1], options["BLOCK_F"]), triton.cdiv(rows.shape[0], options["BLOCK_M"])
+        return _blocks(output.shape[1], options["BLOCK_F"]), _blocks(rows.shape[0], options["BLOCK_M"])
 
     launch(
         kernel,
@@ -369,10 +376,11 @@ def expanded(compact: Tensor, index: Tensor, in_features: int, factor: float, dt
     """The dense gradient (N, K) in `dtype`: compact (C, N) times factor in the kept columns, 0 elsewhere."""
     dense = _fake_expanded(compact, index, in_features, factor, dtype)
     count, outputs = compact.shape
-    row_count, row_blocks = _split(outputs, EXPANDED[0], triton.cdiv(in_features, EXPANDED[1]))
+    column_blocks = _blocks(in_features, EXPANDED[1])
+    row_count, row_blocks = _split(outputs, EXPANDED[0], column_blocks)
     launch(
         kernels.expand_kernel,
-        (triton.cdiv(in_features, EXPANDED[1]), row_blocks),
+        (column_blocks, row_blocks),
         compact.device,
         compact,
         index,
@@ -391,11 +399,20 @@ def expanded(compact: Tensor, index: Tensor, in_features: int, factor: float, dt
     return dense
 
 
+def _blocks(count: int, size: int) -> int:
+    """count / size, rounded up. Triton's cdiv takes 3.5 us on the host, this 0.15, and a launch has several."""
+    return -(-count // size)
+
+
+def _power_of_2(count: int) -> int:
+    """The next power of two, count itself included."""
+    return 1 << max(count - 1, 0).bit_length()
+
+
 def _split(rows: int, block: int, column_blocks: int) -> tuple[int, int]:
     """Rows that a program takes, a multiple of `block`, for about PROGRAMS programs, and how many parts that makes."""
-    blocks = triton.cdiv(rows, block)
-    taken = block * max(1, blocks * column_blocks // PROGRAMS)
-    return taken, triton.cdiv(rows, taken)
+    taken = block * max(1, _blocks(rows, block) * column_blocks // PROGRAMS)
+    return taken, _blocks(rows, taken)
 
 
 def _precision() -> str:

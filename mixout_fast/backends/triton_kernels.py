@@ -15,6 +15,10 @@ import triton.language as tl
 # matrices as integers (triton 3.9, runtime/interpreter.py: _convert_float, create_dot). Compiled, none of this is used.
 INTERPRETS = tl.constexpr(triton.knobs.runtime.interpret)
 
+# Arguments that change between calls of a layer, beside the rows: p's. Triton compiles a kernel again for an integer
+# that is 1 or divisible by 16 where those before were not.
+SETTINGS = ("threshold", "scale_bits")
+
 # Mask entries that mask_end draws at once: 2 Philox calls a thread. Not measured.
 COUNTED = tl.constexpr(1024)
 
@@ -114,15 +118,19 @@ def mixed_tile(
     Offsets, inside and keep broadcast to the tile's shape. Entries not `inside` are 0. target_ptr None: u = 0.
     """
     weight = widen(tl.load(weight_ptr + weight_offset, mask=inside, other=0), scale.dtype)
+    if IS_GRADIENT:
+        return tl.where(keep, weight * scale, 0.0)
     if target_ptr is None:
         target = tl.zeros_like(weight)
     else:
         target = widen(tl.load(target_ptr + target_offset, mask=inside, other=0), scale.dtype)
-    mixed = weight * scale if IS_GRADIENT else target + (weight - target) * scale
-    return tl.where(keep, mixed, target)
+    # u + -0 is u for every u. The choice stands between product and sum so that nothing can fuse these: Triton 3.6's
+    # assembler (ptxas 12.9) does for sm_100, against its --fmad=false. A literal -0.0 is +0 in Triton 3.6.
+    minus_zero = tl.full((), -(2**63), tl.int64).to(tl.float64, bitcast=True).to(scale.dtype)
+    return target + tl.where(keep, (weight - target) * scale, minus_zero)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=(*SETTINGS, "M", "weight_programs", "weight_rows", "gathered_rows"))
 def prologue_kernel(
     weight_ptr,  # (N, K, R), any strides
     target_ptr,  # the same, or None
@@ -242,7 +250,7 @@ def gather_rows(
             tl.store(columns_ptr + row * C + slot[None, :], zero, mask=(row < last_row) & (slot < C)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SETTINGS)
 def element_kernel(
     weight_ptr,  # (N, K), any strides
     target_ptr,  # the same, or None
@@ -276,7 +284,7 @@ def element_kernel(
     tl.store(mixed_ptr + entry, narrow(mixed, mixed_ptr.dtype.element_ty), mask=entry < entries)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=(*SETTINGS, "M"))
 def one_pass_kernel(
     rows_ptr,  # x (M, K), or dY (M, N), any strides
     weight_ptr,  # (N, K), any strides
@@ -324,7 +332,12 @@ def one_pass_kernel(
         if TRANSPOSED:
             keep = drawn_columns(seed, threshold, feature_start, end, BLOCK_F)[None, :]
 
-    sums = tl.zeros((BLOCK_F, BLOCK_M), COMPUTE)
+    zeros = tl.zeros((BLOCK_F, BLOCK_M), COMPUTE)
+    sums, piece = zeros, zeros
+    # Without tensor cores a product is a chain of multiply-adds, whose error grows with its length: of 1023 entries 5
+    # times that of MKL's sum at 3 rows, of 32, and these added, 1.2 times. So each step is summed from zero, and added
+    # in the next: added at once, the compiler would make it one chain again.
+    IN_PIECES: tl.constexpr = PRECISION == "ieee" and rows_ptr.dtype.element_ty.primitive_bitwidth >= 32
     for start in range(0, reduced_size, BLOCK_R):
         reduced = start + tl.arange(0, BLOCK_R)
         x = tl.load(
@@ -359,7 +372,13 @@ def one_pass_kernel(
             mixed = tl.trans(mixed)
         if INTERPRETS:
             mixed, x = widen(mixed, COMPUTE), widen(x, COMPUTE)
-        sums = tl.dot(mixed, x, sums, input_precision=PRECISION, out_dtype=COMPUTE)
+        if IN_PIECES:
+            sums += piece
+            piece = tl.dot(mixed, x, zeros, input_precision=PRECISION, out_dtype=COMPUTE)
+        else:
+            sums = tl.dot(mixed, x, sums, input_precision=PRECISION, out_dtype=COMPUTE)
+    if IN_PIECES:
+        sums += piece
 
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + feature.to(tl.int64) * stride_b, mask=feature < features, other=0)
@@ -371,7 +390,7 @@ def one_pass_kernel(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SETTINGS)
 def expand_kernel(
     compact_ptr,  # (C, N), any strides
     index_ptr,  # (C,) int32, ascending, then -1
