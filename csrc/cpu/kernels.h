@@ -46,8 +46,8 @@ struct Kernels {
 
   // Rows [begin, end) of dW (outputs, columns) from the kept columns of x (m, count), numbered index, and dy (m,
   // outputs), the kept ones times factor, the others 0. Of one dtype, fp32 or fp64; else null.
-  void (*grad_weight)(Matrix x, Matrix dy, int64_t m, const int32_t* index, int64_t count, int64_t columns,
-                      double factor, int64_t begin, int64_t end, void* out);
+  void (*grad_weight)(Matrix x, Matrix dy, int64_t m, int64_t outputs, const int32_t* index, int64_t count,
+                      int64_t columns, double factor, int64_t begin, int64_t end, void* out);
 
   // Rows [begin, end) of out (rows, columns): column index[j] is compact's row j times factor, the others are 0.
   void (*expand)(Matrix compact, const int32_t* index, int64_t count, int64_t columns, double factor, int64_t begin,

@@ -104,23 +104,40 @@ template <typename T>
 constexpr int64_t panel = 3 * lanes<T>;
 template <bool forward>
 constexpr int64_t block_panels = forward ? 1 : 8;
-template <bool forward>
-constexpr int64_t block_terms = forward ? 384 : 128;
+template <bool forward, typename T>
+constexpr int64_t block_terms = !forward         ? 128
+                                : sizeof(T) == 8 ? 192
+                                                 : 384;
 // How the broadcast operand of a tile lies: from row to row, and from term to term.
 template <int64_t row, int64_t term>
 struct Left {
   static constexpr int64_t row_stride = row, term_stride = term;
 };
 // x or dy beside W', off the power of two, whose rows would share one L1 set.
-template <bool forward>
-using StagedRows = Left<block_terms<forward> + 16, 1>;
+template <bool forward, typename T>
+using StagedRows = Left<block_terms<forward, T> + 16, 1>;
 // The weight's gradient takes rows of x and dy in blocks of so many, and as many of its own rows at a time as keep
-// their compact sums in L2: at most so many elements.
+// their compact sums and their part of dy in L2: at most so many elements.
 constexpr int64_t compact_terms = 256;
-constexpr int64_t compact_sums = 128 * 1024;
+constexpr int64_t compact_block = 256 * 1024;
 constexpr int64_t tile_size = compact_terms * tile_rows + 16; // off the power of two here too
 
-// Per-thread memory that only grows; it holds one block of a product and never a whole operand.
+// How many of a block's terms are summed one by one, for an error near the library's. It sums fp64 in blocks of 192;
+// and up to 16 rows or outputs in as many parts as its vectors have lanes: 384 terms one by one would have 3 times its
+// error there. By the whole product and not a thread's part: the sums must not depend on the threads.
+template <typename T>
+constexpr int64_t summed_at_once(int64_t rows, int64_t outputs, int64_t block) {
+  if (rows <= 16 || outputs <= 16) return 32;
+  return sizeof(T) == 8 && block > 192 ? 192 : block;
+}
+
+// The kept columns' number: their indices are followed by -1.
+constexpr int64_t kept_count(const int32_t* index, int64_t count) {
+  while (count > 0 && index[count - 1] < 0) --count;
+  return count;
+}
+
+// Per-thread memory that only grows; it holds blocks of a product, and of few rows whole operands.
 enum class Slot { mask, weight, target, rows, block };
 template <typename T>
 T* scratch(Slot slot, int64_t count) {
@@ -134,6 +151,7 @@ T* scratch(Slot slot, int64_t count) {
   const int64_t bytes = round_up(count * static_cast<int64_t>(sizeof(T)), 64);
   if (buffer.bytes < bytes) {
     free(buffer.data);
+    buffer.bytes = 0;
     buffer.data = aligned_alloc(64, bytes);
     if (!buffer.data) throw std::bad_alloc();
     buffer.bytes = bytes;
@@ -240,8 +258,7 @@ void mask_grad(Matrix grad, int64_t columns, const Mask& mask, double factor, in
 
 template <typename T>
 void gather_elements(Matrix x, const int32_t* __restrict index, int64_t count, int64_t begin, int64_t end, void* out) {
-  int64_t kept = count;
-  while (kept > 0 && index[kept - 1] < 0) --kept;
+  const int64_t kept = kept_count(index, count);
   for (int64_t row = begin; row < end; ++row) {
     const T* __restrict source = row_segment<T>(x, row, 0, count ? index[kept ? kept - 1 : 0] + 1 : 0, Slot::weight);
     T* __restrict destination = static_cast<T*>(out) + row * count;
@@ -319,8 +336,10 @@ public:
       : index_(index), count_(count), columns_(columns), stride_(round_up(columns, 64)),
         row_(scratch<T>(Slot::target, stride_)), kept_(scratch<uint16_t>(Slot::mask, stride_)) {
     memset(row_, 0, stride_ * sizeof(T));
+#if defined(MIXOUT_HAS_SPREAD)
     memset(kept_, 0, stride_ * sizeof(uint16_t));
     for (int64_t j = 0; j < count; ++j) kept_[index[j] / lanes<T>] |= 1 << index[j] % lanes<T>;
+#endif
   }
   ~DenseRows() {
 #if defined(__x86_64__)
@@ -359,7 +378,7 @@ void expand(Matrix compact, const int32_t* index, int64_t count, int64_t columns
             int64_t end, void* out) {
   using T = Compute<Operand>;
   constexpr int64_t width = lanes<T>;
-  while (count > 0 && index[count - 1] < 0) --count;
+  count = kept_count(index, count);
   const int64_t padded = round_up(count, width);
   T* rows = scratch<T>(Slot::block, width * padded);
   DenseRows<T, Result> dense(index, count, columns);
@@ -559,12 +578,9 @@ void multiply(const Mixing& mixing, Matrix x, int64_t m, int64_t begin, int64_t 
   constexpr int64_t block_outputs = block_panels<forward> * panel<T>;
   const int64_t terms = forward ? mixing.columns : mixing.rows;
   const int64_t result_stride = forward ? mixing.rows : mixing.columns;
-  // Where one side is a vector or less, the library sums in as many parts as its vectors have lanes, and 255 terms one
-  // by one would have 3 times its error.
-  const int64_t piece = m <= lanes<T> || end - begin <= lanes<T> ? 32 : block_terms<forward>;
-
-  const int64_t staged_size = round_up(m, tile_rows) * StagedRows<forward>::row_stride;
-  constexpr int64_t block_size = block_terms<forward> * block_outputs;
+  const int64_t piece = summed_at_once<T>(m, result_stride, block_terms<forward, T>);
+  const int64_t staged_size = round_up(m, tile_rows) * StagedRows<forward, T>::row_stride;
+  constexpr int64_t block_size = block_terms<forward, T> * block_outputs;
   T* staged = scratch<T>(Slot::block, staged_size + block_size + block_outputs + (narrows ? m * (end - begin) : 0));
   T* mixed = staged + staged_size;
   T* offset = mixed + block_size;
@@ -574,44 +590,44 @@ void multiply(const Mixing& mixing, Matrix x, int64_t m, int64_t begin, int64_t 
   int64_t sums_stride;
   if constexpr (narrows) {
     sums_stride = end - begin;
-    sums = offset + block_outputs - begin;
+    sums = offset + block_outputs;
   } else {
     sums_stride = result_stride;
-    sums = static_cast<Result*>(result);
+    sums = static_cast<Result*>(result) + begin;
   }
 
   const auto part_at = [=](int64_t output, int64_t term) -> Part {
     const int64_t outputs_left = end - output, terms_left = terms - term;
     return {output, outputs_left < block_outputs ? outputs_left : block_outputs, term,
-            terms_left < block_terms<forward> ? terms_left : block_terms<forward>};
+            terms_left < block_terms<forward, T> ? terms_left : block_terms<forward, T>};
   };
-  for (int64_t term = 0; term < terms; term += block_terms<forward>)
+  for (int64_t term = 0; term < terms; term += block_terms<forward, T>)
     for (int64_t first = begin; first < end; first += block_outputs) {
       const Part part = part_at(first, term);
       const Panels<T> panels{mixed, part.terms};
-      if (first == begin) stage_rows<T, Result>(x, m, term, part.terms, StagedRows<forward>::row_stride, staged);
+      if (first == begin) stage_rows<T, Result>(x, m, term, part.terms, StagedRows<forward, T>::row_stride, staged);
       mix_panels<forward, Operand, Result>(mixing, part, panels);
       if (bias && term == 0)
         for (int64_t j = 0; j < part.outputs; ++j) offset[j] = widen(static_cast<const Result*>(bias)[first + j]);
       const bool is_last = first + block_outputs >= end;
-      Prefetch prefetch = prefetch_of<forward, Operand>(mixing, is_last ? part_at(begin, term + block_terms<forward>)
+      Prefetch prefetch = prefetch_of<forward, Operand>(mixing, is_last ? part_at(begin, term + block_terms<forward, T>)
                                                                         : part_at(first + block_outputs, term));
 
       for (int64_t row = 0; row < m; row += tile_rows) {
-        const T* left = staged + row * StagedRows<forward>::row_stride;
+        const T* left = staged + row * StagedRows<forward, T>::row_stride;
         for (int64_t output = 0; output < part.outputs; output += panel<T>) {
           const int64_t width = panels.width(output, part.outputs);
-          T* out = sums + row * sums_stride + first + output;
+          T* out = sums + row * sums_stride + (first - begin) + output;
           const T* base = term ? out : offset + output;
           const int64_t base_stride = term ? sums_stride : 0;
-          if (row + tile_rows <= m && output + width <= part.outputs) {
-            multiply_panel<StagedRows<forward>>(width, piece, part.terms, left, panels.at(output), base, base_stride,
-                                                out, sums_stride, prefetch);
+          if (row + tile_rows <= m && output + width <= part.outputs && part.terms <= piece) {
+            multiply_panel<StagedRows<forward, T>>(width, piece, part.terms, left, panels.at(output), base, base_stride,
+                                                   out, sums_stride, prefetch);
             continue;
           }
           T edge[tile_rows * panel<T>] = {};
-          multiply_panel<StagedRows<forward>>(width, piece, part.terms, left, panels.at(output), edge, panel<T>, edge,
-                                              panel<T>, prefetch);
+          multiply_panel<StagedRows<forward, T>>(width, piece, part.terms, left, panels.at(output), edge, panel<T>,
+                                                 edge, panel<T>, prefetch);
           for (int64_t i = 0; i < tile_rows && row + i < m; ++i)
             for (int64_t j = 0; j < width && output + j < part.outputs; ++j)
               out[i * sums_stride + j] = base[i * base_stride + j] + edge[i * panel<T> + j];
@@ -621,7 +637,8 @@ void multiply(const Mixing& mixing, Matrix x, int64_t m, int64_t begin, int64_t 
   if constexpr (narrows)
     for (int64_t row = 0; row < m; ++row)
       for (int64_t output = begin; output < end; ++output)
-        put<Result>(sums[row * sums_stride + output], static_cast<Result*>(result) + row * result_stride + output);
+        put<Result>(sums[row * sums_stride + output - begin],
+                    static_cast<Result*>(result) + row * result_stride + output);
 }
 
 // Columns [0, count) of rows [term, term + panels.terms) of x as the vector operand.
@@ -660,13 +677,12 @@ void stage_tiles(Matrix dy, int64_t term, int64_t terms, int64_t first, int64_t 
 // Rows [begin, end) of dW (outputs, columns) = (x^T dy)^T * factor from the kept columns of x (m, count) and dy (m,
 // outputs): the compact rows are summed in L2 and spread from there.
 template <typename T>
-void grad_weight(Matrix x, Matrix dy, int64_t m, const int32_t* index, int64_t count, int64_t columns, double factor,
-                 int64_t begin, int64_t end, void* out) {
-  while (count > 0 && index[count - 1] < 0) --count;
+void grad_weight(Matrix x, Matrix dy, int64_t m, int64_t outputs, const int32_t* index, int64_t count, int64_t columns,
+                 double factor, int64_t begin, int64_t end, void* out) {
+  count = kept_count(index, count);
   const int64_t padded = round_up(count, lanes<T>);
-  // As in multiply().
-  const int64_t piece = count <= lanes<T> || end - begin <= lanes<T> ? 32 : compact_terms;
-  const int64_t fitting = compact_sums / (padded + 1) + 1;
+  const int64_t piece = summed_at_once<T>(count, outputs, compact_terms);
+  const int64_t fitting = compact_block / (padded + tile_size / tile_rows);
   const int64_t blocks = (end - begin + fitting - 1) / fitting;
   const int64_t block_rows = blocks ? round_up((end - begin + blocks - 1) / blocks, tile_rows) : 0;
   T* sums =
@@ -678,29 +694,21 @@ void grad_weight(Matrix x, Matrix dy, int64_t m, const int32_t* index, int64_t c
   DenseRows<T, T> dense(index, count, columns);
   for (int64_t first = begin; first < end; first += block_rows) {
     const int64_t rows = end - first < block_rows ? end - first : block_rows;
-    for (int64_t term = 0; term < m; term += compact_terms) {
+    if (m == 0) memset(sums, 0, rows * padded * sizeof(T));
+    for (int64_t term = 0; term < m && count > 0; term += compact_terms) {
       const int64_t terms = m - term < compact_terms ? m - term : compact_terms;
       const Panels<T> panels{kept_x, terms};
       if (m > compact_terms || first == begin) stage_columns(x, term, count, panels);
       stage_tiles(dy, term, terms, first, rows, staged_dy);
-      Prefetch prefetch;
-      if (term + terms < m && dy.column_stride == 1)
-        prefetch = {
-            reinterpret_cast<const char*>(static_cast<const T*>(dy.data) + (term + terms) * dy.row_stride + first),
-            nullptr,
-            dy.row_stride * static_cast<int64_t>(sizeof(T)),
-            0,
-            m - term - terms < compact_terms ? m - term - terms : compact_terms,
-            (rows * static_cast<int64_t>(sizeof(T)) + 63) / 64};
+      Prefetch nothing;
       for (int64_t row = 0; row < rows; row += tile_rows)
         for (int64_t column = 0; column < padded; column += panel<T>) {
           T* c = sums + row * padded + column;
           multiply_panel<Left<1, tile_rows>>(panels.width(column, padded), piece, terms,
                                              staged_dy + row / tile_rows * tile_size, panels.at(column),
-                                             term ? c : zeros, term ? padded : 0, c, padded, prefetch);
+                                             term ? c : zeros, term ? padded : 0, c, padded, nothing);
         }
     }
-    if (m == 0) memset(sums, 0, rows * padded * sizeof(T));
     for (int64_t row = 0; row < rows; ++row) {
       T* sum = sums + row * padded;
       for (int64_t j = 0; j < count; ++j) sum[j] *= static_cast<T>(factor);

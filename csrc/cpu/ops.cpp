@@ -112,6 +112,13 @@ struct Slice {
   int64_t begin, end, slices;
   int64_t first(int64_t count) const { return count * begin / slices; }
   int64_t last(int64_t count) const { return count * end / slices; }
+  // The same of a product's outputs, split where no vector is.
+  int64_t first_output(int64_t outputs) const {
+    return first(round_up(outputs, output_unit) / output_unit) * output_unit;
+  }
+  int64_t last_output(int64_t outputs) const {
+    return std::min(last(round_up(outputs, output_unit) / output_unit) * output_unit, outputs);
+  }
 };
 
 // A thread takes at least this much memory traffic: less is cheaper than waking one (about 3 us at 20 GB/s).
@@ -178,15 +185,14 @@ Tensor one_pass(const Tensor& rows, const Mixing& mixing, int64_t outputs, const
   const int64_t m = rows.size(0);
   Tensor out = allocate({m, outputs}, rows.scalar_type());
   if (m == 0) return out;
+  STD_TORCH_CHECK(rows.size(1) > 0, "weight: empty");
   void* data = out.mutable_data_ptr();
   STD_TORCH_CHECK(!bias || bias->is_contiguous(), "bias: must be contiguous");
   const void* bias_data = bias ? bias->const_data_ptr() : nullptr;
   const Matrix x = matrix_of(rows);
-  const int64_t units = round_up(outputs, output_unit) / output_unit;
   in_slices(2 * mixing.rows * mixing.columns * rows.element_size() + bytes_of(rows), [&](Slice slice) {
     beside(slice);
-    kernel(mixing, x, m, slice.first(units) * output_unit, std::min(slice.last(units) * output_unit, outputs),
-           bias_data, data);
+    kernel(mixing, x, m, slice.first_output(outputs), slice.last_output(outputs), bias_data, data);
   });
   return out;
 }
@@ -244,15 +250,15 @@ Tensor grad_weight(const Tensor& columns, const Tensor& grad, const Tensor& inde
   Tensor out = allocate({outputs, in_features}, dtype);
   void* data = out.mutable_data_ptr();
   const int32_t* indices = static_cast<const int32_t*>(index.const_data_ptr());
-  // In fp32 and fp64, of few rows. Against the library's product and expand(), at p = 0.9 and 0.5, on 2 cores:
+  // Against the library's product and expand(), at p = 0.9 and 0.5, on 2 cores:
   // 128x768x768 0.53 and 0.67, 128x1024x4096 0.8 and 0.6; a whole step at 512x768x768 1.00 and 1.00, at
   // 1024x1024x4096 1.01 and 0.99, at 2048x3072x768 1.01 and 1.08.
-  if (kernels.grad_weight && grad.size(0) <= 512) {
+  constexpr int64_t one_pass_rows = 512;
+  if (kernels.grad_weight && grad.size(0) <= one_pass_rows) {
     const Matrix x = matrix_of(columns), dy = matrix_of(grad);
-    const int64_t units = round_up(outputs, output_unit) / output_unit;
     in_slices(bytes_of(out) + bytes_of(grad), [&](Slice slice) {
-      kernels.grad_weight(x, dy, grad.size(0), indices, count, in_features, factor, slice.first(units) * output_unit,
-                          std::min(slice.last(units) * output_unit, outputs), data);
+      kernels.grad_weight(x, dy, grad.size(0), outputs, indices, count, in_features, factor,
+                          slice.first_output(outputs), slice.last_output(outputs), data);
     });
     return out;
   }

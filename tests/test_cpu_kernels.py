@@ -1,0 +1,46 @@
+"""What only the C++ kernels for CPUs need: every instruction set, and sizes at which their sums change form."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from mixout_fast import testing
+from mixout_fast.backends import cpu
+
+pytestmark = pytest.mark.skipif(cpu.LOAD_ERROR is not None, reason=str(cpu.LOAD_ERROR))
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
+@pytest.mark.parametrize("shape", ((12, 383, 200), (24, 1023, 33), (9, 767, 60)), ids=str)
+def test_error_is_at_most_twice_the_librarys(shape, dtype, seed):
+    """At 9 and 12 rows the library sums in more parts than at 24, fp64 in shorter ones than fp32."""
+    testing.check_error(testing.error_cases(testing.random_case, shape, seed, p=0.9, dtype=dtype), "cpu")
+
+
+@pytest.mark.parametrize("shape", ((128, 300, 48), (128, 300, 32), (8, 300, 200)), ids=str)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
+def test_results_do_not_depend_on_the_threads(shape, dtype, seed):
+    case = testing.random_case(*shape, p=0.7, dtype=dtype, seed=seed)
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(testing.run(case, "cpu"))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        for name in ("y", "dX", "dW"):
+            testing.assert_same_bits(name, other[name], results[0][name], case)
+
+
+@pytest.mark.parametrize("capability, name", (("avx2", "avx2"), ("default", "baseline")))
+def test_checks_pass_with_narrower_instruction_sets(capability, name):
+    environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability}
+    script = "from mixout_fast.__main__ import main; from mixout_fast.backends import cpu; print(cpu.instruction_set())"
+    script += "; raise SystemExit(main(['check', '--device', 'cpu', '--backend', 'cpu']))"
+    run = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout
+    assert run.stdout.split()[0] in (name, "baseline")
