@@ -97,9 +97,9 @@ struct MultiplyVectors {
 
 // A product is computed in tiles of tile_rows x one panel of outputs. x or dy lies in L2 with a block of W', which is
 // small: the next part of W and U is on its way into L2 meanwhile. A block for dx takes few but wide parts of W's rows.
-// Measured on 2 cores against the library's product at 128x768x768 and 128x1024x4096: y 1.16 and 0.98 of it (1 panel of
-// 256 terms: 2 % slower), dx 1.29 and 1.20 (11 panels of 96: 1.29, 1.20; 11 of 48: 1.43, 1.33; 4 of 192: 1.26, 1.27; 2
-// of 384: 1.28, 1.36).
+// Measured on 2 cores, in a loop, against the library's product at 128x768x768 and 128x1024x4096: y 1.16 and 0.98 of it
+// (1 panel of 256 terms: 2 % slower), dx 1.29 and 1.20 (11 panels of 96: 1.29, 1.20; 11 of 48: 1.43, 1.33; 4 of
+// 192: 1.26, 1.27; 2 of 384: 1.28, 1.36).
 template <typename T>
 constexpr int64_t panel = 3 * lanes<T>;
 template <bool forward>
