@@ -58,7 +58,6 @@ enum class Dtype { f64, f32, bf16, f16 };
 
 struct InstructionSet {
   const char* name;
-  int64_t vector_bytes;
   // Entries [first, first + count) of a mask.
   void (*draw)(uint64_t seed, uint64_t threshold, int64_t first, int64_t count, uint32_t* keep);
   // Columns index[0 ... count) of rows [begin, end) of x into out (rows, count); index -1 gives 0. Elements have 2, 4

@@ -753,6 +753,6 @@ const Kernels* kernels(Dtype operand, Dtype result) {
 
 } // namespace
 
-extern const InstructionSet instruction_set = {MIXOUT_ISA_NAME, MIXOUT_VECTOR_BYTES, draw, gather, kernels};
+extern const InstructionSet instruction_set = {MIXOUT_ISA_NAME, draw, gather, kernels};
 
 } // namespace mixout_fast::cpu::MIXOUT_ISA

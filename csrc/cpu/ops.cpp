@@ -6,8 +6,6 @@
 
 #include <algorithm>
 #include <cstdlib>
-#include <memory>
-#include <new>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -250,9 +248,9 @@ Tensor grad_weight(const Tensor& columns, const Tensor& grad, const Tensor& inde
   Tensor out = allocate({outputs, in_features}, dtype);
   void* data = out.mutable_data_ptr();
   const int32_t* indices = static_cast<const int32_t*>(index.const_data_ptr());
-  // Against the library's product and expand(), at p = 0.9 and 0.5, on 2 cores:
-  // 128x768x768 0.53 and 0.67, 128x1024x4096 0.8 and 0.6; a whole step at 512x768x768 1.00 and 1.00, at
-  // 1024x1024x4096 1.01 and 0.99, at 2048x3072x768 1.01 and 1.08.
+  // Measured against the library's product and expand(), at p = 0.9 and 0.5, on 2 cores: 128x768x768 0.53 and 0.67,
+  // 128x1024x4096 0.8 and 0.6; a whole step at 512x768x768 1.00 and 1.00, at 1024x1024x4096 1.01 and 0.99, at
+  // 2048x3072x768 1.01 and 1.08.
   constexpr int64_t one_pass_rows = 512;
   if (kernels.grad_weight && grad.size(0) <= one_pass_rows) {
     const Matrix x = matrix_of(columns), dy = matrix_of(grad);
