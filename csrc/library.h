@@ -2,11 +2,14 @@
 #pragma once
 
 #include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <array>
 #include <optional>
+#include <tuple>
+#include <vector>
 
 namespace mixout_fast {
 
@@ -23,6 +26,47 @@ inline torch::stable::Tensor library_mm(const torch::stable::Tensor& a, const to
   std::array<StableIValue, 2> stack{torch::stable::detail::from(a), torch::stable::detail::from(b)};
   STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "", stack.data(), TORCH_ABI_VERSION));
   return torch::stable::detail::to<torch::stable::Tensor>(stack[0]);
+}
+
+// (..., columns) as a matrix.
+inline torch::stable::Tensor rows_of(const torch::stable::Tensor& tensor, int64_t columns) {
+  return tensor.dim() == 2 ? tensor : torch::stable::reshape(tensor, {-1, columns});
+}
+
+// A matrix whose rows are those of `operand` (..., any number), with its leading dimensions.
+inline torch::stable::Tensor shaped_as(const torch::stable::Tensor& operand, const torch::stable::Tensor& matrix) {
+  if (operand.dim() == 2) return matrix;
+  std::vector<int64_t> sizes(operand.sizes().begin(), operand.sizes().end());
+  sizes.back() = matrix.size(1);
+  return torch::stable::view(matrix, sizes);
+}
+
+// dX, dW and db, each where it is needed.
+using Gradients = std::tuple<std::optional<torch::stable::Tensor>, std::optional<torch::stable::Tensor>,
+                             std::optional<torch::stable::Tensor>>;
+
+inline torch::stable::Tensor sum_of_rows(const torch::stable::Tensor& matrix) {
+  const int64_t over_rows = 0;
+  return torch::stable::sum(matrix, torch::headeronly::IntHeaderOnlyArrayRef(&over_rows, 1));
+}
+
+// dW of x (M, K) in one full product. mask_grad(matrix, dtype) is mask * matrix * factor. The mask of an input, one
+// entry per column, may stand before the product or behind it: on the smaller matrix.
+template <typename MaskGrad>
+torch::stable::Tensor full_product(const torch::stable::Tensor& x, const torch::stable::Tensor& grad,
+                                   const torch::stable::Tensor& weight, bool is_input_mask, const MaskGrad& mask_grad) {
+  const torch::stable::Tensor by_outputs = torch::stable::transpose(grad, 0, 1);
+  if (is_input_mask && x.numel() < weight.numel()) return library_mm(by_outputs, mask_grad(x, x.scalar_type()));
+  return mask_grad(library_mm(by_outputs, x), weight.scalar_type());
+}
+
+// dW (N, K) in the kept columns of x (M, C), as (C, N).
+inline torch::stable::Tensor compact_product(const torch::stable::Tensor& columns, const torch::stable::Tensor& grad,
+                                             bool in_fp64) {
+  using torch::headeronly::ScalarType;
+  if (!in_fp64) return library_mm(torch::stable::transpose(columns, 0, 1), grad);
+  const torch::stable::Tensor wide = torch::stable::transpose(torch::stable::to(columns, ScalarType::Double), 0, 1);
+  return torch::stable::to(library_mm(wide, torch::stable::to(grad, ScalarType::Double)), columns.scalar_type());
 }
 
 // As the kernels' own enumeration, which they have without a header of torch.

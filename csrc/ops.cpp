@@ -8,12 +8,10 @@ STABLE_TORCH_LIBRARY(mixout_fast, m) {
   m.def("mix(Tensor weight, Tensor? target, Tensor seed, int threshold, float scale, int? capacity, ScalarType dtype)"
         " -> Tensor");
   m.def("mask_grad(Tensor grad, Tensor seed, int threshold, int? capacity, float factor, ScalarType dtype) -> Tensor");
-  m.def("gather(Tensor rows, Tensor seed, int threshold, int capacity, bool fixed_size) -> (Tensor, Tensor)");
   m.def("linear(Tensor input, Tensor weight, Tensor? target, Tensor? bias, Tensor seed, int threshold, float scale,"
         " int? capacity, bool one_pass, bool gathers, bool fixed_size) -> (Tensor, Tensor, Tensor)");
-  m.def("grad_input(Tensor grad, Tensor weight, Tensor? target, Tensor seed, int threshold, float scale, int? capacity,"
-        " bool one_pass) -> Tensor");
-  m.def("grad_weight(Tensor columns, Tensor grad, Tensor index, int in_features, float factor, ScalarType dtype)"
-        " -> Tensor");
+  m.def("linear_backward(Tensor grad, Tensor? input, Tensor index, Tensor columns, Tensor weight, Tensor? target,"
+        " Tensor seed, bool needs_input, bool needs_weight, bool needs_bias, int threshold, float scale, int? capacity,"
+        " float factor, bool one_pass, bool full_product, bool in_fp64) -> (Tensor?, Tensor?, Tensor?)");
   m.def("cpu_instruction_set() -> str");
 }

@@ -67,15 +67,13 @@ class MixLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, input, weight, target, bias, seed, p, mask, factor, backend):
         trains_weight = ctx.needs_input_grad[1]
-        compact = mask == "input" and trains_weight
-        copies = compact and keeps_compact_copy(weight.shape[1], p)
+        copies = mask == "input" and trains_weight and keeps_compact_copy(weight.shape[1], p)
         static = torch.compiler.is_compiling()
         wide = widened(target, weight)
         output, index, columns = backend.linear(input, weight, wide, bias, seed, p, mask, copies, static)
         kept_input = input if trains_weight and not copies else None
         ctx.save_for_backward(weight, target, seed, index, columns, kept_input)
-        ctx.arguments = p, mask, factor, backend, compact, static
-        ctx.input_shape = input.shape
+        ctx.arguments = p, mask, factor, backend, static
         return output
 
     @staticmethod
@@ -88,25 +86,11 @@ class MixLinear(torch.autograd.Function):
     @staticmethod
     def gradients(ctx, grad_output):
         weight, target, seed, index, columns, input = ctx.saved_tensors
-        p, mask, factor, backend, compact, static = ctx.arguments
-        grad = grad_output if grad_output.dim() == 2 else grad_output.reshape(-1, weight.shape[0])
-        grad_input = grad_weight = grad_bias = None
-
-        if ctx.needs_input_grad[0]:
-            wide = widened(target, weight)
-            grad_input = backend.grad_input(grad, weight, wide, seed, p, mask).view(ctx.input_shape)
-        if ctx.needs_input_grad[1]:
-            rows = None if input is None else input.reshape(-1, weight.shape[1])
-            in_full = rows is not None and (not compact or backend.full_product(rows, p))
-            # The mask of an input may stand before the product or behind it: on the smaller matrix.
-            if in_full and compact and rows.numel() < weight.numel():
-                grad_weight = grad.t().mm(backend.mask_grad(rows, seed, p, mask, factor, rows.dtype))
-            elif in_full:
-                grad_weight = backend.mask_grad(grad.t().mm(rows), seed, p, mask, factor, weight.dtype)
-            else:
-                if rows is not None:
-                    index, columns = backend.gather(rows, seed, p, static)
-                grad_weight = backend.grad_weight(columns, grad, index, weight.shape[1], factor, weight.dtype)
-        if ctx.needs_input_grad[3]:
-            grad_bias = grad.sum(0)
+        p, mask, factor, backend, static = ctx.arguments
+        needs_input, needs_weight, _, needs_bias, *_ = ctx.needs_input_grad
+        wide = widened(target, weight) if needs_input else None  # dW and db do without
+        grad_input, grad_weight, grad_bias = backend.gradients(
+            grad_output, input, index, columns, weight, wide, seed, p, mask, factor,
+            (needs_input, needs_weight, needs_bias), static,
+        )  # fmt: skip
         return grad_input, grad_weight, None, grad_bias, None, None, None, None, None

@@ -10,6 +10,8 @@ per k for mask="input" and one per element, row-major, for mask="element".
 """
 
 import math
+import sys
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -26,14 +28,6 @@ THIN_OUTPUT = 16
 def unavailable(device_type: str) -> str | None:
     """Why this backend cannot serve a device; None: it can."""
     return None
-
-
-def full_product(rows: Tensor, p: float) -> bool:
-    """Whether dW from one full product, dYᵀ (m ⊙ X · s) or m ⊙ (dYᵀ X) · s, beats the compact one and its expansion.
-
-    With a dY that is not finite the former makes dropped columns NaN, as it makes the kept ones.
-    """
-    return False
 
 
 def threshold(p: float) -> int:
@@ -164,6 +158,43 @@ def grad_weight(
     slots = torch.where(index < 0, in_features, index).long()
     rows = scaled.new_zeros(in_features + 1, compact.shape[1]).index_copy(0, slots, scaled)
     return rows[:in_features].t().contiguous()
+
+
+def gradients(
+    grad: Tensor,
+    input: Tensor | None,
+    index: Tensor,
+    columns: Tensor,
+    weight: Tensor,
+    target: Tensor | None,
+    seed: Tensor,
+    p: float,
+    mask: str,
+    factor: float,
+    needs: tuple[bool, bool, bool],
+    static: bool,
+    pieces: ModuleType = sys.modules[__name__],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """dX (…, K), dW (N, K) and db (N,) of `linear` for grad (…, N), each of which `needs` does not tell to be None.
+
+    dW is made of the index and columns that `linear` gathered, or where input (…, K) is given, of that. `target`, of
+    the weight's dtype, is for dX alone. `static` is as for gather. `pieces` is the backend whose mask_grad, gather,
+    grad_input and grad_weight this calls.
+    """
+    out_features, in_features = weight.shape
+    rows = grad.reshape(-1, out_features)
+    dX = dW = db = None
+    if needs[0]:
+        dX = pieces.grad_input(rows, weight, target, seed, p, mask).view(*grad.shape[:-1], in_features)
+    if needs[1] and mask == "element":
+        dW = pieces.mask_grad(rows.t().mm(input.reshape(-1, in_features)), seed, p, mask, factor, weight.dtype)
+    elif needs[1]:
+        if input is not None:
+            index, columns = pieces.gather(input.reshape(-1, in_features), seed, p, static)
+        dW = pieces.grad_weight(columns, rows, index, in_features, factor, weight.dtype)
+    if needs[2]:
+        db = rows.sum(0)
+    return dX, dW, db
 
 
 def gaussian_multiplier(seed: Tensor, count: int, p: float) -> Tensor:

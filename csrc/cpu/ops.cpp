@@ -144,9 +144,7 @@ Tensor mix(const Tensor& weight, const std::optional<Tensor>& target, const Tens
   return out;
 }
 
-Tensor mask_grad(const Tensor& grad, const Tensor& seed, int64_t threshold, std::optional<int64_t> capacity,
-                 double factor, ScalarType dtype) {
-  const DrawnMask drawn(seed, threshold, capacity, grad.size(1), repeats_of(grad));
+Tensor masked(const Tensor& grad, const DrawnMask& drawn, double factor, ScalarType dtype) {
   const Matrix matrix = matrix_of(grad);
   const int64_t rows = grad.size(0), columns = grad.size(1) * repeats_of(grad);
   const Kernels& kernels = kernels_of(grad.scalar_type(), dtype);
@@ -158,39 +156,46 @@ Tensor mask_grad(const Tensor& grad, const Tensor& seed, int64_t threshold, std:
   return out;
 }
 
-void gather_rows(const Tensor& rows, const int32_t* index, int64_t count, const Tensor& columns, Slice slice) {
-  const int64_t m = rows.size(0);
-  instruction_set().gather(matrix_of(rows), rows.element_size(), index, count, slice.first(m), slice.last(m),
-                           columns.mutable_data_ptr());
+Tensor mask_grad(const Tensor& grad, const Tensor& seed, int64_t threshold, std::optional<int64_t> capacity,
+                 double factor, ScalarType dtype) {
+  return masked(grad, DrawnMask(seed, threshold, capacity, grad.size(1), repeats_of(grad)), factor, dtype);
 }
 
-std::tuple<Tensor, Tensor> gather(const Tensor& rows, const Tensor& seed, int64_t threshold, int64_t capacity,
-                                  bool fixed_size) {
-  const DrawnMask drawn(seed, threshold, capacity, rows.size(1));
-  const int64_t width = fixed_size ? capacity : drawn.kept;
-  Tensor index = drawn.indices(width);
-  Tensor columns = allocate({rows.size(0), width}, rows.scalar_type());
-  const int32_t* indices = static_cast<const int32_t*>(index.const_data_ptr());
-  in_slices(bytes_of(rows), [&](Slice slice) { gather_rows(rows, indices, width, columns, slice); });
-  return {index, columns};
+void gather_rows(const Tensor& rows, const Tensor& index, const Tensor& columns, Slice slice) {
+  const int64_t m = rows.size(0);
+  instruction_set().gather(matrix_of(rows), rows.element_size(), static_cast<const int32_t*>(index.const_data_ptr()),
+                           index.numel(), slice.first(m), slice.last(m), columns.mutable_data_ptr());
+}
+
+// W', with `beside`, which moves so many bytes, done in the same slices.
+template <typename Function>
+Tensor mixed(const Mixing& mixing, const Kernels& kernels, ScalarType dtype, int64_t bytes_beside,
+             const Function& beside) {
+  Tensor out = allocate({mixing.rows, mixing.columns}, dtype);
+  void* data = out.mutable_data_ptr();
+  in_slices(3 * bytes_of(out) + bytes_beside, [&](Slice slice) {
+    kernels.mix(mixing, slice.first(mixing.rows), slice.last(mixing.rows), data);
+    beside(slice);
+  });
+  return out;
 }
 
 // The product of rows (m, terms) with W'^T or W', with `bias` added, reading W and U once and writing no W'. `kernel`
-// is the kernel of one of the two; `beside` is done in the same slices.
+// is the kernel of one of the two; `beside`, which moves so many bytes, is done in the same slices.
 template <typename Kernel, typename Function>
 Tensor one_pass(const Tensor& rows, const Mixing& mixing, int64_t outputs, const std::optional<Tensor>& bias,
-                Kernel kernel, const Function& beside) {
+                Kernel kernel, int64_t bytes_beside, const Function& beside) {
   const int64_t m = rows.size(0);
   Tensor out = allocate({m, outputs}, rows.scalar_type());
-  if (m == 0) return out;
   STD_TORCH_CHECK(rows.size(1) > 0, "weight: empty");
   void* data = out.mutable_data_ptr();
   STD_TORCH_CHECK(!bias || bias->is_contiguous(), "bias: must be contiguous");
   const void* bias_data = bias ? bias->const_data_ptr() : nullptr;
   const Matrix x = matrix_of(rows);
-  in_slices(2 * mixing.rows * mixing.columns * rows.element_size() + bytes_of(rows), [&](Slice slice) {
+  const int64_t bytes = 2 * mixing.rows * mixing.columns * rows.element_size() + bytes_of(rows);
+  in_slices(bytes + bytes_beside, [&](Slice slice) {
     beside(slice);
-    kernel(mixing, x, m, slice.first_output(outputs), slice.last_output(outputs), bias_data, data);
+    if (m > 0) kernel(mixing, x, m, slice.first_output(outputs), slice.last_output(outputs), bias_data, data);
   });
   return out;
 }
@@ -204,74 +209,104 @@ std::tuple<Tensor, Tensor, Tensor> linear(const Tensor& input, const Tensor& wei
   const DrawnMask drawn(seed, threshold, capacity, weight.size(1));
   const Mixing mixing = mixing_of(weight, target, scale, drawn.mask);
   const Kernels& kernels = kernels_of(weight.scalar_type(), dtype);
-  const bool is_matrix = input.dim() == 2;
-  const Tensor rows = is_matrix ? input : torch::stable::reshape(input, {-1, mixing.columns});
+  const Tensor rows = rows_of(input, mixing.columns);
 
   const int64_t width = !gathers ? 0 : fixed_size ? *capacity : drawn.kept;
   Tensor index = gathers ? drawn.indices(width) : allocate({0}, ScalarType::Int);
   Tensor columns = allocate({gathers ? rows.size(0) : 0, width}, dtype);
-  const int32_t* indices = static_cast<const int32_t*>(index.const_data_ptr());
-
-  const auto gather_slice = [&](Slice slice) {
-    if (gathers) gather_rows(rows, indices, width, columns, slice);
+  const int64_t gathered_bytes = gathers ? bytes_of(rows) : 0;
+  const auto gather = [&](Slice slice) {
+    if (gathers) gather_rows(rows, index, columns, slice);
   };
 
   if (in_one_pass) {
-    Tensor output = one_pass(rows, mixing, mixing.rows, bias, kernels.linear, gather_slice);
-    if (is_matrix) return {output, index, columns};
-    std::vector<int64_t> sizes(input.sizes().begin(), input.sizes().end());
-    sizes.back() = mixing.rows;
-    return {torch::stable::view(output, sizes), index, columns};
+    const Tensor output = one_pass(rows, mixing, mixing.rows, bias, kernels.linear, gathered_bytes, gather);
+    return {shaped_as(input, output), index, columns};
   }
-  Tensor mixed = allocate({mixing.rows, mixing.columns}, dtype);
-  void* mixed_data = mixed.mutable_data_ptr();
-  in_slices(3 * bytes_of(mixed) + bytes_of(rows), [&](Slice slice) {
-    kernels.mix(mixing, slice.first(mixing.rows), slice.last(mixing.rows), mixed_data);
-    gather_slice(slice);
-  });
-  return {library_linear(input, mixed, bias), index, columns};
+  return {library_linear(input, mixed(mixing, kernels, dtype, gathered_bytes, gather), bias), index, columns};
 }
 
-Tensor grad_input(const Tensor& grad, const Tensor& weight, const std::optional<Tensor>& target, const Tensor& seed,
-                  int64_t threshold, double scale, std::optional<int64_t> capacity, bool in_one_pass) {
-  if (!in_one_pass) return library_mm(grad, mix(weight, target, seed, threshold, scale, capacity, grad.scalar_type()));
-  const DrawnMask drawn(seed, threshold, capacity, weight.size(1));
-  const Mixing mixing = mixing_of(weight, target, scale, drawn.mask);
-  const Kernels& kernels = kernels_of(weight.scalar_type(), grad.scalar_type());
-  return one_pass(grad, mixing, mixing.columns, std::nullopt, kernels.grad_input, [](Slice) {});
-}
-
-Tensor grad_weight(const Tensor& columns, const Tensor& grad, const Tensor& index, int64_t in_features, double factor,
-                   ScalarType dtype) {
-  const int64_t outputs = grad.size(1), count = index.numel();
-  const Kernels& kernels = kernels_of(grad.scalar_type(), dtype);
-  Tensor out = allocate({outputs, in_features}, dtype);
-  void* data = out.mutable_data_ptr();
-  const int32_t* indices = static_cast<const int32_t*>(index.const_data_ptr());
-  // Measured against the library's product and expand(), at p = 0.9 and 0.5, on 2 cores: 128x768x768 0.53 and 0.67,
-  // 128x1024x4096 0.8 and 0.6; a whole step at 512x768x768 1.00 and 1.00, at 1024x1024x4096 1.01 and 0.99, at
-  // 2048x3072x768 1.01 and 1.08.
-  constexpr int64_t one_pass_rows = 512;
-  if (kernels.grad_weight && grad.size(0) <= one_pass_rows) {
-    const Matrix x = matrix_of(columns), dy = matrix_of(grad);
-    in_slices(bytes_of(out) + bytes_of(grad), [&](Slice slice) {
-      kernels.grad_weight(x, dy, grad.size(0), outputs, indices, count, in_features, factor,
-                          slice.first_output(outputs), slice.last_output(outputs), data);
-    });
-    return out;
-  }
+// Of an input mask: the product of the kept columns of x with dY by the library, then spread into the dense dW.
+Tensor expanded(const Tensor& columns, const Tensor& grad, const Tensor& index, const Tensor& weight, double factor,
+                bool in_fp64) {
+  const int64_t outputs = weight.size(0), in_features = weight.size(1);
   // (C, N) where few columns of many rows are kept: fp32 at 2048x768x768, p = 0.9, takes 1.25 ms so and 1.48 the other
   // way, with the expansion, bf16's product 0.36 and 0.53. (N, C) else, level from there on: it expands without a
   // transpose.
-  const bool by_columns = columns.size(0) > 256 && 2 * columns.size(1) < in_features;
-  Tensor compact = by_columns ? library_mm(torch::stable::transpose(columns, 0, 1), grad)
-                              : library_mm(torch::stable::transpose(grad, 0, 1), columns);
+  const bool by_columns = in_fp64 || (columns.size(0) > 256 && 2 * columns.size(1) < in_features);
+  Tensor compact =
+      by_columns ? compact_product(columns, grad, in_fp64) : library_mm(torch::stable::transpose(grad, 0, 1), columns);
   if (!by_columns) compact = torch::stable::transpose(compact, 0, 1);
+  const Kernels& kernels = kernels_of(compact.scalar_type(), weight.scalar_type());
   const Matrix matrix = matrix_of(compact);
+  Tensor out = allocate({outputs, in_features}, weight.scalar_type());
+  void* data = out.mutable_data_ptr();
+  const int32_t* indices = static_cast<const int32_t*>(index.const_data_ptr());
   in_slices(bytes_of(out) + bytes_of(compact), [&](Slice slice) {
-    kernels.expand(matrix, indices, count, in_features, factor, slice.first(outputs), slice.last(outputs), data);
+    kernels.expand(matrix, indices, index.numel(), in_features, factor, slice.first(outputs), slice.last(outputs),
+                   data);
   });
   return out;
+}
+
+Gradients linear_backward(const Tensor& grad_output, const std::optional<Tensor>& input, const Tensor& kept_index,
+                          const Tensor& kept_columns, const Tensor& weight, const std::optional<Tensor>& target,
+                          const Tensor& seed, bool needs_input, bool needs_weight, bool needs_bias, int64_t threshold,
+                          double scale, std::optional<int64_t> capacity, double factor, bool in_one_pass,
+                          bool in_full_product, bool in_fp64) {
+  const int64_t outputs = weight.size(0), in_features = weight.size(1);
+  const ScalarType dtype = grad_output.scalar_type();
+  const DrawnMask drawn(seed, threshold, capacity, in_features);
+  const Mixing mixing = mixing_of(weight, target, scale, drawn.mask);
+  const Tensor grad = rows_of(grad_output, outputs);
+  const int64_t m = grad.size(0);
+  std::optional<Tensor> x;
+  if (needs_weight && input) x = rows_of(*input, in_features);
+
+  const bool is_full = x && in_full_product, gathers = x && !in_full_product;
+  const Tensor index = gathers ? drawn.indices(drawn.kept) : kept_index;
+  const Tensor columns = gathers ? allocate({m, drawn.kept}, dtype) : kept_columns;
+
+  // Measured against the library's product and expanded(), at p = 0.9 and 0.5, on 2 cores: 128x768x768 0.53 and 0.67,
+  // 128x1024x4096 0.8 and 0.6; a whole step at 512x768x768 1.00 and 1.00, at 1024x1024x4096 1.01 and 0.99, at
+  // 2048x3072x768 1.01 and 1.08.
+  constexpr int64_t one_pass_rows = 512;
+  const Kernels& of_weight = kernels_of(dtype, weight.scalar_type());
+  const bool weight_in_one_pass = needs_weight && !is_full && !in_fp64 && of_weight.grad_weight && m <= one_pass_rows;
+  std::optional<Tensor> grad_input, grad_weight, grad_bias;
+  if (weight_in_one_pass) grad_weight = allocate({outputs, in_features}, weight.scalar_type());
+  const auto write_grad_weight = [&](Slice slice) {
+    of_weight.grad_weight(matrix_of(columns), matrix_of(grad), m, outputs,
+                          static_cast<const int32_t*>(index.const_data_ptr()), index.numel(), in_features, factor,
+                          slice.first_output(outputs), slice.last_output(outputs), grad_weight->mutable_data_ptr());
+  };
+  const int64_t weight_bytes = weight_in_one_pass ? bytes_of(*grad_weight) + bytes_of(grad) : 0;
+
+  // What dX's threads do as well: gather, or where that is done already all of dW.
+  const int64_t bytes_beside = gathers ? bytes_of(*x) : weight_bytes;
+  const auto beside = [&](Slice slice) {
+    if (gathers) gather_rows(*x, index, columns, slice);
+    else if (weight_in_one_pass) write_grad_weight(slice);
+  };
+  if (needs_input) {
+    const Kernels& kernels = kernels_of(weight.scalar_type(), dtype);
+    const Tensor product =
+        in_one_pass ? one_pass(grad, mixing, in_features, std::nullopt, kernels.grad_input, bytes_beside, beside)
+                    : library_mm(grad, mixed(mixing, kernels, dtype, bytes_beside, beside));
+    grad_input = shaped_as(grad_output, product);
+  } else if (bytes_beside > 0) {
+    in_slices(bytes_beside, beside);
+  }
+
+  if (is_full)
+    grad_weight = full_product(*x, grad, weight, capacity.has_value(), [&](const Tensor& matrix, ScalarType result) {
+      return masked(matrix, drawn, factor, result);
+    });
+  else if (needs_weight && !weight_in_one_pass) grad_weight = expanded(columns, grad, index, weight, factor, in_fp64);
+  else if (gathers) in_slices(weight_bytes, write_grad_weight);
+
+  if (needs_bias) grad_bias = sum_of_rows(grad);
+  return {grad_input, grad_weight, grad_bias};
 }
 
 std::string instruction_set_name() { return instruction_set().name; }
@@ -281,10 +316,8 @@ std::string instruction_set_name() { return instruction_set().name; }
 STABLE_TORCH_LIBRARY_IMPL(mixout_fast, CPU, m) {
   m.impl("mix", TORCH_BOX(&mix));
   m.impl("mask_grad", TORCH_BOX(&mask_grad));
-  m.impl("gather", TORCH_BOX(&gather));
   m.impl("linear", TORCH_BOX(&linear));
-  m.impl("grad_input", TORCH_BOX(&grad_input));
-  m.impl("grad_weight", TORCH_BOX(&grad_weight));
+  m.impl("linear_backward", TORCH_BOX(&linear_backward));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mixout_fast, CompositeExplicitAutograd, m) {

@@ -15,7 +15,6 @@
 #include <optional>
 #include <string>
 #include <tuple>
-#include <vector>
 
 #include "../library.h"
 #include "kernels.h"
@@ -144,13 +143,17 @@ std::string why_no_kernels_here() {
   return reason ? reason : "";
 }
 
+// W', and in the same launch the gather.
+Tensor mixed(const Tensor& weight, const Mixing& mixing, ScalarType dtype, const Gather& gather, Launch launch) {
+  Tensor out = like_weight(weight, dtype);
+  check(launch_mix(dtype_of(weight), dtype_of(dtype), mixing, out.mutable_data_ptr(), gather, launch));
+  return out;
+}
+
 Tensor mix(const Tensor& weight, const std::optional<Tensor>& target, const Tensor& seed, int64_t threshold,
            double scale, std::optional<int64_t> capacity, ScalarType dtype) {
   const OnDevice device(weight);
-  const Mixing mixing = mixing_of(weight, target, seed, threshold, scale, capacity);
-  Tensor out = like_weight(weight, dtype);
-  check(launch_mix(dtype_of(weight), dtype_of(dtype), mixing, out.mutable_data_ptr(), {}, device.launch));
-  return out;
+  return mixed(weight, mixing_of(weight, target, seed, threshold, scale, capacity), dtype, {}, device.launch);
 }
 
 Tensor mask_grad(const Tensor& grad, const Tensor& seed, int64_t threshold, std::optional<int64_t> capacity,
@@ -164,14 +167,6 @@ Tensor mask_grad(const Tensor& grad, const Tensor& seed, int64_t threshold, std:
   return out;
 }
 
-std::tuple<Tensor, Tensor> gather(const Tensor& rows, const Tensor& seed, int64_t threshold, int64_t capacity) {
-  const OnDevice device(rows);
-  Gathered gathered(rows, capacity);
-  check(
-      launch_gather(dtype_of(rows), mask_of(seed, threshold, capacity, rows.size(1)), gathered.gather, device.launch));
-  return {gathered.index, gathered.columns};
-}
-
 std::tuple<Tensor, Tensor, Tensor> linear(const Tensor& input, const Tensor& weight,
                                           const std::optional<Tensor>& target, const std::optional<Tensor>& bias,
                                           const Tensor& seed, int64_t threshold, double scale,
@@ -179,8 +174,7 @@ std::tuple<Tensor, Tensor, Tensor> linear(const Tensor& input, const Tensor& wei
   const OnDevice device(weight);
   const ScalarType dtype = input.scalar_type();
   const Mixing mixing = mixing_of(weight, target, seed, threshold, scale, capacity);
-  const bool is_matrix = input.dim() == 2;
-  const Tensor rows = is_matrix ? input : torch::stable::reshape(input, {-1, mixing.columns});
+  const Tensor rows = rows_of(input, mixing.columns);
   std::optional<Gathered> gathered;
   if (gathers) gathered.emplace(rows, *capacity);
   const Gather gather = gathered ? gathered->gather : Gather{};
@@ -188,43 +182,65 @@ std::tuple<Tensor, Tensor, Tensor> linear(const Tensor& input, const Tensor& wei
   const Tensor columns = gathered ? gathered->columns : allocate(weight, {0, 0}, dtype);
 
   const Matrix x = matrix_of(rows);
-  if (!one_pass || !takes_one_pass(mixing, x, mixing.columns)) {
-    Tensor mixed = allocate(weight, {mixing.rows, mixing.columns}, dtype);
-    check(launch_mix(dtype_of(weight), dtype_of(dtype), mixing, mixed.mutable_data_ptr(), gather, device.launch));
-    return {library_linear(input, mixed, bias), index, columns};
-  }
+  if (!one_pass || !takes_one_pass(mixing, x, mixing.columns))
+    return {library_linear(input, mixed(weight, mixing, dtype, gather, device.launch), bias), index, columns};
   Tensor output = allocate(weight, {rows.size(0), mixing.rows}, dtype);
   const Matrix bias_row = bias ? Matrix{bias->const_data_ptr(), 0, bias->stride(0), false} : Matrix{};
   check(launch_linear(dtype_of(weight), dtype_of(dtype), mixing, x, rows.size(0), bias_row, tf32,
                       output.mutable_data_ptr(), gather, device.launch));
-  if (is_matrix) return {output, index, columns};
-  std::vector<int64_t> sizes(input.sizes().begin(), input.sizes().end());
-  sizes.back() = mixing.rows;
-  return {torch::stable::view(output, sizes), index, columns};
+  return {shaped_as(input, output), index, columns};
 }
 
-Tensor grad_input(const Tensor& grad, const Tensor& weight, const std::optional<Tensor>& target, const Tensor& seed,
-                  int64_t threshold, double scale, std::optional<int64_t> capacity, bool one_pass, bool tf32) {
+// Of an input mask: the product of the kept columns of x with dY by the library, then spread into the dense dW.
+Tensor expanded(const Tensor& columns, const Tensor& grad, const Tensor& index, const Tensor& weight, double factor,
+                bool in_fp64, Launch launch) {
+  const Tensor compact = compact_product(columns, grad, in_fp64);
+  Tensor out = like_weight(weight, weight.scalar_type());
+  check(launch_expand(dtype_of(compact), dtype_of(out), matrix_of(compact),
+                      static_cast<const int32_t*>(index.const_data_ptr()), index.numel(), weight.size(0),
+                      weight.size(1), factor, out.mutable_data_ptr(), launch));
+  return out;
+}
+
+Gradients linear_backward(const Tensor& grad_output, const std::optional<Tensor>& input, const Tensor& kept_index,
+                          const Tensor& kept_columns, const Tensor& weight, const std::optional<Tensor>& target,
+                          const Tensor& seed, bool needs_input, bool needs_weight, bool needs_bias, int64_t threshold,
+                          double scale, std::optional<int64_t> capacity, double factor, bool one_pass,
+                          bool in_full_product, bool in_fp64, bool tf32) {
   const OnDevice device(weight);
+  const ScalarType dtype = grad_output.scalar_type();
   const Mixing mixing = mixing_of(weight, target, seed, threshold, scale, capacity);
-  const Matrix x = matrix_of(grad);
-  if (!one_pass || !takes_one_pass(mixing, x, mixing.rows))
-    return library_mm(grad, mix(weight, target, seed, threshold, scale, capacity, grad.scalar_type()));
-  Tensor out = allocate(weight, {grad.size(0), mixing.columns}, grad.scalar_type());
-  check(launch_grad_input(dtype_of(weight), dtype_of(grad), mixing, x, grad.size(0), tf32, out.mutable_data_ptr(),
-                          device.launch));
-  return out;
-}
+  const Tensor grad = rows_of(grad_output, mixing.rows);
+  std::optional<Tensor> x;
+  if (needs_weight && input) x = rows_of(*input, mixing.columns);
+  std::optional<Gathered> gathered;
+  if (x && !in_full_product) gathered.emplace(*x, *capacity);
+  const Gather gather = gathered ? gathered->gather : Gather{};
 
-Tensor grad_weight(const Tensor& columns, const Tensor& grad, const Tensor& index, int64_t in_features, double factor,
-                   ScalarType dtype) {
-  const OnDevice device(columns);
-  const Tensor compact = library_mm(torch::stable::transpose(columns, 0, 1), grad);
-  Tensor out = allocate(columns, {compact.size(1), in_features}, dtype);
-  check(launch_expand(dtype_of(compact), dtype_of(dtype), matrix_of(compact),
-                      static_cast<const int32_t*>(index.const_data_ptr()), index.numel(), compact.size(1), in_features,
-                      factor, out.mutable_data_ptr(), device.launch));
-  return out;
+  std::optional<Tensor> grad_input, grad_weight, grad_bias;
+  const Matrix dy = matrix_of(grad);
+  const bool input_in_one_pass = one_pass && takes_one_pass(mixing, dy, mixing.rows);
+  if (needs_input && input_in_one_pass) {
+    Tensor out = allocate(weight, {grad.size(0), mixing.columns}, dtype);
+    check(launch_grad_input(dtype_of(weight), dtype_of(dtype), mixing, dy, grad.size(0), tf32, out.mutable_data_ptr(),
+                            device.launch));
+    grad_input = shaped_as(grad_output, out);
+  } else if (needs_input) {
+    grad_input = shaped_as(grad_output, library_mm(grad, mixed(weight, mixing, dtype, gather, device.launch)));
+  }
+  if (gathered && (!needs_input || input_in_one_pass))
+    check(launch_gather(dtype_of(dtype), mixing.mask, gather, device.launch));
+
+  if (x && in_full_product)
+    grad_weight = full_product(*x, grad, weight, capacity.has_value(), [&](const Tensor& matrix, ScalarType result) {
+      return mask_grad(matrix, seed, threshold, capacity, factor, result);
+    });
+  else if (needs_weight)
+    grad_weight = expanded(gathered ? gathered->columns : kept_columns, grad, gathered ? gathered->index : kept_index,
+                           weight, factor, in_fp64, device.launch);
+
+  if (needs_bias) grad_bias = sum_of_rows(grad);
+  return {grad_input, grad_weight, grad_bias};
 }
 
 } // namespace
@@ -234,13 +250,11 @@ STABLE_TORCH_LIBRARY(mixout_fast_cuda, m) {
   m.def("mix(Tensor weight, Tensor? target, Tensor seed, int threshold, float scale, int? capacity, ScalarType dtype)"
         " -> Tensor");
   m.def("mask_grad(Tensor grad, Tensor seed, int threshold, int? capacity, float factor, ScalarType dtype) -> Tensor");
-  m.def("gather(Tensor rows, Tensor seed, int threshold, int capacity) -> (Tensor, Tensor)");
   m.def("linear(Tensor input, Tensor weight, Tensor? target, Tensor? bias, Tensor seed, int threshold, float scale,"
         " int? capacity, bool one_pass, bool tf32, bool gathers) -> (Tensor, Tensor, Tensor)");
-  m.def("grad_input(Tensor grad, Tensor weight, Tensor? target, Tensor seed, int threshold, float scale, int? capacity,"
-        " bool one_pass, bool tf32) -> Tensor");
-  m.def("grad_weight(Tensor columns, Tensor grad, Tensor index, int in_features, float factor, ScalarType dtype)"
-        " -> Tensor");
+  m.def("linear_backward(Tensor grad, Tensor? input, Tensor index, Tensor columns, Tensor weight, Tensor? target,"
+        " Tensor seed, bool needs_input, bool needs_weight, bool needs_bias, int threshold, float scale, int? capacity,"
+        " float factor, bool one_pass, bool full_product, bool in_fp64, bool tf32) -> (Tensor?, Tensor?, Tensor?)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mixout_fast_cuda, CompositeExplicitAutograd, m) {
@@ -250,10 +264,8 @@ STABLE_TORCH_LIBRARY_IMPL(mixout_fast_cuda, CompositeExplicitAutograd, m) {
 STABLE_TORCH_LIBRARY_IMPL(mixout_fast_cuda, MIXOUT_DEVICE, m) {
   m.impl("mix", TORCH_BOX(&mix));
   m.impl("mask_grad", TORCH_BOX(&mask_grad));
-  m.impl("gather", TORCH_BOX(&gather));
   m.impl("linear", TORCH_BOX(&linear));
-  m.impl("grad_input", TORCH_BOX(&grad_input));
-  m.impl("grad_weight", TORCH_BOX(&grad_weight));
+  m.impl("linear_backward", TORCH_BOX(&linear_backward));
 }
 
 } // namespace mixout_fast::cuda

@@ -1,9 +1,9 @@
 """The backends and the choice among them.
 
 A backend is a module with `unavailable(device_type)` and the functions of `mixout_fast.reference` that the autograd
-functions call: full_product, mix, mask_grad, gather, linear, grad_input and grad_weight, with the same arguments. One
-that has products in one pass also tells by `is_one_pass(dtype, rows)` where y and dX take them. How it shares the work
-between its kernels and the library's matrix products is its own affair.
+functions call: mix, mask_grad, linear and gradients, with the same arguments. One that has products in one pass also
+tells by `is_one_pass(dtype, rows)` where y and dX take them. How it shares the work between its kernels and the
+library's matrix products is its own affair.
 """
 
 import os

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from mixout_fast import reference
 from mixout_fast.backends import operators
-from mixout_fast.reference import capacity, scale, threshold
+from mixout_fast.reference import scale, threshold
 
 # Rows up to which a product in one pass over W and U beats mixing and then multiplying with the library: (y, dX).
 # Measured on 2 cores with AVX-512 and AMX, one pass / two, y and dX, L2 swept before: fp32 at 768x768 0.79 and 0.91
@@ -51,13 +51,16 @@ def is_one_pass(dtype: torch.dtype, rows: int) -> tuple[bool, bool]:
     return rows <= forward, rows <= backward
 
 
-def full_product(rows: Tensor, p: float) -> bool:
-    """As reference's. The compact product saves p of the operations, and x is gathered first.
+def takes_full_product(dtype: torch.dtype, p: float) -> bool:
+    """Whether dW of an input mask from one full product, dYᵀ (m ⊙ X · s) or m ⊙ (dYᵀ X) · s, beats the compact one.
+
+    With a dY that is not finite the former makes dropped columns NaN, as it makes the kept ones. The compact product
+    saves p of the operations, and x is gathered first.
 
     Measured on 2 cores, fp32, dW from x, full / compact: 128x768x768 at p = 0.1 and 0.3: 1.0, 1.3; 2048x768x768: 0.94
     and 1.3; 1024x1024x4096: 0.90 and 1.2. Not for bf16 and fp16, where rounding X · s costs accuracy.
     """
-    return p <= 0.15 and rows.dtype in (torch.float32, torch.float64)
+    return p <= 0.15 and dtype in (torch.float32, torch.float64)
 
 
 def mix(weight: Tensor, target: Tensor | None, seed: Tensor, p: float, mask: str, dtype: torch.dtype) -> Tensor:
@@ -73,10 +76,6 @@ def mask_grad(grad: Tensor, seed: Tensor, p: float, mask: str, factor: float, dt
     return torch.ops.mixout_fast.mask_grad.default(
         grad, seed, threshold(p), operators.capacity(grad, p, mask), factor, dtype
     )
-
-
-def gather(rows: Tensor, seed: Tensor, p: float, static: bool) -> tuple[Tensor, Tensor]:
-    return torch.ops.mixout_fast.gather.default(rows, seed, threshold(p), capacity(rows.shape[1], p), static)
 
 
 def linear(
@@ -98,37 +97,39 @@ def linear(
     )
 
 
-def grad_input(grad: Tensor, weight: Tensor, target: Tensor | None, seed: Tensor, p: float, mask: str) -> Tensor:
-    _, one_pass = is_one_pass(grad.dtype, grad.shape[0])
-    return torch.ops.mixout_fast.grad_input.default(
-        grad, weight, target, seed, threshold(p), scale(p), operators.capacity(weight, p, mask), one_pass
-    )
-
-
-def grad_weight(
-    columns: Tensor, grad: Tensor, index: Tensor, in_features: int, factor: float, dtype: torch.dtype
-) -> Tensor:
-    if grad.shape[1] < reference.THIN_OUTPUT:
-        return reference.grad_weight(columns, grad, index, in_features, factor, dtype)
-    return torch.ops.mixout_fast.grad_weight.default(columns, grad, index, in_features, factor, dtype)
+def gradients(
+    grad: Tensor,
+    input: Tensor | None,
+    index: Tensor,
+    columns: Tensor,
+    weight: Tensor,
+    target: Tensor | None,
+    seed: Tensor,
+    p: float,
+    mask: str,
+    factor: float,
+    needs: tuple[bool, bool, bool],
+    static: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    out_features = weight.shape[0]
+    _, one_pass = is_one_pass(grad.dtype, grad.numel() // out_features)
+    in_full = mask == "element" or takes_full_product(grad.dtype, p)
+    in_fp64 = out_features < reference.THIN_OUTPUT
+    bound = operators.capacity(weight, p, mask)
+    return torch.ops.mixout_fast.linear_backward.default(
+        grad, input, index, columns, weight, target, seed, *needs,
+        threshold(p), scale(p), bound, factor, one_pass, in_full, in_fp64,
+    )  # fmt: skip
 
 
 def _register_fakes() -> None:
     operators.register_fakes("mixout_fast")
-    fake = torch.library.register_fake
 
-    @fake("mixout_fast::gather")
-    def gather(rows, seed, threshold, capacity, fixed_size):
-        width = capacity if fixed_size else torch.library.get_ctx().new_dynamic_size()
-        index = torch.empty(width, dtype=torch.int32, device=rows.device)
-        return index, rows.new_empty(rows.shape[0], width)
-
-    @fake("mixout_fast::linear")
+    @torch.library.register_fake("mixout_fast::linear")
     def _(input, weight, target, bias, seed, threshold, scale, capacity, one_pass, gathers, fixed_size):
         output = input.new_empty(*input.shape[:-1], weight.shape[0])
-        if gathers:
-            return output, *gather(input.reshape(-1, weight.shape[1]), seed, threshold, capacity, fixed_size)
-        return output, torch.empty(0, dtype=torch.int32, device=input.device), input.new_empty(0, 0)
+        width = 0 if not gathers else capacity if fixed_size else torch.library.get_ctx().new_dynamic_size()
+        return output, *operators.fake_gathered(input, gathers, width)
 
 
 # At import and not at first use: torch.compile traces `unavailable`, and cannot trace a search of the file system.

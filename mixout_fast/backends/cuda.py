@@ -72,13 +72,14 @@ def is_one_pass(dtype: torch.dtype, rows: int) -> tuple[bool, bool]:
     return rows <= forward, rows <= backward
 
 
-def full_product(rows: Tensor, p: float) -> bool:
-    """As reference's: where the static size is in_features, the compact product saves nothing.
+def takes_full_product(dtype: torch.dtype, p: float, in_features: int) -> bool:
+    """Whether dW of an input mask from one full product, dYᵀ (m ⊙ X · s) or m ⊙ (dYᵀ X) · s, beats the compact one.
 
-    Not for bf16 and fp16, where rounding X · s costs accuracy. Where it saves a little nothing was measured: no GPU.
+    With a dY that is not finite the former makes dropped columns NaN, as it makes the kept ones. It is taken where the
+    static size is in_features, so that the compact product saves nothing; not for bf16 and fp16, where rounding X · s
+    costs accuracy. Where it saves a little nothing was measured: no GPU.
     """
-    in_features = rows.shape[1]
-    return capacity(in_features, p) == in_features and rows.dtype in (torch.float32, torch.float64)
+    return capacity(in_features, p) == in_features and dtype in (torch.float32, torch.float64)
 
 
 def mix(weight: Tensor, target: Tensor | None, seed: Tensor, p: float, mask: str, dtype: torch.dtype) -> Tensor:
@@ -94,10 +95,6 @@ def mask_grad(grad: Tensor, seed: Tensor, p: float, mask: str, factor: float, dt
     return torch.ops.mixout_fast_cuda.mask_grad.default(
         grad, seed, threshold(p), operators.capacity(grad, p, mask), factor, dtype
     )
-
-
-def gather(rows: Tensor, seed: Tensor, p: float, static: bool) -> tuple[Tensor, Tensor]:
-    return torch.ops.mixout_fast_cuda.gather.default(rows, seed, threshold(p), capacity(rows.shape[1], p))
 
 
 def linear(
@@ -119,20 +116,30 @@ def linear(
     )
 
 
-def grad_input(grad: Tensor, weight: Tensor, target: Tensor | None, seed: Tensor, p: float, mask: str) -> Tensor:
-    _, one_pass = is_one_pass(grad.dtype, grad.shape[0])
+def gradients(
+    grad: Tensor,
+    input: Tensor | None,
+    index: Tensor,
+    columns: Tensor,
+    weight: Tensor,
+    target: Tensor | None,
+    seed: Tensor,
+    p: float,
+    mask: str,
+    factor: float,
+    needs: tuple[bool, bool, bool],
+    static: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    out_features, in_features = weight.shape
+    _, one_pass = is_one_pass(grad.dtype, grad.numel() // out_features)
+    in_full = mask == "element" or takes_full_product(grad.dtype, p, in_features)
+    in_fp64 = out_features < reference.THIN_OUTPUT
     tf32 = one_pass and grad.dtype == torch.float32 and _allows_tf32()
-    return torch.ops.mixout_fast_cuda.grad_input.default(
-        grad, weight, target, seed, threshold(p), scale(p), operators.capacity(weight, p, mask), one_pass, tf32
-    )
-
-
-def grad_weight(
-    columns: Tensor, grad: Tensor, index: Tensor, in_features: int, factor: float, dtype: torch.dtype
-) -> Tensor:
-    if grad.shape[1] < reference.THIN_OUTPUT:
-        return reference.grad_weight(columns, grad, index, in_features, factor, dtype)
-    return torch.ops.mixout_fast_cuda.grad_weight.default(columns, grad, index, in_features, factor, dtype)
+    bound = operators.capacity(weight, p, mask)
+    return torch.ops.mixout_fast_cuda.linear_backward.default(
+        grad, input, index, columns, weight, target, seed, *needs,
+        threshold(p), scale(p), bound, factor, one_pass, in_full, in_fp64, tf32,
+    )  # fmt: skip
 
 
 @torch.compiler.assume_constant_result
@@ -143,19 +150,11 @@ def _allows_tf32() -> bool:
 
 def _register_fakes() -> None:
     operators.register_fakes("mixout_fast_cuda")
-    fake = torch.library.register_fake
 
-    @fake("mixout_fast_cuda::gather")
-    def gather(rows, seed, threshold, capacity):
-        index = torch.empty(capacity, dtype=torch.int32, device=rows.device)
-        return index, rows.new_empty(rows.shape[0], capacity)
-
-    @fake("mixout_fast_cuda::linear")
+    @torch.library.register_fake("mixout_fast_cuda::linear")
     def _(input, weight, target, bias, seed, threshold, scale, capacity, one_pass, tf32, gathers):
         output = input.new_empty(*input.shape[:-1], weight.shape[0])
-        if gathers:
-            return output, *gather(input.reshape(-1, weight.shape[1]), seed, threshold, capacity)
-        return output, torch.empty(0, dtype=torch.int32, device=input.device), input.new_empty(0, 0)
+        return output, *operators.fake_gathered(input, gathers, capacity if gathers else 0)
 
 
 # At import and not at first use: torch.compile traces `unavailable`, and cannot trace a search of the file system.

@@ -23,10 +23,17 @@ def register_fakes(namespace: str) -> None:
     def _(grad, seed, threshold, capacity, factor, dtype):
         return torch.empty(grad.shape, dtype=dtype, device=grad.device)
 
-    @fake(f"{namespace}::grad_input")
-    def _(grad, weight, *options):
-        return grad.new_empty(grad.shape[0], weight.shape[1])
+    @fake(f"{namespace}::linear_backward")
+    def _(grad, input, index, columns, weight, target, seed, needs_input, needs_weight, needs_bias, *options):
+        out_features, in_features = weight.shape
+        return (
+            grad.new_empty(*grad.shape[:-1], in_features) if needs_input else None,
+            weight.new_empty(out_features, in_features) if needs_weight else None,
+            grad.new_empty(out_features) if needs_bias else None,
+        )
 
-    @fake(f"{namespace}::grad_weight")
-    def _(columns, grad, index, in_features, factor, dtype):
-        return torch.empty(grad.shape[1], in_features, dtype=dtype, device=grad.device)
+
+def fake_gathered(input: Tensor, gathers: bool, width: int) -> tuple[Tensor, Tensor]:
+    """For tracing, the kept indices and columns beside y."""
+    rows = input.numel() // input.shape[-1] if gathers else 0
+    return torch.empty(width, dtype=torch.int32, device=input.device), input.new_empty(rows, width)

@@ -19,6 +19,7 @@ import functools
 import importlib.util
 import os
 import struct
+import sys
 from collections.abc import Callable
 
 import torch
@@ -83,11 +84,6 @@ def unavailable(device_type: str) -> str | None:
     return "it serves CUDA and ROCm devices (and CPUs through Triton's interpreter, under TRITON_INTERPRET=1)"
 
 
-def full_product(rows: Tensor, p: float) -> bool:
-    """As reference's. Not measured; it would save a launch and the gather where p · rows is small."""
-    return False
-
-
 def is_one_pass(dtype: torch.dtype, rows: int) -> tuple[bool, bool]:
     """Whether y, and whether dX, of so many rows is computed in one pass."""
     forward, backward = ONE_PASS_ROWS[dtype]
@@ -143,6 +139,14 @@ def grad_weight(
     if grad.shape[1] < reference.THIN_OUTPUT:
         return reference.grad_weight(columns, grad, index, in_features, factor, dtype)
     return expanded(columns.t().mm(grad), index, in_features, factor, dtype)
+
+
+def gradients(*arguments) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """As reference's, of the functions above: the two products one after another, dW's always the compact one.
+
+    A full one would save a launch and the gather where p · rows is small. Not measured.
+    """
+    return reference.gradients(*arguments, pieces=sys.modules[__name__])
 
 
 def launch(kernel, grid: tuple[int, ...] | Callable, device: torch.device, *arguments, **options) -> None:
