@@ -364,30 +364,26 @@ def check_mask_grad(case: Case, backend: str | None) -> None:
 
 
 def check_gather(case: Case, backend: str | None) -> None:
-    """Kept indices and columns, alone and with y, with a dynamic and a static shape, are the reference's.
+    """Kept indices and columns beside y, with a dynamic and a static shape, are the reference's.
 
     A backend that cannot wait for the device has the static shape always. Gathering does not change y.
     """
-    module = _module(backend, case)
-    input = case.input.to(case.compute)
-    bias = None if case.bias is None else case.bias.to(case.compute)
-    operands = (input, case.weight, case.target, bias, case.seed, case.p, case.mask)
+    module, operands = _module(backend, case), _linear_operands(case)
     for static in (False, True):
-        got = module.gather(case.rows.to(case.compute), case.seed, case.p, static)
+        output, *got = module.linear(*operands, True, static)
         is_static = static or len(got[0]) == reference.capacity(case.weight.shape[1], case.p)
         want = reference.gather(case.rows.to(case.compute), case.seed, case.p, is_static)
-        output, *beside_output = module.linear(*operands, True, static)
-        for function, results in (("gather", got), ("linear", beside_output)):
-            for name, ours, theirs in zip(("kept indices", "kept columns"), results, want, strict=True):
-                assert_same_bits(f"{function} (static={static}): {name}", ours, theirs, case)
+        for name, ours, theirs in zip(("kept indices", "kept columns"), got, want, strict=True):
+            assert_same_bits(f"{name} (static={static})", ours, theirs, case)
         plain_output, _, _ = module.linear(*operands, False, static)
         assert_same_bits(f"y beside kept columns (static={static})", output, plain_output, case)
 
 
 def check_grad_weight(case: Case, backend: str | None) -> None:
-    """The dense gradient from kept columns is the reference's, zeros included, whatever the padding's columns hold.
+    """dW of an input mask, from kept columns and from x, is the reference's, zeros included.
 
-    Of small positive integers, whose sums are exact in any order and never -0.
+    It is so whatever the padding's columns hold. Of small positive integers, whose sums are exact in any order and
+    never -0; from x without a factor, which may then stand before the sum.
     """
     module = _module(backend, case)
     in_features = case.weight.shape[1]
@@ -399,10 +395,38 @@ def check_grad_weight(case: Case, backend: str | None) -> None:
         index = reference.kept_indices(case.seed, in_features, case.p, static)
         # Any columns, so of a static shape also the padding's.
         columns = integers(case.rows[:, : len(index)]).contiguous()
-        grad = integers(case.grad_output).reshape(len(columns), -1)
-        arguments = (columns, grad, index, in_features, reference.scale(case.p), case.weight.dtype)
-        got, want = module.grad_weight(*arguments), reference.grad_weight(*arguments)
-        assert_same_bits(f"grad_weight (static={static})", got, want, case)
+        none = index[:0], columns[:0, :0]
+        for source, x, gathered, factor in (
+            ("kept columns", None, (index, columns), reference.scale(case.p)),
+            ("x", integers(case.input), none, 1.0),
+        ):
+            arguments = (integers(case.grad_output), x, *gathered, case.weight, None, case.seed, case.p, case.mask)
+            arguments += (factor, (False, True, False), static)
+            (_, got, _), (_, want, _) = module.gradients(*arguments), reference.gradients(*arguments)
+            assert_same_bits(f"dW from {source} (static={static})", got, want, case)
+
+
+def check_each_gradient_alone(case: Case, backend: str | None) -> None:
+    """dX, dW and db have the same bits alone and beside one another, from kept columns and from x."""
+    module, operands = _module(backend, case), _linear_operands(case)
+    input, weight, target, _, *draw = operands
+    for gathers in (True, False) if case.mask == "input" else (False,):
+        _, *gathered = module.linear(*operands, gathers, False)
+        arguments = (case.grad_output, None if gathers else input, *gathered, weight, target, *draw)
+        arguments += (reference.scale(case.p),)
+        together = module.gradients(*arguments, (True, True, True), False)
+        for i, name in enumerate(RESULTS[1:]):
+            needs = tuple(i == j for j in range(3))
+            results = module.gradients(*arguments, needs, False)
+            if [result is not None for result in results] != list(needs):
+                raise AssertionError(f"gradients: more or less than {name}, which alone was wanted: {case}")
+            assert_same_bits(f"{name} alone (kept columns: {gathers})", results[i], together[i], case)
+
+
+def _linear_operands(case: Case) -> tuple:
+    """What a backend's linear takes, as autocast casts it."""
+    bias = None if case.bias is None else case.bias.to(case.compute)
+    return case.input.to(case.compute), case.weight, case.target, bias, case.seed, case.p, case.mask
 
 
 @contextlib.contextmanager
@@ -593,6 +617,7 @@ def checks(
 
 def _check_bits(backend: str | None, seed: int, options: dict) -> None:
     functions = [check_mask, check_mixed_weight, check_mask_grad, check_output, check_repeatable]
+    functions += [check_each_gradient_alone]
     if options["mask"] == "input":
         functions += [check_gather, check_grad_weight]
     for p in (0.1, 0.9, 1.0):

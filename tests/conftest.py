@@ -113,6 +113,7 @@ def broken(monkeypatch, few_shapes):
     """A second copy of the reference, to be broken, as the backend "broken"."""
     specification = importlib.util.spec_from_file_location("broken", reference.__file__)
     module = importlib.util.module_from_spec(specification)
+    monkeypatch.setitem(sys.modules, "broken", module)
     specification.loader.exec_module(module)
     monkeypatch.setitem(backends.BACKENDS, "broken", module)
     return module

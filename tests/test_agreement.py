@@ -42,6 +42,14 @@ def test_bits_of_mask_mixed_weight_and_gradient_layout(make, shape, p, mask, bac
             testing.check_grad_weight(case, backend)
 
 
+@shapes
+@precisions
+@masks
+@pytest.mark.parametrize("p", (0.1, 0.9))
+def test_each_gradient_is_the_same_alone(make, shape, p, backend, path):
+    testing.check_each_gradient_alone(make(testing.random_case, *shape, p=p), backend)
+
+
 @precisions
 @masks
 @pytest.mark.parametrize("p", (0.0001, 0.3, 0.5, 0.9))

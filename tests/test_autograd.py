@@ -274,16 +274,14 @@ def test_registered_operators_are_pure_and_have_fakes(target, leading, mask, dev
     """What torch.compile relies on; a backend without registered operators has nothing to check."""
     case = testing.random_case(leading, 33, 17, p=0.9, mask=mask, target=target, bias=target, device=device, seed=seed)
     module, draw = backends.BACKENDS[backend], (case.seed, case.p, case.mask)
-    operands, grad = (case.weight, case.target), case.grad_output.view(-1, 17)
+    operands = case.weight, case.target
     with OperatorCalls() as recorder:
         module.mix(*operands, *draw, torch.bfloat16)
         module.mask_grad(case.weight, *draw, 10.0, torch.bfloat16)
-        module.grad_input(grad, *operands, *draw)
-        for static in (False, True):
-            module.linear(case.input, *operands, case.bias, *draw, False, static)
-            if mask == "input":
-                module.linear(case.input, *operands, case.bias, *draw, True, static)
-                index, columns = module.gather(case.rows, case.seed, case.p, static)
-                module.grad_weight(columns, grad, index, 33, 10.0, torch.float32)
+        for static, gathers in itertools.product((False, True), (False, True) if mask == "input" else (False,)):
+            _, *gathered = module.linear(case.input, *operands, case.bias, *draw, gathers, static)
+            arguments = (case.grad_output, None if gathers else case.input, *gathered, *operands, *draw, 10.0)
+            for needs in ((True, True, True), (False, True, False), (True, False, True)):
+                module.gradients(*arguments, needs, static)
     for operator, (args, kwargs) in recorder.calls:
         torch.library.opcheck(operator, args, kwargs)

@@ -145,14 +145,14 @@ with FakeTensorMode():
             weight, target = (torch.empty(96, 768, device="cuda") for _ in range(2))
             seed = torch.zeros((), dtype=torch.int64, device="cuda")
             y, index, columns = cuda.linear(x, weight, target, None, seed, 0.9, mask, mask == "input", False)
-            grad = y.view(-1, 96)
-            results = [(y, (2, rows, 96), dtype)]
-            results += [(cuda.grad_input(grad, weight, target, seed, 0.9, mask), (2 * rows, 768), dtype)]
+            arguments = (y, None if mask == "input" else x, index, columns, weight, target, seed, 0.9, mask, 1.0)
+            dX, dW, db = cuda.gradients(*arguments, (True, True, True), False)
+            results = [(y, (2, rows, 96), dtype), (dX, (2, rows, 768), dtype)]
+            results += [(dW, (96, 768), torch.float32), (db, (96,), dtype)]
             results += [(cuda.mix(weight, target, seed, 0.9, mask, dtype), (96, 768), dtype)]
             results += [(cuda.mask_grad(weight, seed, 0.9, mask, 1.0, dtype), (96, 768), dtype)]
             if mask == "input":
                 results += [(index, (144,), torch.int32), (columns, (2 * rows, 144), dtype)]
-                results += [(cuda.grad_weight(columns, grad, index, 768, 1.0, torch.float32), (96, 768), torch.float32)]
             for result, shape, dtype_wanted in results:
                 assert (result.shape, result.dtype, result.device.type) == (shape, dtype_wanted, "cuda")
 print("fakes hold")
@@ -185,6 +185,6 @@ def test_it_does_not_take_cpu_tensors():
     program = f"""
 import torch
 torch.ops.load_library("{LIBRARY}")
-torch.ops.mixout_fast_cuda.gather(torch.zeros(3, 5), torch.tensor(0), 0, 5)
+torch.ops.mixout_fast_cuda.mask_grad(torch.zeros(3, 5), torch.tensor(0), 0, 5, 1.0, torch.float32)
 """
-    assert "Could not run 'mixout_fast_cuda::gather' with arguments from the 'CPU' backend" in run(program).stderr
+    assert "Could not run 'mixout_fast_cuda::mask_grad' with arguments from the 'CPU' backend" in run(program).stderr

@@ -79,6 +79,18 @@ def grad_weight_uncleared(columns, grad, index, in_features, factor, dtype):
     return dense
 
 
+def gradients_with_db_always(*arguments):
+    *arguments, (dX, dW, _), static = arguments
+    return reference.gradients(*arguments, (dX, dW, True), static)
+
+
+def gradients_losing_the_last_row_of_dx_beside_dw(*arguments):
+    dX, dW, db = reference.gradients(*arguments)
+    if dX is not None and dW is not None:
+        dX[-1:] = 0
+    return dX, dW, db
+
+
 # what the mistake is, the function of the reference that makes it, its broken form
 MUTATIONS = (
     ("p is off by a thousandth", "threshold", lambda p: reference.threshold(max(0.0, p - 0.001))),
@@ -111,6 +123,8 @@ MUTATIONS = (
     ("dense gradient not scaled", "mask_grad", lambda g, s, p, m, _, d: reference.mask_grad(g, s, p, m, 1.0, d)),
     ("dense gradient not masked", "mask_grad", lambda g, s, p, m, f, d: (g * f).to(d)),
     ("indices of int64", "kept_indices", lambda *arguments: reference.kept_indices(*arguments).long()),
+    ("db though it is not needed", "gradients", gradients_with_db_always),
+    ("the last row of dX lost beside dW", "gradients", gradients_losing_the_last_row_of_dx_beside_dw),
     ("columns of x shifted", "gather", lambda x, *arguments: reference.gather(x.roll(1, 1), *arguments)),
 )
 

@@ -69,9 +69,10 @@ def test_the_threshold_is_inclusive_and_exact(mask, device, backend):
 def test_indices_of_kept_entries(seed, device, backend):
     p, count = 0.7, 255
     kept = [i for i, word in enumerate(words(seed, count)) if word >= round(p * 2**32)]
-    x = torch.randn(3, count, device=device)
+    x, weight = torch.randn(3, count, device=device), torch.randn(2, count, device=device)
+    draw = torch.tensor(seed, device=device), p, "input"
     for static in (False, True):
-        index, columns = backends.BACKENDS[backend].gather(x, torch.tensor(seed, device=device), p, static)
+        _, index, columns = backends.BACKENDS[backend].linear(x, weight, None, None, *draw, True, static)
         # A backend that cannot wait for the device has the static size always.
         is_static = static or len(index) == reference.capacity(count, p)
         padding = [-1] * (reference.capacity(count, p) - len(kept)) if is_static else []
@@ -109,6 +110,7 @@ def test_kept_entries_past_the_capacity_count_as_dropped(device, backend, monkey
     mixed = module.mix(torch.ones(3, count, device=device), None, seed, p, "input", torch.float32)
     assert mixed.nonzero().tolist() == [[row, column] for row in range(3) for column in kept]
     for static in (False, True):
-        assert module.gather(torch.ones(2, count, device=device), seed, p, static)[0].tolist() == kept
+        _, index, _ = module.linear(*torch.ones(2, 3, count, device=device), None, None, seed, p, "input", True, static)
+        assert index.tolist() == kept
     element = module.mix(torch.ones(3, count, device=device), None, seed, p, "element", torch.float32)
     assert element.count_nonzero() > 48, "the element mask has no capacity"
