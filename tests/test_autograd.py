@@ -79,6 +79,14 @@ def test_leading_dimensions(leading, mask, device, backend, path, seed):
 
 
 @masks
+def test_no_rows(mask, device, backend, path, seed):
+    """dW and db are zeros, which somebody has to write; of 255 columns forward gathers the kept at p = 0.9."""
+    for p in (0.1, 0.3, 0.9):
+        results = testing.run(testing.random_case(0, 255, 33, p=p, mask=mask, device=device, seed=seed), backend)
+        assert not any(results[name].any() for name in ("dW", "db"))
+
+
+@masks
 @pytest.mark.parametrize("shape", ((3, 0, 5), (3, 5, 0), (0, 0, 0)), ids=str)
 def test_no_features(shape, mask, device, backend, path):
     rows, in_features, out_features = shape

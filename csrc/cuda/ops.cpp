@@ -4,6 +4,10 @@
 //
 // A mask is given by a 0-d int64 seed, threshold = round(p * 2^32), and capacity: the most columns that an input mask
 // keeps, or None for one entry per element. scale is 1 / (1 - p).
+//
+// linear_backward gives dX, dW and db, where needed, of grad (..., N). dW is made of the kept index and columns, or
+// where there is an input, of that: by full_product, or gathered first. one_pass is of dX, in_fp64 the compact sum of
+// dW.
 #include <dlfcn.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
