@@ -262,6 +262,30 @@ def test_backward_of_another_thread_and_order_uses_the_same_mask(mask, device, b
         assert torch.equal(grad, output.t())
 
 
+@masks
+def test_a_tensor_left_behind_by_a_transform_gets_its_gradient(mask, device, backend):
+    """As with nn.functional.linear: such a tensor is a wrapper, whose own graph has ended."""
+    operands = {"input": torch.eye(64), "weight": torch.ones(64, 64), "bias": torch.ones(64)}
+    operands = {name: tensor.to(device).requires_grad_() for name, tensor in operands.items()}
+    seed = torch.tensor(0, device=device)
+
+    def gradient(operand, **changed):
+        output = mix_linear(**operands | changed, p=0.5, mask=mask, seed=seed, backend=backend)
+        return torch.autograd.grad(output.sum(), operand)[0]
+
+    for name, operand in operands.items():
+        left = []
+        torch.func.grad(lambda tensor, left=left: (left.append(tensor), tensor.sum())[1])(operand)
+        assert torch.equal(gradient(operand, **{name: left[0]}), gradient(operand)), name
+
+
+def test_transforms_are_refused(device, backend):
+    """A Function with one forward for result and context cannot be transformed; torch says so."""
+    x, weight = torch.eye(64, device=device), torch.ones(64, 64, device=device)
+    with pytest.raises(RuntimeError, match="functorch transforms"):
+        torch.func.grad(lambda weight: mix_linear(x, weight, p=0.5, backend=backend).sum())(weight)
+
+
 class OperatorCalls(TorchDispatchMode):
     """Notes the calls of the package's registered operators."""
 
