@@ -29,6 +29,14 @@ struct Mixing {
   Mask mask;
 };
 
+// The kept columns of x: those of its columns numbered index[0 ... count), ascending, or all count without an index.
+struct KeptX {
+  Matrix x;
+  int64_t rows;
+  const int32_t* index;
+  int64_t count;
+};
+
 // Kernels over a pair of dtypes: the operands', and that of the result and of x or dy.
 struct Kernels {
   // Rows [begin, end) of W' into out (rows, columns).
@@ -44,14 +52,17 @@ struct Kernels {
   void (*mask_grad)(Matrix grad, int64_t columns, const Mask& mask, double factor, int64_t begin, int64_t end,
                     void* out);
 
-  // Rows [begin, end) of dW (outputs, columns) from the kept columns of x (m, count), numbered index, and dy (m,
-  // outputs), the kept ones times factor, the others 0. Of one dtype, fp32 or fp64; else null.
-  void (*grad_weight)(Matrix x, Matrix dy, int64_t m, int64_t outputs, const int32_t* index, int64_t count,
-                      int64_t columns, double factor, int64_t begin, int64_t end, void* out);
-
   // Rows [begin, end) of out (rows, columns): column index[j] is compact's row j times factor, the others are 0.
   void (*expand)(Matrix compact, const int32_t* index, int64_t count, int64_t columns, double factor, int64_t begin,
                  int64_t end, void* out);
+
+  // dW without the library's product, where it is the faster: with AVX-512, all of one dtype, fp32 or fp64; else null.
+  // Rows [begin, end) of the kept columns of x into `staged`, room for all rows of round_up(count, output_unit).
+  void (*stage_kept)(const KeptX& kept_x, int64_t begin, int64_t end, void* staged) = nullptr;
+  // Rows [begin, end) of dW (outputs, columns) from x and dy (m, outputs), the columns numbered index times factor, the
+  // others 0; and of db, the sums of dy, unless it is null. Where `staged` is null, x is staged here, by every thread.
+  void (*grad_weight)(const KeptX& kept_x, const void* staged, Matrix dy, int64_t outputs, const int32_t* index,
+                      int64_t columns, double factor, int64_t begin, int64_t end, void* dw, void* db) = nullptr;
 };
 
 enum class Dtype { f64, f32, bf16, f16 };
@@ -72,6 +83,12 @@ constexpr int64_t round_up(int64_t value, int64_t multiple) { return (value + mu
 
 // Where threads may split the outputs of a product: a multiple of every vector's lanes.
 constexpr int64_t output_unit = 16;
+
+// The kept columns' number: their indices are followed by -1.
+constexpr int64_t kept_count(const int32_t* index, int64_t count) {
+  while (count > 0 && index[count - 1] < 0) --count;
+  return count;
+}
 
 namespace baseline {
 extern const InstructionSet instruction_set;

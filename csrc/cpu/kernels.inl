@@ -52,7 +52,13 @@ MIXOUT_INLINE Vector<float> spread(const float* source, uint32_t kept) {
 MIXOUT_INLINE Vector<double> spread(const double* source, uint32_t kept) {
   return _mm512_maskz_expandloadu_pd(static_cast<__mmask8>(kept), source);
 }
-#define MIXOUT_HAS_SPREAD
+MIXOUT_INLINE Vector<float> compress(Vector<float> row, uint32_t kept) {
+  return _mm512_maskz_compress_ps(static_cast<__mmask16>(kept), row);
+}
+MIXOUT_INLINE Vector<double> compress(Vector<double> row, uint32_t kept) {
+  return _mm512_maskz_compress_pd(static_cast<__mmask8>(kept), row);
+}
+#define MIXOUT_HAS_COMPRESS
 constexpr int tile_rows = 8; // 8 x 3 sums, 3 operands and a broadcast in 32 registers
 #elif MIXOUT_VECTOR_BYTES == 32
 MIXOUT_INLINE Vector<float> broadcast(float value) { return _mm256_set1_ps(value); }
@@ -116,12 +122,6 @@ struct Left {
 // x or dy beside W', off the power of two, whose rows would share one L1 set.
 template <bool forward, typename T>
 using StagedRows = Left<block_terms<forward, T> + 16, 1>;
-// The weight's gradient takes rows of x and dy in blocks of so many, and as many of its own rows at a time as keep
-// their compact sums and their part of dy in L2: at most so many elements.
-constexpr int64_t compact_terms = 256;
-constexpr int64_t compact_block = 256 * 1024;
-constexpr int64_t tile_size = compact_terms * tile_rows + 16; // off the power of two here too
-
 // How many of a block's terms are summed one by one, for an error near the library's. It sums fp64 in blocks of 192;
 // and up to 16 rows or outputs in as many parts as its vectors have lanes: 384 terms one by one would have 3 times its
 // error there. By the whole product and not a thread's part: the sums must not depend on the threads.
@@ -129,12 +129,6 @@ template <typename T>
 constexpr int64_t summed_at_once(int64_t rows, int64_t outputs, int64_t block) {
   if (rows <= 16 || outputs <= 16) return 32;
   return sizeof(T) == 8 && block > 192 ? 192 : block;
-}
-
-// The kept columns' number: their indices are followed by -1.
-constexpr int64_t kept_count(const int32_t* index, int64_t count) {
-  while (count > 0 && index[count - 1] < 0) --count;
-  return count;
 }
 
 // Per-thread memory that only grows; it holds blocks of a product, and of few rows whole operands.
@@ -278,11 +272,14 @@ void gather(Matrix x, int64_t element_size, const int32_t* index, int64_t count,
 // vectorises.
 template <typename T, typename Element>
 MIXOUT_INLINE Vector<T> load_widened(const Element* source, int64_t stride, int64_t count) {
-  T values[lanes<T>] = {};
-  if (count == lanes<T> && stride == 1)
+  if (count == lanes<T> && stride == 1) {
+    if constexpr (std::is_same_v<T, Element>) return load(source);
+    T values[lanes<T>];
     for (int lane = 0; lane < lanes<T>; ++lane) values[lane] = widen(source[lane]);
-  else
-    for (int64_t lane = 0; lane < count; ++lane) values[lane] = widen(source[lane * stride]);
+    return load(values);
+  }
+  T values[lanes<T>] = {};
+  for (int64_t lane = 0; lane < count; ++lane) values[lane] = widen(source[lane * stride]);
   return load(values);
 }
 template <typename T, typename Element>
@@ -328,18 +325,60 @@ void stream_row(const T* source, int64_t count, T* destination) {
   memcpy(destination, source, count * sizeof(T));
 }
 
+// The kept columns of a matrix, ascending: taken out of its rows, or put back between zeros.
+template <typename T>
+class KeptColumns {
+public:
+  KeptColumns(const int32_t* index, int64_t count) : index_(index), count_(count) {
+#if defined(MIXOUT_HAS_COMPRESS)
+    vectors_ = count ? index[count - 1] / lanes<T> + 1 : 0;
+    kept_ = scratch<uint16_t>(Slot::mask, vectors_);
+    memset(kept_, 0, vectors_ * sizeof(uint16_t));
+    for (int64_t j = 0; j < count; ++j) kept_[index[j] / lanes<T>] |= 1 << index[j] % lanes<T>;
+#endif
+  }
+
+#if defined(MIXOUT_HAS_COMPRESS)
+  // Of `row` no more than up to the last of them is read; `out` has room for one vector more than they take.
+  MIXOUT_INLINE void take(const T* row, T* out) const {
+    if (count_ == 0) return;
+    const int64_t last = vectors_ - 1;
+    for (int64_t v = 0; v < last; ++v) {
+      store(out, compress(load(row + v * lanes<T>), kept_[v]));
+      out += __builtin_popcount(kept_[v]);
+    }
+    for (uint32_t kept = kept_[last]; kept; kept &= kept - 1) *out++ = row[last * lanes<T> + __builtin_ctz(kept)];
+  }
+#endif
+
+  // `row` has room for whole vectors; its other columns are 0 already.
+  MIXOUT_INLINE void put(const T* columns, T* row) const {
+#if defined(MIXOUT_HAS_COMPRESS)
+    for (int64_t v = 0; v < vectors_; ++v) {
+      store(row + v * lanes<T>, spread(columns, kept_[v]));
+      columns += __builtin_popcount(kept_[v]);
+    }
+#else
+    for (int64_t j = 0; j < count_; ++j) row[index_[j]] = columns[j];
+#endif
+  }
+
+private:
+  const int32_t* index_;
+  int64_t count_;
+#if defined(MIXOUT_HAS_COMPRESS)
+  int64_t vectors_;
+  uint16_t* kept_; // a bit per column, a word per vector
+#endif
+};
+
 // Writes rows of the dense gradient from their kept columns; the other columns are 0.
 template <typename T, typename Result>
 class DenseRows {
 public:
   DenseRows(const int32_t* index, int64_t count, int64_t columns)
-      : index_(index), count_(count), columns_(columns), stride_(round_up(columns, 64)),
-        row_(scratch<T>(Slot::target, stride_)), kept_(scratch<uint16_t>(Slot::mask, stride_)) {
-    memset(row_, 0, stride_ * sizeof(T));
-#if defined(MIXOUT_HAS_SPREAD)
-    memset(kept_, 0, stride_ * sizeof(uint16_t));
-    for (int64_t j = 0; j < count; ++j) kept_[index[j] / lanes<T>] |= 1 << index[j] % lanes<T>;
-#endif
+      : kept_(index, count), columns_(columns), row_(scratch<T>(Slot::target, round_up(columns, lanes<T>))) {
+    memset(row_, 0, columns * sizeof(T));
   }
   ~DenseRows() {
 #if defined(__x86_64__)
@@ -348,29 +387,20 @@ public:
   }
 
   void put(const T* kept_columns, Result* destination) {
-#if defined(MIXOUT_HAS_SPREAD)
-    for (int64_t k = 0; k < columns_; k += lanes<T>) {
-      const uint32_t kept = kept_[k / lanes<T>];
-      store(row_ + k, spread(kept_columns, kept));
-      kept_columns += __builtin_popcount(kept);
-    }
-#else
-    for (int64_t j = 0; j < count_; ++j) row_[index_[j]] = kept_columns[j];
-#endif
+    kept_.put(kept_columns, row_);
     if constexpr (std::is_same_v<Result, T>) {
       stream_row(row_, columns_, destination);
     } else {
-      Result* narrowed = scratch<Result>(Slot::weight, stride_);
+      Result* narrowed = scratch<Result>(Slot::weight, columns_);
       for (int64_t k = 0; k < columns_; ++k) narrowed[k] = narrow<Result>(row_[k]);
       stream_row(narrowed, columns_, destination);
     }
   }
 
 private:
-  const int32_t* index_;
-  int64_t count_, columns_, stride_;
+  KeptColumns<T> kept_;
+  int64_t columns_;
   T* row_;
-  uint16_t* kept_; // a bit per column, a word per vector
 };
 
 template <typename Operand, typename Result>
@@ -460,38 +490,40 @@ void mix_panels(const Mixing& mixing, Part part, Panels<T> panels) {
   }
 }
 
-// The next part of W and U on its way to L2 while this one is multiplied, a line of each at a time: mixing waits for
-// memory, and multiplying leaves it idle.
+// The next part of one operand or two on its way to L2 while this one is multiplied, a line of each at a time: mixing
+// and staging wait for memory, and multiplying leaves it idle.
 struct Prefetch {
-  const char* weight = nullptr;
-  const char* target = nullptr;
-  int64_t weight_stride = 0, target_stride = 0; // bytes
+  const char* first = nullptr;
+  const char* second = nullptr;
+  int64_t first_stride = 0, second_stride = 0; // bytes
   int64_t rows = 0, lines = 0;
   int64_t line = 0;
 
   MIXOUT_INLINE void step() {
     if (rows == 0) return;
-    __builtin_prefetch(weight + line * 64, 0, 2);
-    if (target) __builtin_prefetch(target + line * 64, 0, 2);
+    __builtin_prefetch(first + line * 64, 0, 2);
+    if (second) __builtin_prefetch(second + line * 64, 0, 2);
     if (++line < lines) return;
     line = 0;
     --rows;
-    weight += weight_stride;
-    if (target) target += target_stride;
+    first += first_stride;
+    if (second) second += second_stride;
   }
 };
+
+template <typename T>
+const char* address(const Matrix& matrix, int64_t row, int64_t column) {
+  return static_cast<const char*>(matrix.data) + (row * matrix.row_stride + column) * static_cast<int64_t>(sizeof(T));
+}
 
 template <bool forward, typename Operand>
 Prefetch prefetch_of(const Mixing& mixing, Part next) {
   if (next.terms <= 0 || mixing.weight.column_stride != 1) return {};
   constexpr int64_t size = sizeof(Operand);
   const int64_t row = forward ? next.output : next.term, column = forward ? next.term : next.output;
-  const auto start = [=](const Matrix& matrix) {
-    return static_cast<const char*>(matrix.data) + (row * matrix.row_stride + column) * size;
-  };
   const bool has_target = mixing.target.data && mixing.target.column_stride == 1;
-  return {start(mixing.weight),
-          has_target ? start(mixing.target) : nullptr,
+  return {address<Operand>(mixing.weight, row, column),
+          has_target ? address<Operand>(mixing.target, row, column) : nullptr,
           mixing.weight.row_stride * size,
           mixing.target.row_stride * size,
           forward ? next.outputs : next.terms,
@@ -641,94 +673,175 @@ void multiply(const Mixing& mixing, Matrix x, int64_t m, int64_t begin, int64_t 
                     static_cast<Result*>(result) + row * result_stride + output);
 }
 
-// Columns [0, count) of rows [term, term + panels.terms) of x as the vector operand.
+#if defined(MIXOUT_HAS_COMPRESS)
+// The weight's gradient is a product over the rows of x and dy. The kept columns of x are its vector operand, staged in
+// panels for all threads first; the gradient's own rows are taken as many at a time as keep their sums in L2, so many
+// elements, but at least so many rows, which read each panel again. Measured on 2 cores at p = 0.1: blocks of 128
+// terms, a panel of which fits L1, 7.7 ms at 2048x768x768, of 256 8.0, of 64 8.0; twice the elements 28.1 -> 29.6 ms at
+// 2048x768x3072; without the least of rows 30.3 -> 32.7 ms at 2048x3072x768; without fetching the next panel ahead
+// 7.6 -> 8.2 ms at 2048x768x768.
+constexpr int64_t block_rows_of_x = 128;
+constexpr int64_t block_sums = 256 * 1024;
+constexpr int64_t least_block_rows = 192;
+constexpr int64_t tile_size = block_rows_of_x * tile_rows + 16; // off the power of two here too
+
+// The kept columns of x: blocks of rows, the last one lower, each in panels.
 template <typename T>
-void stage_columns(Matrix x, int64_t term, int64_t count, Panels<T> panels) {
-  for (int64_t k = 0; k < panels.terms; ++k) {
-    const T* source = static_cast<const T*>(x.data) + (term + k) * x.row_stride;
-    for (int64_t column = 0; column < count; column += panel<T>) {
-      const int64_t width = panels.width(column, count);
-      T* out = panels.at(column) + k * width;
-      for (int64_t v = 0; v < width; v += lanes<T>) {
-        const int64_t left = count - column - v;
-        store(out + v, load_widened<T>(source + (column + v) * x.column_stride, x.column_stride,
-                                       left < lanes<T> ? left : lanes<T>));
+Panels<T> kept_panels(T* data, int64_t m, int64_t padded, int64_t term) {
+  return {data + term * padded, m - term < block_rows_of_x ? m - term : block_rows_of_x};
+}
+
+// Rows [begin, end) of them, filled up with 0 to whole vectors.
+template <typename T>
+void stage_kept(const KeptX& kept_x, int64_t begin, int64_t end, void* out) {
+  const auto [x, m, index, count] = kept_x;
+  const int64_t padded = round_up(count, lanes<T>), stride = padded + lanes<T>;
+  // Several rows at a time: their parts are stored well before they are loaded again as whole vectors.
+  constexpr int64_t height = 8;
+  T* rows = scratch<T>(Slot::rows, height * stride);
+  const KeptColumns<T> kept(index, index ? count : 0);
+  for (int64_t first = begin; first < end; first += height) {
+    const int64_t last = first + height < end ? first + height : end;
+    for (int64_t k = first; k < last; ++k) {
+      const T* source = static_cast<const T*>(x.data) + k * x.row_stride;
+      T* row = rows + (k - first) * stride;
+      if (index && x.column_stride == 1) kept.take(source, row);
+      else
+        for (int64_t j = 0; j < count; ++j) row[j] = source[(index ? index[j] : j) * x.column_stride];
+      memset(row + count, 0, (padded - count) * sizeof(T));
+    }
+    for (int64_t k = first; k < last; ++k) {
+      const int64_t term = k / block_rows_of_x * block_rows_of_x;
+      const Panels<T> panels = kept_panels(static_cast<T*>(out), m, padded, term);
+      const T* row = rows + (k - first) * stride;
+      for (int64_t column = 0; column < padded; column += panel<T>) {
+        const int64_t width = panels.width(column, padded);
+        T* to = panels.at(column) + (k - term) * width;
+        for (int64_t v = 0; v < width; v += lanes<T>) store(to + v, load(row + column + v));
       }
     }
   }
 }
 
-// Columns [first, first + columns) of rows [term, term + terms) of dy as broadcast operands, one per tile of columns:
-// [tiles][tile_size], a tile [terms][tile_rows], filled up with 0.
 template <typename T>
-void stage_tiles(Matrix dy, int64_t term, int64_t terms, int64_t first, int64_t columns, T* staged) {
-  for (int64_t k = 0; k < terms; ++k) {
-    const T* source = static_cast<const T*>(dy.data) + (term + k) * dy.row_stride + first * dy.column_stride;
-    for (int64_t column = 0; column < columns; column += tile_rows) {
-      T* out = staged + column / tile_rows * tile_size + k * tile_rows;
-      if (columns - column >= tile_rows && dy.column_stride == 1) memcpy(out, source + column, tile_rows * sizeof(T));
-      else
-        for (int64_t i = 0; i < tile_rows; ++i)
-          out[i] = column + i < columns ? source[(column + i) * dy.column_stride] : T{0};
+MIXOUT_INLINE void add_and_clear(T* __restrict from, int64_t count, T* __restrict to) {
+  for (int64_t i = 0; i < count; ++i) {
+    to[i] += from[i];
+    from[i] = T{0};
+  }
+}
+
+// Columns [first, first + columns) of rows [term, term + terms) of dy as broadcast operands, one per tile of columns:
+// [tiles][tile_size], a tile [terms][tile_rows], filled up with 0. Adds the rows to `sums`, which ends with a vector:
+// sixteen at once, for an error like that of the library's sum, and from L1, behind the copies, which would wait.
+template <typename T>
+void stage_tiles(Matrix dy, int64_t term, int64_t terms, int64_t first, int64_t columns, T* staged, T* sums) {
+  const T* source = static_cast<const T*>(dy.data) + term * dy.row_stride + first * dy.column_stride;
+  for (int64_t start = 0; start < terms; start += 16) {
+    const int64_t end = start + 16 < terms ? start + 16 : terms;
+    for (int64_t k = start; k < end; ++k) {
+      const T* row = source + k * dy.row_stride;
+      for (int64_t column = 0; column < columns; column += tile_rows) {
+        T* out = staged + column / tile_rows * tile_size + k * tile_rows;
+        if (columns - column >= tile_rows && dy.column_stride == 1) memcpy(out, row + column, tile_rows * sizeof(T));
+        else
+          for (int64_t i = 0; i < tile_rows; ++i)
+            out[i] = column + i < columns ? row[(column + i) * dy.column_stride] : T{0};
+      }
+    }
+    for (int64_t column = 0; column < columns; column += lanes<T>) {
+      const int64_t width = columns - column < lanes<T> ? columns - column : lanes<T>;
+      Vector<T> sum{};
+      for (int64_t k = start; k < end; ++k)
+        sum += load_widened<T>(source + k * dy.row_stride + column * dy.column_stride, dy.column_stride, width);
+      store(sums + column, load(sums + column) + sum);
     }
   }
 }
 
-// Rows [begin, end) of dW (outputs, columns) = (x^T dy)^T * factor from the kept columns of x (m, count) and dy (m,
-// outputs): the compact rows are summed in L2 and spread from there.
+// Rows [begin, end) of dW (outputs, columns) = (x^T dy)^T * factor and of db, the sums of dy (m, outputs).
 template <typename T>
-void grad_weight(Matrix x, Matrix dy, int64_t m, int64_t outputs, const int32_t* index, int64_t count, int64_t columns,
-                 double factor, int64_t begin, int64_t end, void* out) {
-  count = kept_count(index, count);
-  const int64_t padded = round_up(count, lanes<T>);
-  const int64_t piece = summed_at_once<T>(count, outputs, compact_terms);
-  const int64_t fitting = compact_block / (padded + tile_size / tile_rows);
-  const int64_t blocks = (end - begin + fitting - 1) / fitting;
-  const int64_t block_rows = blocks ? round_up((end - begin + blocks - 1) / blocks, tile_rows) : 0;
-  T* sums =
-      scratch<T>(Slot::block, (block_rows + compact_terms) * padded + block_rows / tile_rows * tile_size + panel<T>);
-  T* kept_x = sums + block_rows * padded;
-  T* staged_dy = kept_x + compact_terms * padded;
-  T* zeros = staged_dy + block_rows / tile_rows * tile_size;
-  memset(zeros, 0, panel<T> * sizeof(T));
+void grad_weight(const KeptX& kept_x, const void* staged_x, Matrix dy, int64_t outputs, const int32_t* index,
+                 int64_t columns, double factor, int64_t begin, int64_t end, void* dw, void* db) {
+  static_assert(lanes<T> % tile_rows == 0 && output_unit % lanes<T> == 0);
+  const int64_t m = kept_x.rows, count = kept_x.count, padded = round_up(count, lanes<T>);
+  const int64_t piece = summed_at_once<T>(count, outputs, block_rows_of_x);
+  const int64_t in_l2 = block_sums / (padded + tile_size / tile_rows);
+  const int64_t most_rows = in_l2 > least_block_rows ? in_l2 : least_block_rows;
+  const int64_t blocks = (end - begin + most_rows - 1) / most_rows;
+  const int64_t block_rows = blocks ? round_up((end - begin + blocks - 1) / blocks, output_unit) : 0;
+  const int64_t staged_size = block_rows / tile_rows * tile_size, own_size = staged_x ? 0 : m * padded;
+  T* own_x = scratch<T>(Slot::block, own_size + block_rows * padded + staged_size + panel<T> + 3 * block_rows);
+  T* sums = own_x + own_size;
+  T* staged = sums + block_rows * padded;
+  T* zeros = staged + staged_size;
+  if (!staged_x) stage_kept<T>(kept_x, 0, m, own_x);
+  T* x_panels = staged_x ? const_cast<T*>(static_cast<const T*>(staged_x)) : own_x;
+  T* dy_sums[3]; // of a block, 16 blocks, all
+  for (int level = 0; level < 3; ++level) dy_sums[level] = zeros + panel<T> + level * block_rows;
+  memset(zeros, 0, (panel<T> + 3 * block_rows) * sizeof(T));
   DenseRows<T, T> dense(index, count, columns);
+  T* kept_columns = scratch<T>(Slot::rows, padded);
   for (int64_t first = begin; first < end; first += block_rows) {
     const int64_t rows = end - first < block_rows ? end - first : block_rows;
-    if (m == 0) memset(sums, 0, rows * padded * sizeof(T));
-    for (int64_t term = 0; term < m && count > 0; term += compact_terms) {
-      const int64_t terms = m - term < compact_terms ? m - term : compact_terms;
-      const Panels<T> panels{kept_x, terms};
-      if (m > compact_terms || first == begin) stage_columns(x, term, count, panels);
-      stage_tiles(dy, term, terms, first, rows, staged_dy);
-      Prefetch nothing;
-      for (int64_t row = 0; row < rows; row += tile_rows)
-        for (int64_t column = 0; column < padded; column += panel<T>) {
-          T* c = sums + row * padded + column;
-          multiply_panel<Left<1, tile_rows>>(panels.width(column, padded), piece, terms,
-                                             staged_dy + row / tile_rows * tile_size, panels.at(column),
-                                             term ? c : zeros, term ? padded : 0, c, padded, nothing);
+    if (m == 0) memset(sums, 0, block_rows * padded * sizeof(T));
+    for (int64_t term = 0; term < m; term += block_rows_of_x) {
+      const Panels<T> panels = kept_panels(x_panels, m, padded, term);
+      stage_tiles(dy, term, panels.terms, first, rows, staged, dy_sums[0]);
+      add_and_clear(dy_sums[0], rows, dy_sums[1]);
+      const int64_t next_term = term + panels.terms;
+      if (term / block_rows_of_x % 16 == 15 || next_term == m) add_and_clear(dy_sums[1], rows, dy_sums[2]);
+
+      Prefetch prefetch;
+      if (dy.column_stride == 1 && (next_term < m || first + rows < end)) {
+        prefetch.first = next_term < m ? address<T>(dy, next_term, first) : address<T>(dy, 0, first + rows);
+        prefetch.first_stride = dy.row_stride * static_cast<int64_t>(sizeof(T));
+        prefetch.rows = m - next_term < block_rows_of_x ? m - next_term : block_rows_of_x;
+        if (next_term == m) prefetch.rows = m < block_rows_of_x ? m : block_rows_of_x;
+        prefetch.lines = (rows * static_cast<int64_t>(sizeof(T)) + 63) / 64;
+      }
+      for (int64_t column = 0; column < padded; column += panel<T>) {
+        const int64_t width = panels.width(column, padded), size = width * panels.terms;
+        const T* right = panels.at(column);
+        for (int64_t row = 0; row < rows; row += tile_rows) {
+          for (int64_t i = size * row / rows; i < size * (row + tile_rows) / rows; i += lanes<T>)
+            __builtin_prefetch(right + size + i, 0, 2); // a tile's share of the next panel
+          T* c = sums + column * block_rows + row * width;
+          multiply_panel<Left<1, tile_rows>>(width, piece, panels.terms, staged + row / tile_rows * tile_size, right,
+                                             term ? c : zeros, term ? width : 0, c, width, prefetch);
         }
+      }
     }
     for (int64_t row = 0; row < rows; ++row) {
-      T* sum = sums + row * padded;
-      for (int64_t j = 0; j < count; ++j) sum[j] *= static_cast<T>(factor);
-      dense.put(sum, static_cast<T*>(out) + (first + row) * columns);
+      for (int64_t column = 0; column < padded; column += panel<T>) {
+        const int64_t width = Panels<T>::width(column, padded);
+        const T* c = sums + column * block_rows + row * width;
+        for (int64_t v = 0; v < width; v += lanes<T>)
+          store(kept_columns + column + v, load(c + v) * static_cast<T>(factor));
+      }
+      dense.put(kept_columns, static_cast<T*>(dw) + (first + row) * columns);
     }
+    if (db) memcpy(static_cast<T*>(db) + first, dy_sums[2], rows * sizeof(T));
+    memset(dy_sums[2], 0, rows * sizeof(T));
   }
 }
+#endif
 
 template <typename Operand, typename Result>
-constexpr auto grad_weight_for() {
-  if constexpr (std::is_same_v<Operand, Result> && std::is_same_v<Operand, Compute<Operand>>)
-    return grad_weight<Operand>;
-  else return nullptr;
+constexpr Kernels make_kernels() {
+  Kernels kernels = {mix<Operand, Result>, multiply<true, Operand, Result>, multiply<false, Operand, Result>,
+                     mask_grad<Operand, Result>, expand<Operand, Result>};
+#if defined(MIXOUT_HAS_COMPRESS)
+  if constexpr (std::is_same_v<Operand, Result> && std::is_same_v<Operand, Compute<Operand>>) {
+    kernels.stage_kept = stage_kept<Operand>;
+    kernels.grad_weight = grad_weight<Operand>;
+  }
+#endif
+  return kernels;
 }
 
 template <typename Operand, typename Result>
-constexpr Kernels kernels_for = {
-    mix<Operand, Result>,       multiply<true, Operand, Result>,    multiply<false, Operand, Result>,
-    mask_grad<Operand, Result>, grad_weight_for<Operand, Result>(), expand<Operand, Result>,
-};
+constexpr Kernels kernels_for = make_kernels<Operand, Result>();
 
 const Kernels* kernels(Dtype operand, Dtype result) {
   switch (operand) {

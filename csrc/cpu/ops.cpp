@@ -263,48 +263,54 @@ Gradients linear_backward(const Tensor& grad_output, const std::optional<Tensor>
   std::optional<Tensor> x;
   if (needs_weight && input) x = rows_of(*input, in_features);
 
-  const bool is_full = x && in_full_product, gathers = x && !in_full_product;
-  const Tensor index = gathers ? drawn.indices(drawn.kept) : kept_index;
-  const Tensor columns = gathers ? allocate({m, drawn.kept}, dtype) : kept_columns;
-
-  // Measured against the library's product and expanded(), at p = 0.9 and 0.5, on 2 cores: 128x768x768 0.53 and 0.67,
-  // 128x1024x4096 0.8 and 0.6; a whole step at 512x768x768 1.00 and 1.00, at 1024x1024x4096 1.01 and 0.99, at
-  // 2048x3072x768 1.01 and 1.08.
-  constexpr int64_t one_pass_rows = 512;
   const Kernels& of_weight = kernels_of(dtype, weight.scalar_type());
-  const bool weight_in_one_pass = needs_weight && !is_full && !in_fp64 && of_weight.grad_weight && m <= one_pass_rows;
-  std::optional<Tensor> grad_input, grad_weight, grad_bias;
-  if (weight_in_one_pass) grad_weight = allocate({outputs, in_features}, weight.scalar_type());
-  const auto write_grad_weight = [&](Slice slice) {
-    of_weight.grad_weight(matrix_of(columns), matrix_of(grad), m, outputs,
-                          static_cast<const int32_t*>(index.const_data_ptr()), index.numel(), in_features, factor,
-                          slice.first_output(outputs), slice.last_output(outputs), grad_weight->mutable_data_ptr());
+  const bool in_kernel = needs_weight && capacity && of_weight.grad_weight && !in_fp64;
+  const bool is_full = x && in_full_product && !in_kernel, gathers = x && !is_full;
+  const Tensor index = gathers ? drawn.indices(drawn.kept) : kept_index;
+  const int32_t* indices = static_cast<const int32_t*>(index.const_data_ptr());
+  const int64_t kept = kept_count(indices, index.numel());
+  const Tensor columns = gathers && !in_kernel ? allocate({m, kept}, dtype) : kept_columns;
+  const int64_t gathered_bytes = gathers && !in_kernel ? bytes_of(*x) : 0;
+  const auto gather = [&](Slice slice) {
+    if (gathered_bytes > 0) gather_rows(*x, index, columns, slice);
   };
-  const int64_t weight_bytes = weight_in_one_pass ? bytes_of(*grad_weight) + bytes_of(grad) : 0;
 
-  // What dX's threads do as well: gather, or where that is done already all of dW.
-  const int64_t bytes_beside = gathers ? bytes_of(*x) : weight_bytes;
-  const auto beside = [&](Slice slice) {
-    if (gathers) gather_rows(*x, index, columns, slice);
-    else if (weight_in_one_pass) write_grad_weight(slice);
-  };
+  std::optional<Tensor> grad_input, grad_weight, grad_bias;
   if (needs_input) {
     const Kernels& kernels = kernels_of(weight.scalar_type(), dtype);
     const Tensor product =
-        in_one_pass ? one_pass(grad, mixing, in_features, std::nullopt, kernels.grad_input, bytes_beside, beside)
-                    : library_mm(grad, mixed(mixing, kernels, dtype, bytes_beside, beside));
+        in_one_pass ? one_pass(grad, mixing, in_features, std::nullopt, kernels.grad_input, gathered_bytes, gather)
+                    : library_mm(grad, mixed(mixing, kernels, dtype, gathered_bytes, gather));
     grad_input = shaped_as(grad_output, product);
-  } else if (bytes_beside > 0) {
-    in_slices(bytes_beside, beside);
+  } else if (gathered_bytes > 0) {
+    in_slices(gathered_bytes, gather);
   }
 
+  if (in_kernel) {
+    const Tensor& source = x ? *x : kept_columns;
+    const KeptX kept_x{matrix_of(source), m, x ? indices : nullptr, kept};
+    // Few rows are staged by each thread: a step at 128x768x768 takes 1 % less so.
+    std::optional<Tensor> staged;
+    if (m > 128) {
+      staged = allocate({m, round_up(kept, output_unit)}, dtype);
+      in_slices(bytes_of(source), [&](Slice slice) {
+        of_weight.stage_kept(kept_x, slice.first(m), slice.last(m), staged->mutable_data_ptr());
+      });
+    }
+    grad_weight = allocate({outputs, in_features}, dtype);
+    if (needs_bias) grad_bias = allocate({outputs}, dtype);
+    in_slices(bytes_of(*grad_weight) + bytes_of(grad), [&](Slice slice) {
+      of_weight.grad_weight(kept_x, staged ? staged->const_data_ptr() : nullptr, matrix_of(grad), outputs, indices,
+                            in_features, factor, slice.first_output(outputs), slice.last_output(outputs),
+                            grad_weight->mutable_data_ptr(), grad_bias ? grad_bias->mutable_data_ptr() : nullptr);
+    });
+    return {grad_input, grad_weight, grad_bias};
+  }
   if (is_full)
     grad_weight = full_product(*x, grad, weight, capacity.has_value(), [&](const Tensor& matrix, ScalarType result) {
       return masked(matrix, drawn, factor, result);
     });
-  else if (needs_weight && !weight_in_one_pass) grad_weight = expanded(columns, grad, index, weight, factor, in_fp64);
-  else if (gathers) in_slices(weight_bytes, write_grad_weight);
-
+  else if (needs_weight) grad_weight = expanded(columns, grad, index, weight, factor, in_fp64);
   if (needs_bias) grad_bias = sum_of_rows(grad);
   return {grad_input, grad_weight, grad_bias};
 }
