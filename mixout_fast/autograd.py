@@ -94,21 +94,3 @@ class MixLinear(torch.autograd.Function):
             (needs_input, needs_weight, needs_bias), static,
         )  # fmt: skip
         return grad_input, grad_weight, None, grad_bias, None, None, None, None, None
-
-
-# Of torch's own; its torch.autograd.Function.apply calls them too, in 2.11 as in 2.13.
-transforms_active = torch._C._are_functorch_transforms_active
-unwrap_if_dead = torch._C._functorch.unwrap_if_dead
-apply_as_built_in = super(torch.autograd.Function, MixLinear).apply
-
-
-def mix_linear(input: Tensor, weight: Tensor, target: Tensor | None, bias: Tensor | None, *options) -> Tensor:
-    """MixLinear.apply, less the Python that torch.autograd.Function puts around it: 20 us behind a large product.
-
-    What that does is done here: it is called under torch.compile and within a torch.func transform, which it refuses,
-    and a tensor that a transform has left behind is unwrapped, without which its gradient would be lost.
-    """
-    if torch.compiler.is_compiling() or transforms_active():
-        return MixLinear.apply(input, weight, target, bias, *options)
-    bias = None if bias is None else unwrap_if_dead(bias)
-    return apply_as_built_in(unwrap_if_dead(input), unwrap_if_dead(weight), target, bias, *options)

@@ -103,9 +103,9 @@ struct MultiplyVectors {
 
 // A product is computed in tiles of tile_rows x one panel of outputs. x or dy lies in L2 with a block of W', which is
 // small: the next part of W and U is on its way into L2 meanwhile. A block for dx takes few but wide parts of W's rows.
-// Measured on 2 cores, in a loop, against the library's product at 128x768x768 and 128x1024x4096: y 1.16 and 0.98 of it
-// (1 panel of 256 terms: 2 % slower), dx 1.29 and 1.20 (11 panels of 96: 1.29, 1.20; 11 of 48: 1.43, 1.33; 4 of
-// 192: 1.26, 1.27; 2 of 384: 1.28, 1.36).
+// Measured on 2 cores, L2 swept before, against the library's product at 128x768x768 and 128x1024x4096: y 1.06 and 0.98
+// of it (8 panels of 128 terms: 1.10, 1.18; 1 of 128: 1.05, 1.05), dx 1.16 and 1.17 (rows outside of panels: 1.22, 1.19;
+// 8 panels of 96: 1.18, 1.20; 4 of 128: 1.14, 1.17; 16 of 128: 1.20, 1.23; 8 of 192: 1.19, 1.23).
 template <typename T>
 constexpr int64_t panel = 3 * lanes<T>;
 template <bool forward>
@@ -645,9 +645,9 @@ void multiply(const Mixing& mixing, Matrix x, int64_t m, int64_t begin, int64_t 
       Prefetch prefetch = prefetch_of<forward, Operand>(mixing, is_last ? part_at(begin, term + block_terms<forward, T>)
                                                                         : part_at(first + block_outputs, term));
 
-      for (int64_t row = 0; row < m; row += tile_rows) {
-        const T* left = staged + row * StagedRows<forward, T>::row_stride;
-        for (int64_t output = 0; output < part.outputs; output += panel<T>) {
+      for (int64_t output = 0; output < part.outputs; output += panel<T>) {
+        for (int64_t row = 0; row < m; row += tile_rows) {
+          const T* left = staged + row * StagedRows<forward, T>::row_stride;
           const int64_t width = panels.width(output, part.outputs);
           T* out = sums + row * sums_stride + (first - begin) + output;
           const T* base = term ? out : offset + output;
