@@ -103,9 +103,10 @@ struct MultiplyVectors {
 
 // A product is computed in tiles of tile_rows x one panel of outputs. x or dy lies in L2 with a block of W', which is
 // small: the next part of W and U is on its way into L2 meanwhile. A block for dx takes few but wide parts of W's rows.
-// Measured on 2 cores, L2 swept before, against the library's product at 128x768x768 and 128x1024x4096: y 1.06 and 0.98
-// of it (8 panels of 128 terms: 1.10, 1.18; 1 of 128: 1.05, 1.05), dx 1.16 and 1.17 (rows outside of panels: 1.22, 1.19;
-// 8 panels of 96: 1.18, 1.20; 4 of 128: 1.14, 1.17; 16 of 128: 1.20, 1.23; 8 of 192: 1.19, 1.23).
+// Measured on 2 cores, L2 swept before, against the library's product at 128x768x768 and 128x1024x4096, when W' was not
+// yet mixed in registers: y 1.06 and 0.98 of it (8 panels of 128 terms: 1.10, 1.18; 1 of 128: 1.05, 1.05), dx 1.16 and
+// 1.17 (rows outside of panels: 1.22, 1.19; 8 panels of 96: 1.18, 1.20; 4 of 128: 1.14, 1.17; 16 of 128: 1.20, 1.23; 8
+// of 192: 1.19, 1.23).
 template <typename T>
 constexpr int64_t panel = 3 * lanes<T>;
 template <bool forward>
@@ -434,6 +435,11 @@ void expand(Matrix compact, const int32_t* index, int64_t count, int64_t columns
   }
 }
 
+template <typename T>
+const char* address(const Matrix& matrix, int64_t row, int64_t column) {
+  return static_cast<const char*>(matrix.data) + (row * matrix.row_stride + column) * static_cast<int64_t>(sizeof(T));
+}
+
 // A part of W' (N, K) that is mixed at once, for y = x W'^T (forward) or dx = dy W'. A product runs over its terms and
 // gives outputs: K terms and N outputs forward, the other way round for dx.
 struct Part {
@@ -454,15 +460,43 @@ struct Panels {
   }
 };
 
+// Whether a vector of entries can be mixed as one: fp32, one mask entry per column, columns adjacent.
+template <typename Operand, typename Result>
+constexpr bool mixes_vectors = std::is_same_v<Operand, float> && std::is_same_v<Result, float>;
+
+MIXOUT_INLINE bool takes_vectors(const Mixing& mixing) {
+  return mixing.mask.keep && mixing.weight.column_stride == 1 &&
+         (!mixing.target.data || mixing.target.column_stride == 1);
+}
+
+// As mix_entry: entries [column, column + lanes) of as many rows as a vector has lanes.
+template <typename T>
+MIXOUT_INLINE void mix_rows(const Mixing& mixing, int64_t row, int64_t column, Vector<T>* mixed) {
+  typedef uint32_t Keep __attribute__((vector_size(lanes<T> * sizeof(uint32_t))));
+  Keep keep;
+  memcpy(&keep, mixing.mask.keep + column, sizeof(keep));
+  const Vector<T> scale = broadcast(static_cast<T>(mixing.scale));
+#pragma GCC unroll 16
+  for (int64_t i = 0; i < lanes<T>; ++i) {
+    const Vector<T> weight = load(reinterpret_cast<const T*>(address<T>(mixing.weight, row + i, column)));
+    const Vector<T> target =
+        mixing.target.data ? load(reinterpret_cast<const T*>(address<T>(mixing.target, row + i, column))) : Vector<T>{};
+    const Vector<T> difference = weight - target, scaled = difference * scale, kept = target + scaled;
+    mixed[i] = keep ? kept : target;
+  }
+}
+
 template <bool forward, typename Operand, typename Result, typename T>
 void mix_panels(const Mixing& mixing, Part part, Panels<T> panels) {
   constexpr int64_t width = lanes<T>;
   if constexpr (forward) {
-    // Rows of W' are outputs: as many as a vector has lanes are mixed and transposed.
+    // Rows of W' are outputs: as many as a vector has lanes are mixed and transposed, in registers where they can be.
     const int64_t stride = round_up(part.terms, width);
     T* mixed = scratch<T>(Slot::rows, width * stride);
     for (int64_t output = 0; output < part.outputs; output += width) {
-      for (int64_t i = 0; i < width; ++i)
+      const bool in_registers = mixes_vectors<Operand, Result> && takes_vectors(mixing) && part.terms % width == 0 &&
+                                output + width <= part.outputs;
+      for (int64_t i = 0; i < width && !in_registers; ++i)
         if (output + i < part.outputs)
           mix_segment<Operand, Result>(mixing, part.output + output + i, part.term, part.terms, mixed + i * stride);
         else memset(mixed + i * stride, 0, part.terms * sizeof(T));
@@ -470,7 +504,10 @@ void mix_panels(const Mixing& mixing, Part part, Panels<T> panels) {
       T* out = panels.at(first) + (output - first);
       for (int64_t k = 0; k < part.terms; k += width) {
         Vector<T> block[width];
-        for (int64_t i = 0; i < width; ++i) block[i] = load(mixed + i * stride + k);
+        if constexpr (mixes_vectors<Operand, Result>)
+          if (in_registers) mix_rows<T>(mixing, part.output + output, part.term + k, block);
+        if (!in_registers)
+          for (int64_t i = 0; i < width; ++i) block[i] = load(mixed + i * stride + k);
         transpose<T>(block);
         for (int64_t l = 0; l < width && k + l < part.terms; ++l) store(out + (k + l) * step, block[l]);
       }
@@ -510,11 +547,6 @@ struct Prefetch {
     if (second) second += second_stride;
   }
 };
-
-template <typename T>
-const char* address(const Matrix& matrix, int64_t row, int64_t column) {
-  return static_cast<const char*>(matrix.data) + (row * matrix.row_stride + column) * static_cast<int64_t>(sizeof(T));
-}
 
 template <bool forward, typename Operand>
 Prefetch prefetch_of(const Mixing& mixing, Part next) {
