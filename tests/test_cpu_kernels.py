@@ -20,7 +20,17 @@ def test_error_is_at_most_twice_the_librarys(shape, dtype, seed):
     testing.check_error(testing.error_cases(testing.random_case, shape, seed, p=0.9, dtype=dtype), "cpu")
 
 
-@pytest.mark.parametrize("shape", ((128, 300, 48), (128, 300, 32), (8, 300, 200)), ids=str)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
+@pytest.mark.parametrize("shape, p", (((20000, 14, 64), 0.1), ((20000, 96, 17), 0.9), ((200000, 8, 20), 0.3)), ids=str)
+def test_error_of_many_rows(shape, p, dtype, seed):
+    """dW of few outputs or few kept columns, and db, are sums of many pieces, which grow with a dY that has a mean."""
+    cases = [testing.random_case(*shape, p=p, dtype=dtype, seed=seed + i) for i in range(2)]
+    for case in cases:
+        case.grad_output.add_(1)
+    testing.check_error(cases, "cpu")
+
+
+@pytest.mark.parametrize("shape", ((128, 300, 48), (128, 300, 32), (8, 300, 200), (300, 512, 200)), ids=str)
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
 def test_results_do_not_depend_on_the_threads(shape, dtype, seed):
     case = testing.random_case(*shape, p=0.7, dtype=dtype, seed=seed)
@@ -32,7 +42,7 @@ def test_results_do_not_depend_on_the_threads(shape, dtype, seed):
     finally:
         torch.set_num_threads(threads)
     for other in results[1:]:
-        for name in ("y", "dX", "dW"):
+        for name in testing.RESULTS:
             testing.assert_same_bits(name, other[name], results[0][name], case)
 
 
