@@ -407,12 +407,16 @@ def check_grad_weight(case: Case, backend: str | None) -> None:
 
 
 def check_each_gradient_alone(case: Case, backend: str | None) -> None:
-    """dX, dW and db have the same bits alone and beside one another, from kept columns and from x."""
+    """dX, dW and db have the same bits alone and beside one another, from kept columns and from x.
+
+    Of integers dY, whose sums are exact: a backend may sum db beside dW in another order than alone.
+    """
     module, operands = _module(backend, case), _linear_operands(case)
+    grad_output = (2 * case.grad_output).round()
     input, weight, target, _, *draw = operands
     for gathers in (True, False) if case.mask == "input" else (False,):
         _, *gathered = module.linear(*operands, gathers, False)
-        arguments = (case.grad_output, None if gathers else input, *gathered, weight, target, *draw)
+        arguments = (grad_output, None if gathers else input, *gathered, weight, target, *draw)
         arguments += (reference.scale(case.p),)
         together = module.gradients(*arguments, (True, True, True), False)
         for i, name in enumerate(RESULTS[1:]):

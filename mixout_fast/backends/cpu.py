@@ -54,7 +54,7 @@ def is_one_pass(dtype: torch.dtype, rows: int) -> tuple[bool, bool]:
 def takes_full_product(dtype: torch.dtype, p: float) -> bool:
     """Whether dW of an input mask from one full product, dYᵀ (m ⊙ X · s) or m ⊙ (dYᵀ X) · s, beats the compact one.
 
-    Asked where the library computes dW: with AVX-512 it does not for fp32 and fp64, and the answer goes unused.
+    It matters where the library computes dW: with AVX-512 in fp32 and fp64 only that of fewer than 16 outputs.
     With a dY that is not finite the former makes dropped columns NaN, as it makes the kept ones. The compact product
     saves p of the operations, and x is gathered first.
 
