@@ -131,24 +131,16 @@ void in_slices(int64_t bytes, const Function& function) {
 
 int64_t bytes_of(const Tensor& tensor) { return tensor.numel() * static_cast<int64_t>(tensor.element_size()); }
 
-Tensor mix(const Tensor& weight, const std::optional<Tensor>& target, const Tensor& seed, int64_t threshold,
-           double scale, std::optional<int64_t> capacity, ScalarType dtype) {
-  const DrawnMask drawn(seed, threshold, capacity, weight.size(1), repeats_of(weight));
-  const Mixing mixing = mixing_of(weight, target, scale, drawn.mask);
-  const Kernels& kernels = kernels_of(weight.scalar_type(), dtype);
-  Tensor out = weight.dim() == 3 ? allocate({weight.size(0), weight.size(1), weight.size(2)}, dtype)
-                                 : allocate({weight.size(0), weight.size(1)}, dtype);
-  void* data = out.mutable_data_ptr();
-  in_slices(3 * bytes_of(weight),
-            [&](Slice slice) { kernels.mix(mixing, slice.first(mixing.rows), slice.last(mixing.rows), data); });
-  return out;
+Tensor allocate_like(const Tensor& tensor, ScalarType dtype) {
+  return tensor.dim() == 3 ? allocate({tensor.size(0), tensor.size(1), tensor.size(2)}, dtype)
+                           : allocate({tensor.size(0), tensor.size(1)}, dtype);
 }
 
 Tensor masked(const Tensor& grad, const DrawnMask& drawn, double factor, ScalarType dtype) {
   const Matrix matrix = matrix_of(grad);
   const int64_t rows = grad.size(0), columns = grad.size(1) * repeats_of(grad);
   const Kernels& kernels = kernels_of(grad.scalar_type(), dtype);
-  Tensor out = grad.dim() == 3 ? allocate({rows, grad.size(1), grad.size(2)}, dtype) : allocate({rows, columns}, dtype);
+  Tensor out = allocate_like(grad, dtype);
   void* data = out.mutable_data_ptr();
   in_slices(2 * bytes_of(grad), [&](Slice slice) {
     kernels.mask_grad(matrix, columns, drawn.mask, factor, slice.first(rows), slice.last(rows), data);
@@ -169,15 +161,22 @@ void gather_rows(const Tensor& rows, const Tensor& index, const Tensor& columns,
 
 // W', with `beside`, which moves so many bytes, done in the same slices.
 template <typename Function>
-Tensor mixed(const Mixing& mixing, const Kernels& kernels, ScalarType dtype, int64_t bytes_beside,
+Tensor mixed(const Tensor& weight, const Mixing& mixing, ScalarType dtype, int64_t bytes_beside,
              const Function& beside) {
-  Tensor out = allocate({mixing.rows, mixing.columns}, dtype);
+  const Kernels& kernels = kernels_of(weight.scalar_type(), dtype);
+  Tensor out = allocate_like(weight, dtype);
   void* data = out.mutable_data_ptr();
   in_slices(3 * bytes_of(out) + bytes_beside, [&](Slice slice) {
     kernels.mix(mixing, slice.first(mixing.rows), slice.last(mixing.rows), data);
     beside(slice);
   });
   return out;
+}
+
+Tensor mix(const Tensor& weight, const std::optional<Tensor>& target, const Tensor& seed, int64_t threshold,
+           double scale, std::optional<int64_t> capacity, ScalarType dtype) {
+  const DrawnMask drawn(seed, threshold, capacity, weight.size(1), repeats_of(weight));
+  return mixed(weight, mixing_of(weight, target, scale, drawn.mask), dtype, 0, [](Slice) {});
 }
 
 // The product of rows (m, terms) with W'^T or W', with `bias` added, reading W and U once and writing no W'. `kernel`
@@ -208,7 +207,6 @@ std::tuple<Tensor, Tensor, Tensor> linear(const Tensor& input, const Tensor& wei
   const ScalarType dtype = input.scalar_type();
   const DrawnMask drawn(seed, threshold, capacity, weight.size(1));
   const Mixing mixing = mixing_of(weight, target, scale, drawn.mask);
-  const Kernels& kernels = kernels_of(weight.scalar_type(), dtype);
   const Tensor rows = rows_of(input, mixing.columns);
 
   const int64_t width = !gathers ? 0 : fixed_size ? *capacity : drawn.kept;
@@ -220,10 +218,11 @@ std::tuple<Tensor, Tensor, Tensor> linear(const Tensor& input, const Tensor& wei
   };
 
   if (in_one_pass) {
+    const Kernels& kernels = kernels_of(weight.scalar_type(), dtype);
     const Tensor output = one_pass(rows, mixing, mixing.rows, bias, kernels.linear, gathered_bytes, gather);
     return {shaped_as(input, output), index, columns};
   }
-  return {library_linear(input, mixed(mixing, kernels, dtype, gathered_bytes, gather), bias), index, columns};
+  return {library_linear(input, mixed(weight, mixing, dtype, gathered_bytes, gather), bias), index, columns};
 }
 
 // Of an input mask: the product of the kept columns of x with dY by the library, then spread into the dense dW.
@@ -265,14 +264,14 @@ Gradients linear_backward(const Tensor& grad_output, const std::optional<Tensor>
 
   const Kernels& of_weight = kernels_of(dtype, weight.scalar_type());
   const bool in_kernel = needs_weight && capacity && of_weight.grad_weight && !in_fp64;
-  const bool is_full = x && in_full_product && !in_kernel, gathers = x && !is_full;
-  const Tensor index = gathers ? drawn.indices(drawn.kept) : kept_index;
+  const bool is_full = x && in_full_product && !in_kernel, gathers = x && !is_full && !in_kernel;
+  const Tensor index = x && !is_full ? drawn.indices(drawn.kept) : kept_index;
   const int32_t* indices = static_cast<const int32_t*>(index.const_data_ptr());
   const int64_t kept = kept_count(indices, index.numel());
-  const Tensor columns = gathers && !in_kernel ? allocate({m, kept}, dtype) : kept_columns;
-  const int64_t gathered_bytes = gathers && !in_kernel ? bytes_of(*x) : 0;
+  const Tensor columns = gathers ? allocate({m, kept}, dtype) : kept_columns;
+  const int64_t gathered_bytes = gathers ? bytes_of(*x) : 0;
   const auto gather = [&](Slice slice) {
-    if (gathered_bytes > 0) gather_rows(*x, index, columns, slice);
+    if (gathers) gather_rows(*x, index, columns, slice);
   };
 
   std::optional<Tensor> grad_input, grad_weight, grad_bias;
@@ -280,9 +279,9 @@ Gradients linear_backward(const Tensor& grad_output, const std::optional<Tensor>
     const Kernels& kernels = kernels_of(weight.scalar_type(), dtype);
     const Tensor product =
         in_one_pass ? one_pass(grad, mixing, in_features, std::nullopt, kernels.grad_input, gathered_bytes, gather)
-                    : library_mm(grad, mixed(mixing, kernels, dtype, gathered_bytes, gather));
+                    : library_mm(grad, mixed(weight, mixing, dtype, gathered_bytes, gather));
     grad_input = shaped_as(grad_output, product);
-  } else if (gathered_bytes > 0) {
+  } else if (gathers) {
     in_slices(gathered_bytes, gather);
   }
 
