@@ -14,9 +14,12 @@ pytestmark = pytest.mark.skipif(cpu.LOAD_ERROR is not None, reason=str(cpu.LOAD_
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
-@pytest.mark.parametrize("shape", ((12, 383, 200), (24, 1023, 33), (9, 767, 60)), ids=str)
+@pytest.mark.parametrize(
+    "shape", ((12, 383, 200), (24, 1023, 33), (9, 767, 60), (300, 3100, 40), (300, 40, 1601)), ids=str
+)
 def test_error_is_at_most_twice_the_librarys(shape, dtype, seed):
-    """At 9 and 12 rows the library sums in more parts than at 24, fp64 in shorter ones than fp32."""
+    """At 9 and 12 rows the library sums in more parts than at 24, fp64 in shorter ones than fp32; of many rows y sums
+    more than one block of W' from 3073 in_features on, dX from 769 out_features on."""
     testing.check_error(testing.error_cases(testing.random_case, shape, seed, p=0.9, dtype=dtype), "cpu")
 
 
@@ -30,13 +33,16 @@ def test_error_of_many_rows(shape, p, dtype, seed):
     testing.check_error(cases, "cpu")
 
 
-@pytest.mark.parametrize("shape", ((128, 300, 48), (128, 300, 32), (8, 300, 200), (300, 512, 200)), ids=str)
+@pytest.mark.parametrize(
+    "shape", ((128, 300, 48), (128, 300, 32), (8, 300, 200), (300, 512, 200), (601, 300, 49), (300, 49, 800)), ids=str
+)
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
 def test_results_do_not_depend_on_the_threads(shape, dtype, seed):
+    """Many threads with few outputs share the rows too."""
     case = testing.random_case(*shape, p=0.7, dtype=dtype, seed=seed)
     threads, results = torch.get_num_threads(), []
     try:
-        for count in (1, 2, 3):
+        for count in (1, 2, 3, 8):
             torch.set_num_threads(count)
             results.append(testing.run(case, "cpu"))
     finally:

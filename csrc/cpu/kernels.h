@@ -43,10 +43,11 @@ struct Kernels {
   void (*mix)(const Mixing& mixing, int64_t begin, int64_t end, void* out);
 
   // Columns [begin, end) of y (m, rows) = x W'^T + bias, or of dx (m, columns) = dy W', from the rows or columns
-  // [begin, end) of W and U, read once. bias may be null.
-  void (*linear)(const Mixing& mixing, Matrix x, int64_t m, int64_t begin, int64_t end, const void* bias, void* y);
-  void (*grad_input)(const Mixing& mixing, Matrix dy, int64_t m, int64_t begin, int64_t end, const void* bias,
-                     void* dx);
+  // [begin, end) of W and U, read once. bias may be null. The whole product has all_rows, of which these are some.
+  void (*linear)(const Mixing& mixing, Matrix x, int64_t m, int64_t all_rows, int64_t begin, int64_t end,
+                 const void* bias, void* y);
+  void (*grad_input)(const Mixing& mixing, Matrix dy, int64_t m, int64_t all_rows, int64_t begin, int64_t end,
+                     const void* bias, void* dx);
 
   // Rows [begin, end) of mask * grad * factor into out (rows, columns).
   void (*mask_grad)(Matrix grad, int64_t columns, const Mask& mask, double factor, int64_t begin, int64_t end,
@@ -83,6 +84,8 @@ constexpr int64_t round_up(int64_t value, int64_t multiple) { return (value + mu
 
 // Where threads may split the outputs of a product: a multiple of every vector's lanes.
 constexpr int64_t output_unit = 16;
+// As many outputs as the widest panel of a product has.
+constexpr int64_t panel_outputs = 48;
 
 // The kept columns' number: their indices are followed by -1.
 constexpr int64_t kept_count(const int32_t* index, int64_t count) {

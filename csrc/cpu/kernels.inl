@@ -101,35 +101,25 @@ struct MultiplyVectors {
   }
 };
 
-// A product is computed in tiles of tile_rows x one panel of outputs. x or dy lies in L2 with a block of W', which is
-// small: the next part of W and U is on its way into L2 meanwhile. A block for dx takes few but wide parts of W's rows.
-// Measured on 2 cores, L2 swept before, against the library's product at 128x768x768 and 128x1024x4096, when W' was not
-// yet mixed in registers: y 1.06 and 0.98 of it (8 panels of 128 terms: 1.10, 1.18; 1 of 128: 1.05, 1.05), dx 1.16 and
-// 1.17 (rows outside of panels: 1.22, 1.19; 8 panels of 96: 1.18, 1.20; 4 of 128: 1.14, 1.17; 16 of 128: 1.20, 1.23; 8
-// of 192: 1.19, 1.23).
+// A product is computed in tiles of tile_rows x one panel of outputs.
 template <typename T>
 constexpr int64_t panel = 3 * lanes<T>;
-template <bool forward>
-constexpr int64_t block_panels = forward ? 1 : 8;
-template <bool forward, typename T>
-constexpr int64_t block_terms = !forward         ? 128
-                                : sizeof(T) == 8 ? 192
-                                                 : 384;
-// How the broadcast operand of a tile lies: from row to row, and from term to term.
-template <int64_t row, int64_t term>
-struct Left {
-  static constexpr int64_t row_stride = row, term_stride = term;
+// How the broadcast operand of a tile lies: x, dy or a copy of them, or tiles of its transpose.
+struct Rows {
+  int64_t row_stride;
+  static constexpr int64_t term_stride = 1;
 };
-// x or dy beside W', off the power of two, whose rows would share one L1 set.
-template <bool forward, typename T>
-using StagedRows = Left<block_terms<forward, T> + 16, 1>;
-// How many of a block's terms are summed one by one, for an error near the library's. It sums fp64 in blocks of 192;
-// and up to 16 rows or outputs in as many parts as its vectors have lanes: 384 terms one by one would have 3 times its
-// error there. By the whole product and not a thread's part: the sums must not depend on the threads.
+struct TransposedTiles {
+  static constexpr int64_t row_stride = 1, term_stride = tile_rows;
+};
+// How many terms are summed one by one, for an error near the library's, which sums blocks of so many; and up to 16
+// rows or outputs in as many parts as its vectors have lanes: 384 terms one by one would have 3 times its error there.
+// By the whole product and not a thread's part: the sums must not depend on the threads.
+constexpr int64_t short_piece = 32;
 template <typename T>
-constexpr int64_t summed_at_once(int64_t rows, int64_t outputs, int64_t block) {
-  if (rows <= 16 || outputs <= 16) return 32;
-  return sizeof(T) == 8 && block > 192 ? 192 : block;
+constexpr int64_t summed_at_once(int64_t rows, int64_t outputs) {
+  if (rows <= 16 || outputs <= 16) return short_piece;
+  return sizeof(T) == 8 ? 192 : 384;
 }
 
 // Per-thread memory that only grows; it holds blocks of a product, and of few rows whole operands.
@@ -548,6 +538,10 @@ struct Prefetch {
   }
 };
 
+struct NoPrefetch {
+  MIXOUT_INLINE void step() {}
+};
+
 template <bool forward, typename Operand>
 Prefetch prefetch_of(const Mixing& mixing, Part next) {
   if (next.terms <= 0 || mixing.weight.column_stride != 1) return {};
@@ -563,22 +557,25 @@ Prefetch prefetch_of(const Mixing& mixing, Part next) {
 }
 
 // c[tile_rows][vectors] = base + left[tile_rows][terms] * right[terms][vectors]. The products are summed from zero:
-// summing on from c doubles the error at 1023 terms, to twice the library's.
-template <typename Left, typename T, int vectors>
-MIXOUT_INLINE void multiply_tile(int64_t terms, const T* __restrict left, const T* __restrict right, const T* base,
-                                 int64_t base_stride, T* c, int64_t c_stride, Prefetch& prefetch) {
+// summing on from c doubles the error at 1023 terms, to twice the library's. A null prefetch costs nothing; any other
+// takes slots of the multiplications, 4 % of them.
+template <typename Left, typename T, int vectors, typename Fetch>
+MIXOUT_INLINE void multiply_tile(Left layout, int64_t terms, const T* __restrict left, const T* __restrict right,
+                                 const T* base, int64_t base_stride, T* c, int64_t c_stride, Fetch& prefetch) {
   Vector<T> sum[tile_rows][vectors];
 #pragma GCC unroll 16
   for (int i = 0; i < tile_rows; ++i)
 #pragma GCC unroll 3
     for (int v = 0; v < vectors; ++v) sum[i][v] = Vector<T>{};
-  const auto add_term = [&](const T* left_term, const T* right_term) __attribute__((always_inline)) {
+  const T* __restrict fourth = left + 3 * layout.row_stride;
+  const auto add_term = [&](int64_t term, const T* right_term) __attribute__((always_inline)) {
     Vector<T> factor[vectors];
 #pragma GCC unroll 3
     for (int v = 0; v < vectors; ++v) factor[v] = load(right_term + v * lanes<T>);
 #pragma GCC unroll 16
     for (int i = 0; i < tile_rows; ++i) {
-      const Vector<T> value = broadcast(left_term[i * Left::row_stride]);
+      const T* row = i < 3 ? left + i * layout.row_stride : fourth + (i - 3) * layout.row_stride;
+      const Vector<T> value = broadcast(row[term * Left::term_stride]);
 #pragma GCC unroll 3
       for (int v = 0; v < vectors; ++v) sum[i][v] = multiply_add(value, factor[v], sum[i][v]);
     }
@@ -586,13 +583,14 @@ MIXOUT_INLINE void multiply_tile(int64_t terms, const T* __restrict left, const 
   // Two terms a turn: at one the loop's own instructions take the multiplications' slots, and at four it is 6 % slower,
   // for no reason that we found.
   constexpr int64_t step = vectors * lanes<T>;
-  for (const T* end = right + (terms & ~int64_t{1}) * step; right != end;
-       left += 2 * Left::term_stride, right += 2 * step) {
+  for (const T* end = right + (terms & ~int64_t{1}) * step; right != end; right += 2 * step) {
     prefetch.step();
-    add_term(left, right);
-    add_term(left + Left::term_stride, right + step);
+    add_term(0, right);
+    add_term(1, right + step);
+    left += 2 * Left::term_stride;
+    fourth += 2 * Left::term_stride;
   }
-  if (terms & 1) add_term(left, right);
+  if (terms & 1) add_term(0, right);
 #pragma GCC unroll 16
   for (int i = 0; i < tile_rows; ++i)
 #pragma GCC unroll 3
@@ -601,31 +599,33 @@ MIXOUT_INLINE void multiply_tile(int64_t terms, const T* __restrict left, const 
 }
 
 // The same, summed in pieces of so many terms.
-template <typename Left, typename T, int vectors>
-MIXOUT_INLINE void multiply_pieces(int64_t piece, int64_t terms, const T* left, const T* right, const T* base,
-                                   int64_t base_stride, T* c, int64_t c_stride, Prefetch& prefetch) {
+template <typename Left, typename T, int vectors, typename Fetch>
+MIXOUT_INLINE void multiply_pieces(Left layout, int64_t piece, int64_t terms, const T* left, const T* right,
+                                   const T* base, int64_t base_stride, T* c, int64_t c_stride, Fetch& prefetch) {
   for (int64_t k = 0; k < terms; k += piece) {
-    multiply_tile<Left, T, vectors>(terms - k < piece ? terms - k : piece, left + k * Left::term_stride,
+    multiply_tile<Left, T, vectors>(layout, terms - k < piece ? terms - k : piece, left + k * Left::term_stride,
                                     right + k * vectors * lanes<T>, base, base_stride, c, c_stride, prefetch);
     base = c;
     base_stride = c_stride;
   }
 }
 
-template <typename Left, typename T>
-void multiply_panel(int64_t width, int64_t piece, int64_t terms, const T* left, const T* right, const T* base,
-                    int64_t base_stride, T* c, int64_t c_stride, Prefetch& prefetch) {
-  if (width == panel<T>)
-    multiply_pieces<Left, T, 3>(piece, terms, left, right, base, base_stride, c, c_stride, prefetch);
-  else if (width == 2 * lanes<T>)
-    multiply_pieces<Left, T, 2>(piece, terms, left, right, base, base_stride, c, c_stride, prefetch);
-  else multiply_pieces<Left, T, 1>(piece, terms, left, right, base, base_stride, c, c_stride, prefetch);
+template <typename Left, typename T, typename Fetch>
+void multiply_panel(Left layout, int64_t width, int64_t piece, int64_t terms, const T* left, const T* right,
+                    const T* base, int64_t base_stride, T* c, int64_t c_stride, Fetch& prefetch) {
+  const auto multiply = [&](auto vectors) __attribute__((always_inline)) {
+    constexpr int count = decltype(vectors)::value;
+    multiply_pieces<Left, T, count>(layout, piece, terms, left, right, base, base_stride, c, c_stride, prefetch);
+  };
+  if (width == panel<T>) multiply(std::integral_constant<int, 3>{});
+  else if (width == 2 * lanes<T>) multiply(std::integral_constant<int, 2>{});
+  else multiply(std::integral_constant<int, 1>{});
 }
 
-// Terms [term, term + terms) of x or dy as the broadcast operand, its last row repeated to fill a tile.
+// Terms [term, term + terms) of the rows of x or dy from `first` on, the last one repeated to fill a tile.
 template <typename T, typename Element>
-void stage_rows(Matrix x, int64_t m, int64_t term, int64_t terms, int64_t stride, T* staged) {
-  for (int64_t row = 0; row < round_up(m, tile_rows); ++row, staged += stride) {
+void stage_rows(Matrix x, int64_t first, int64_t m, int64_t term, int64_t terms, int64_t stride, T* staged) {
+  for (int64_t row = first; row < round_up(m, tile_rows); ++row, staged += stride) {
     const Element* source =
         static_cast<const Element*>(x.data) + (row < m ? row : m - 1) * x.row_stride + term * x.column_stride;
     for (int64_t k = 0; k < terms; k += lanes<T>)
@@ -634,20 +634,46 @@ void stage_rows(Matrix x, int64_t m, int64_t term, int64_t terms, int64_t stride
   }
 }
 
-// x W'^T + bias (forward) or dy W': its columns [begin, end), for x or dy of m rows.
+// The part of W' that a thread mixes at once, as panels in L2, which x or dy then passes. Of many rows as large a part
+// as fits: the result is read and written once per block of terms. Of few, mixing is what takes the time: less at once,
+// with the next part of W and U fetched meanwhile. A block for dx takes wide parts of W's rows.
+struct BlockShape {
+  int64_t terms, panels;
+  bool fetches_next;
+};
+
+template <bool forward, typename T>
+constexpr BlockShape block_shape(int64_t rows, int64_t terms) {
+  constexpr int64_t wide = sizeof(T) / sizeof(float);
+  if (rows <= 256) return forward ? BlockShape{384 / wide, 1, true} : BlockShape{128, 8, true};
+  const int64_t most = (forward ? 3072 : 768) / wide;
+  const int64_t block = terms < most ? terms : most;
+  return {most, 4096 / block > 1 ? 4096 / block : 1, false};
+}
+
+// x W'^T + bias (forward) or dy W': its columns [begin, end), for x or dy of m rows, of `all_rows` in the whole
+// product.
 template <bool forward, typename Operand, typename Result>
-void multiply(const Mixing& mixing, Matrix x, int64_t m, int64_t begin, int64_t end, const void* bias, void* result) {
+void multiply(const Mixing& mixing, Matrix x, int64_t m, int64_t all_rows, int64_t begin, int64_t end, const void* bias,
+              void* result) {
   using T = Compute<Operand>;
   constexpr bool narrows = !std::is_same_v<Result, T>;
-  constexpr int64_t block_outputs = block_panels<forward> * panel<T>;
   const int64_t terms = forward ? mixing.columns : mixing.rows;
   const int64_t result_stride = forward ? mixing.rows : mixing.columns;
-  const int64_t piece = summed_at_once<T>(m, result_stride, block_terms<forward, T>);
-  const int64_t staged_size = round_up(m, tile_rows) * StagedRows<forward, T>::row_stride;
-  constexpr int64_t block_size = block_terms<forward, T> * block_outputs;
-  T* staged = scratch<T>(Slot::block, staged_size + block_size + block_outputs + (narrows ? m * (end - begin) : 0));
+  const int64_t piece = summed_at_once<T>(all_rows, result_stride);
+  const bool in_short_pieces = piece == short_piece;
+  const BlockShape shape = block_shape<forward, T>(all_rows, terms);
+  const int64_t block_terms = shape.terms < terms ? shape.terms : round_up(terms, lanes<T>);
+  const int64_t block_outputs = shape.panels * panel<T>;
+  // Whole tiles of rows are multiplied where they are, others from a copy off the power of two, whose rows would share
+  // one L1 set.
+  const int64_t in_place = !narrows && x.column_stride == 1 ? m / tile_rows * tile_rows : 0;
+  const Rows staged_rows{block_terms + 16};
+  const int64_t staged_size = round_up(m - in_place, tile_rows) * staged_rows.row_stride;
+  T* staged =
+      scratch<T>(Slot::block, staged_size + (block_terms + 1) * block_outputs + (narrows ? m * (end - begin) : 0));
   T* mixed = staged + staged_size;
-  T* offset = mixed + block_size;
+  T* offset = mixed + block_terms * block_outputs;
   memset(offset, 0, block_outputs * sizeof(T));
   // Sums go to the result itself where it is of their dtype.
   T* sums;
@@ -663,39 +689,57 @@ void multiply(const Mixing& mixing, Matrix x, int64_t m, int64_t begin, int64_t 
   const auto part_at = [=](int64_t output, int64_t term) -> Part {
     const int64_t outputs_left = end - output, terms_left = terms - term;
     return {output, outputs_left < block_outputs ? outputs_left : block_outputs, term,
-            terms_left < block_terms<forward, T> ? terms_left : block_terms<forward, T>};
+            terms_left < block_terms ? terms_left : block_terms};
   };
-  for (int64_t term = 0; term < terms; term += block_terms<forward, T>)
+  for (int64_t term = 0; term < terms; term += block_terms)
     for (int64_t first = begin; first < end; first += block_outputs) {
       const Part part = part_at(first, term);
       const Panels<T> panels{mixed, part.terms};
-      if (first == begin) stage_rows<T, Result>(x, m, term, part.terms, StagedRows<forward, T>::row_stride, staged);
+      if (first == begin) stage_rows<T, Result>(x, in_place, m, term, part.terms, staged_rows.row_stride, staged);
       mix_panels<forward, Operand, Result>(mixing, part, panels);
       if (bias && term == 0)
         for (int64_t j = 0; j < part.outputs; ++j) offset[j] = widen(static_cast<const Result*>(bias)[first + j]);
       const bool is_last = first + block_outputs >= end;
-      Prefetch prefetch = prefetch_of<forward, Operand>(mixing, is_last ? part_at(begin, term + block_terms<forward, T>)
-                                                                        : part_at(first + block_outputs, term));
-
-      for (int64_t output = 0; output < part.outputs; output += panel<T>) {
-        for (int64_t row = 0; row < m; row += tile_rows) {
-          const T* left = staged + row * StagedRows<forward, T>::row_stride;
-          const int64_t width = panels.width(output, part.outputs);
-          T* out = sums + row * sums_stride + (first - begin) + output;
-          const T* base = term ? out : offset + output;
-          const int64_t base_stride = term ? sums_stride : 0;
-          if (row + tile_rows <= m && output + width <= part.outputs && part.terms <= piece) {
-            multiply_panel<StagedRows<forward, T>>(width, piece, part.terms, left, panels.at(output), base, base_stride,
-                                                   out, sums_stride, prefetch);
-            continue;
-          }
-          T edge[tile_rows * panel<T>] = {};
-          multiply_panel<StagedRows<forward, T>>(width, piece, part.terms, left, panels.at(output), edge, panel<T>,
-                                                 edge, panel<T>, prefetch);
-          for (int64_t i = 0; i < tile_rows && row + i < m; ++i)
-            for (int64_t j = 0; j < width && output + j < part.outputs; ++j)
-              out[i * sums_stride + j] = base[i * base_stride + j] + edge[i * panel<T> + j];
+      Prefetch next = prefetch_of<forward, Operand>(mixing, is_last ? part_at(begin, term + block_terms)
+                                                                    : part_at(first + block_outputs, term));
+      const auto multiply_tile_of_rows = [&](int64_t row, int64_t output, auto& prefetch) {
+        const bool is_staged = row >= in_place;
+        const Rows layout = is_staged ? staged_rows : Rows{x.row_stride};
+        const T* left = is_staged ? staged + (row - in_place) * staged_rows.row_stride
+                                  : reinterpret_cast<const T*>(address<T>(x, row, term));
+        const int64_t width = panels.width(output, part.outputs);
+        T* out = sums + row * sums_stride + (first - begin) + output;
+        const T* base = term ? out : offset + output;
+        const int64_t base_stride = term ? sums_stride : 0;
+        if (row + tile_rows <= m && output + width <= part.outputs && !in_short_pieces) {
+          multiply_panel(layout, width, piece, part.terms, left, panels.at(output), base, base_stride, out, sums_stride,
+                         prefetch);
+          return;
         }
+        // Beside the result where the tile sticks out of it, in the same order; and where a block's short pieces are
+        // added up before they are added to others.
+        T edge[tile_rows * panel<T>] = {};
+        const int64_t rows_left = m - row < tile_rows ? m - row : tile_rows;
+        const int64_t outputs_left = part.outputs - output < width ? part.outputs - output : width;
+        for (int64_t i = 0; i < rows_left; ++i)
+          for (int64_t j = 0; j < outputs_left && !in_short_pieces; ++j)
+            edge[i * panel<T> + j] = base[i * base_stride + j];
+        multiply_panel(layout, width, piece, part.terms, left, panels.at(output), edge, panel<T>, edge, panel<T>,
+                       prefetch);
+        for (int64_t i = 0; i < rows_left; ++i)
+          for (int64_t j = 0; j < outputs_left; ++j) {
+            const T sum = edge[i * panel<T> + j];
+            out[i * sums_stride + j] = in_short_pieces ? base[i * base_stride + j] + sum : sum;
+          }
+      };
+      NoPrefetch nothing;
+      if (shape.fetches_next) {
+        for (int64_t output = 0; output < part.outputs; output += panel<T>)
+          for (int64_t row = 0; row < m; row += tile_rows) multiply_tile_of_rows(row, output, next);
+      } else {
+        for (int64_t row = 0; row < m; row += tile_rows)
+          for (int64_t output = 0; output < part.outputs; output += panel<T>)
+            multiply_tile_of_rows(row, output, nothing);
       }
     }
   if constexpr (narrows)
@@ -805,7 +849,7 @@ void grad_weight(const KeptX& kept_x, const void* staged_x, Matrix dy, int64_t o
                  int64_t columns, double factor, int64_t begin, int64_t end, void* dw, void* db) {
   static_assert(lanes<T> % tile_rows == 0 && output_unit % lanes<T> == 0);
   const int64_t m = kept_x.rows, count = kept_x.count, padded = round_up(count, lanes<T>);
-  const int64_t piece = summed_at_once<T>(count, outputs, block_rows_of_x);
+  const int64_t piece = summed_at_once<T>(count, outputs);
   const int64_t in_l2 = block_sums / (padded + tile_size / tile_rows);
   const int64_t most_rows = in_l2 > least_block_rows ? in_l2 : least_block_rows;
   const int64_t blocks = (end - begin + most_rows - 1) / most_rows;
@@ -852,8 +896,8 @@ void grad_weight(const KeptX& kept_x, const void* staged_x, Matrix dy, int64_t o
           for (int64_t i = size * row / rows; i < size * (row + tile_rows) / rows; i += lanes<T>)
             __builtin_prefetch(right + size + i, 0, 2); // a tile's share of the next panel
           T* c = sums + column * block_rows + row * width;
-          multiply_panel<Left<1, tile_rows>>(width, piece, panels.terms, staged + row / tile_rows * tile_size, right,
-                                             begins ? zeros : c, begins ? 0 : width, c, width, prefetch);
+          multiply_panel(TransposedTiles{}, width, piece, panels.terms, staged + row / tile_rows * tile_size, right,
+                         begins ? zeros : c, begins ? 0 : width, c, width, prefetch);
           if (has_totals && ends) add_and_clear(c, tile_rows * width, totals + (c - sums));
         }
       }

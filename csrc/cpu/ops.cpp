@@ -119,6 +119,15 @@ struct Slice {
   }
 };
 
+// Into how many parts the rows of a product are split, a divisor of `slices`: each slice has a panel of outputs or
+// more, and not so few rows that mixing takes longer than multiplying.
+int64_t rows_split(int64_t slices, int64_t rows, int64_t outputs) {
+  const int64_t panels = (outputs + panel_outputs - 1) / panel_outputs;
+  int64_t parts = std::clamp<int64_t>((slices + panels - 1) / panels, 1, std::max<int64_t>(rows / 128, 1));
+  while (slices % parts) --parts;
+  return parts;
+}
+
 // A thread takes at least this much memory traffic: less is cheaper than waking one (about 3 us at 20 GB/s).
 constexpr int64_t bytes_per_thread = 64 * 1024;
 
@@ -187,14 +196,27 @@ Tensor one_pass(const Tensor& rows, const Mixing& mixing, int64_t outputs, const
   const int64_t m = rows.size(0);
   Tensor out = allocate({m, outputs}, rows.scalar_type());
   STD_TORCH_CHECK(rows.size(1) > 0, "weight: empty");
-  void* data = out.mutable_data_ptr();
+  char* data = static_cast<char*>(out.mutable_data_ptr());
   STD_TORCH_CHECK(!bias || bias->is_contiguous(), "bias: must be contiguous");
   const void* bias_data = bias ? bias->const_data_ptr() : nullptr;
-  const Matrix x = matrix_of(rows);
-  const int64_t bytes = 2 * mixing.rows * mixing.columns * rows.element_size() + bytes_of(rows);
+  const int64_t size = rows.element_size();
+  // The kernel copies what is not laid out in rows, every thread for itself.
+  const Tensor left = rows.stride(1) == 1 || m <= 256 ? rows : torch::stable::contiguous(rows);
+  const Matrix x = matrix_of(left);
+  const int64_t bytes = 2 * mixing.rows * mixing.columns * size + bytes_of(rows);
   in_slices(bytes + bytes_beside, [&](Slice slice) {
     beside(slice);
-    if (m > 0) kernel(mixing, x, m, slice.first_output(outputs), slice.last_output(outputs), bias_data, data);
+    if (m == 0) return;
+    // Threads share the outputs, so that W' is mixed once, and only what is left of them the rows.
+    const int64_t row_parts = rows_split(slice.slices, m, outputs);
+    for (int64_t i = slice.begin; i < slice.end; ++i) {
+      const Slice of_rows{i % row_parts, i % row_parts + 1, row_parts};
+      const Slice of_outputs{i / row_parts, i / row_parts + 1, slice.slices / row_parts};
+      const int64_t first = of_rows.first(m);
+      const Matrix part{static_cast<const char*>(x.data) + first * x.row_stride * size, x.row_stride, x.column_stride};
+      kernel(mixing, part, of_rows.last(m) - first, m, of_outputs.first_output(outputs),
+             of_outputs.last_output(outputs), bias_data, data + first * outputs * size);
+    }
   });
   return out;
 }

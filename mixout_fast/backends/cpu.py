@@ -1,5 +1,6 @@
 """The C++ backend for CPU tensors: mixout_fast::* operators of csrc/, on LibTorch's stable ABI."""
 
+import sys
 from pathlib import Path
 
 import torch
@@ -10,14 +11,15 @@ from mixout_fast.backends import operators
 from mixout_fast.reference import scale, threshold
 
 # Rows up to which a product in one pass over W and U beats mixing and then multiplying with the library: (y, dX).
-# Measured on 2 cores with AVX-512 and AMX, one pass / two, y and dX, L2 swept before: fp32 at 768x768 0.79 and 0.91
-# with 128 rows, 0.90 and 1.05 with 256, 0.92 and 1.13 with 512; at 1024x4096 0.71 and 0.81, 0.84 and 0.97, 0.98 and
-# 1.12; at 3072x768 0.71 and 0.72 with 256, 1.02 and 1.00 with 512. fp64 at 768x768 0.90 and 0.91 with 256; bf16, whose
-# library product is 8 times faster, 0.98 and 0.90 with 16, 1.18 and 1.10 with 32; fp16 0.89 and 0.94 with 64, 0.98 and
-# 1.01 with 128. With AVX2 alone fp32 at 768x768 takes 0.94 and 1.09 with 128.
+# Measured on 2 cores, one pass / two, L2 swept before. With AVX-512 fp32 and fp64 have no such limit (at the end of this
+# file): fp32 at 768x768 0.77 and 0.93 with 128 rows, 0.87 and 0.92 with 512, 0.91 and 0.93 with 2048; at 1024x4096 0.67
+# and 0.85, 0.84 and 0.94, 0.95 and 0.98; fp64 0.78 and 0.83, 0.92 and 0.92, 0.99 and 0.98. bf16, whose library product
+# uses AMX, 1.01 and 0.86 with 16, 1.19 and 1.03 with 32; fp16 0.85 and 0.96 with 64, 0.97 and 1.04 with 128. With AVX2
+# alone fp32 at 768x768 takes 0.59 and 1.14 with 16, 0.75 and 1.04 with 128, 0.87 and 1.11 with 256, at 1024x4096 1.14 and
+# 1.36 with 512; fp64 0.96 and 0.92 with 64, 1.00 and 1.12 with 256.
 ONE_PASS_ROWS = {
-    torch.float32: (512, 256),
-    torch.float64: (256, 256),
+    torch.float32: (256, 0),
+    torch.float64: (128, 128),
     torch.bfloat16: (16, 16),
     torch.float16: (128, 64),
 }
@@ -135,3 +137,5 @@ def _register_fakes() -> None:
 
 # At import and not at first use: torch.compile traces `unavailable`, and cannot trace a search of the file system.
 LOAD_ERROR = _load_error()
+if LOAD_ERROR is None and instruction_set() == "avx512":
+    ONE_PASS_ROWS |= dict.fromkeys((torch.float32, torch.float64), (sys.maxsize, sys.maxsize))
