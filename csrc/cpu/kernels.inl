@@ -557,8 +557,8 @@ Prefetch prefetch_of(const Mixing& mixing, Part next) {
 }
 
 // c[tile_rows][vectors] = base + left[tile_rows][terms] * right[terms][vectors]. The products are summed from zero:
-// summing on from c doubles the error at 1023 terms, to twice the library's. A null prefetch costs nothing; any other
-// takes slots of the multiplications, 4 % of them.
+// summing on from c doubles the error at 1023 terms, to twice the library's. A step of a Prefetch takes 4 % of the
+// multiplications' slots.
 template <typename Left, typename T, int vectors, typename Fetch>
 MIXOUT_INLINE void multiply_tile(Left layout, int64_t terms, const T* __restrict left, const T* __restrict right,
                                  const T* base, int64_t base_stride, T* c, int64_t c_stride, Fetch& prefetch) {
