@@ -459,21 +459,18 @@ MIXOUT_INLINE bool takes_vectors(const Mixing& mixing) {
          (!mixing.target.data || mixing.target.column_stride == 1);
 }
 
-// As mix_entry: entries [column, column + lanes) of as many rows as a vector has lanes.
+// As mix_entry: entries [column, column + lanes) of a row.
 template <typename T>
-MIXOUT_INLINE void mix_rows(const Mixing& mixing, int64_t row, int64_t column, Vector<T>* mixed) {
+MIXOUT_INLINE Vector<T> mix_vector(const Mixing& mixing, int64_t row, int64_t column) {
   typedef uint32_t Keep __attribute__((vector_size(lanes<T> * sizeof(uint32_t))));
   Keep keep;
   memcpy(&keep, mixing.mask.keep + column, sizeof(keep));
-  const Vector<T> scale = broadcast(static_cast<T>(mixing.scale));
-#pragma GCC unroll 16
-  for (int64_t i = 0; i < lanes<T>; ++i) {
-    const Vector<T> weight = load(reinterpret_cast<const T*>(address<T>(mixing.weight, row + i, column)));
-    const Vector<T> target =
-        mixing.target.data ? load(reinterpret_cast<const T*>(address<T>(mixing.target, row + i, column))) : Vector<T>{};
-    const Vector<T> difference = weight - target, scaled = difference * scale, kept = target + scaled;
-    mixed[i] = keep ? kept : target;
-  }
+  const Vector<T> weight = load(reinterpret_cast<const T*>(address<T>(mixing.weight, row, column)));
+  const Vector<T> target =
+      mixing.target.data ? load(reinterpret_cast<const T*>(address<T>(mixing.target, row, column))) : Vector<T>{};
+  const Vector<T> difference = weight - target, scaled = difference * broadcast(static_cast<T>(mixing.scale));
+  const Vector<T> kept = target + scaled;
+  return keep ? kept : target;
 }
 
 template <bool forward, typename Operand, typename Result, typename T>
@@ -495,7 +492,11 @@ void mix_panels(const Mixing& mixing, Part part, Panels<T> panels) {
       for (int64_t k = 0; k < part.terms; k += width) {
         Vector<T> block[width];
         if constexpr (mixes_vectors<Operand, Result>)
-          if (in_registers) mix_rows<T>(mixing, part.output + output, part.term + k, block);
+          if (in_registers) {
+#pragma GCC unroll 16
+            for (int64_t i = 0; i < width; ++i)
+              block[i] = mix_vector<T>(mixing, part.output + output + i, part.term + k);
+          }
         if (!in_registers)
           for (int64_t i = 0; i < width; ++i) block[i] = load(mixed + i * stride + k);
         transpose<T>(block);
@@ -503,15 +504,22 @@ void mix_panels(const Mixing& mixing, Part part, Panels<T> panels) {
       }
     }
   } else {
+    // Rows of W' are terms: mixed vector by vector on the way into the panels, where they can be.
     const int64_t padded = round_up(part.outputs, width);
     T* mixed = scratch<T>(Slot::rows, padded);
     memset(mixed, 0, padded * sizeof(T));
+    const Mixing own = mixing; // which no store can change
+    const bool by_vectors = mixes_vectors<Operand, Result> && takes_vectors(own) && part.outputs % width == 0;
     for (int64_t k = 0; k < part.terms; ++k) {
-      mix_segment<Operand, Result>(mixing, part.term + k, part.output, part.outputs, mixed);
+      if (!by_vectors) mix_segment<Operand, Result>(own, part.term + k, part.output, part.outputs, mixed);
       for (int64_t output = 0; output < padded; output += panel<T>) {
         const int64_t step = panels.width(output, part.outputs);
         T* out = panels.at(output) + k * step;
-        for (int64_t v = 0; v < step; v += width) store(out + v, load(mixed + output + v));
+        for (int64_t v = 0; v < step; v += width)
+          if constexpr (mixes_vectors<Operand, Result>)
+            store(out + v,
+                  by_vectors ? mix_vector<T>(own, part.term + k, part.output + output + v) : load(mixed + output + v));
+          else store(out + v, load(mixed + output + v));
       }
     }
   }
