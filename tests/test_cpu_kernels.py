@@ -3,12 +3,15 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from mixout_fast import testing
+from mixout_fast import mix_linear, testing
 from mixout_fast.backends import cpu
+
+STATM = Path("/proc/self/statm")
 
 pytestmark = pytest.mark.skipif(cpu.LOAD_ERROR is not None, reason=str(cpu.LOAD_ERROR))
 
@@ -37,8 +40,10 @@ def test_error_of_many_rows(shape, p, dtype, seed):
     "shape", ((128, 300, 48), (128, 300, 32), (8, 300, 200), (300, 512, 200), (601, 300, 49), (300, 49, 800)), ids=str
 )
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
-def test_results_do_not_depend_on_the_threads(shape, dtype, seed):
-    """Many threads with few outputs share the rows too."""
+def test_results_do_not_depend_on_the_threads(shape, dtype, seed, monkeypatch):
+    """Many threads with few outputs share the rows too. Only our own products: the library's depend on the threads."""
+    monkeypatch.setattr(cpu, "ONE_PASS_ROWS", dict.fromkeys(cpu.ONE_PASS_ROWS, (sys.maxsize, sys.maxsize)))
+    own = testing.RESULTS if cpu.instruction_set() == "avx512" else ("y", "dX")
     case = testing.random_case(*shape, p=0.7, dtype=dtype, seed=seed)
     threads, results = torch.get_num_threads(), []
     try:
@@ -48,8 +53,32 @@ def test_results_do_not_depend_on_the_threads(shape, dtype, seed):
     finally:
         torch.set_num_threads(threads)
     for other in results[1:]:
-        for name in testing.RESULTS:
+        for name in own:
             testing.assert_same_bits(name, other[name], results[0][name], case)
+
+
+@pytest.mark.parametrize("rows", (3, 300))
+@pytest.mark.parametrize("shape", ((0, 5), (5, 0)), ids=str)
+def test_one_pass_of_an_empty_weight_is_refused(rows, shape, seed):
+    """mix_linear never asks for one; an operator called by itself must not divide by its outputs."""
+    operands = torch.randn(rows, shape[1]), torch.randn(shape), None, None, torch.tensor(seed)
+    with pytest.raises(RuntimeError, match="weight: empty"):
+        torch.ops.mixout_fast.linear(*operands, 1, 1.0, None, True, False, False)
+
+
+@pytest.mark.skipif(not STATM.exists(), reason="reads this process's memory from /proc")
+def test_one_column_of_any_stride_is_not_copied(seed):
+    """As a transposed row has; its copy would be a vector, and more, for each of the rows."""
+
+    def resident():
+        return int(STATM.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    x = torch.randn(1, 2**20).t()
+    weight = torch.ones(1, 1)
+    mix_linear(x[:300], weight, None, None, 0.5, seed=seed, backend="cpu")
+    before = resident()
+    output = mix_linear(x, weight, None, None, 0.5, seed=seed, backend="cpu")
+    assert resident() - before < 4 * (x.nbytes + output.nbytes)
 
 
 @pytest.mark.parametrize("capability, name", (("avx2", "avx2"), ("default", "baseline")))

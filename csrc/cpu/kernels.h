@@ -86,6 +86,8 @@ constexpr int64_t round_up(int64_t value, int64_t multiple) { return (value + mu
 constexpr int64_t output_unit = 16;
 // As many outputs as the widest panel of a product has.
 constexpr int64_t panel_outputs = 48;
+// Up to so many rows a product takes small blocks, and copies what is not laid out in rows block by block.
+constexpr int64_t few_rows = 256;
 
 // The kept columns' number: their indices are followed by -1.
 constexpr int64_t kept_count(const int32_t* index, int64_t count) {

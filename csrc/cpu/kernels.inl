@@ -653,7 +653,7 @@ struct BlockShape {
 template <bool forward, typename T>
 constexpr BlockShape block_shape(int64_t rows, int64_t terms) {
   constexpr int64_t wide = sizeof(T) / sizeof(float);
-  if (rows <= 256) return forward ? BlockShape{384 / wide, 1, true} : BlockShape{128, 8, true};
+  if (rows <= few_rows) return forward ? BlockShape{384 / wide, 1, true} : BlockShape{128, 8, true};
   const int64_t most = (forward ? 3072 : 768) / wide;
   const int64_t block = terms < most ? terms : most;
   return {most, 4096 / block > 1 ? 4096 / block : 1, false};
@@ -672,10 +672,12 @@ void multiply(const Mixing& mixing, Matrix x, int64_t m, int64_t all_rows, int64
   const bool in_short_pieces = piece == short_piece;
   const BlockShape shape = block_shape<forward, T>(all_rows, terms);
   const int64_t block_terms = shape.terms < terms ? shape.terms : round_up(terms, lanes<T>);
-  const int64_t block_outputs = shape.panels * panel<T>;
+  const int64_t all_outputs = round_up(end - begin, panel<T>), most_outputs = shape.panels * panel<T>;
+  const int64_t block_outputs = all_outputs < most_outputs ? all_outputs : most_outputs;
   // Whole tiles of rows are multiplied where they are, others from a copy off the power of two, whose rows would share
   // one L1 set.
-  const int64_t in_place = !narrows && x.column_stride == 1 ? m / tile_rows * tile_rows : 0;
+  const bool lies_in_rows = x.column_stride == 1 || terms == 1;
+  const int64_t in_place = !narrows && lies_in_rows ? m / tile_rows * tile_rows : 0;
   const Rows staged_rows{block_terms + 16};
   const int64_t staged_size = round_up(m - in_place, tile_rows) * staged_rows.row_stride;
   T* staged =

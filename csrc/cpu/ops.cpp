@@ -119,8 +119,8 @@ struct Slice {
   }
 };
 
-// Into how many parts the rows of a product are split, a divisor of `slices`: each slice has a panel of outputs or
-// more, and not so few rows that mixing takes longer than multiplying.
+// Into how many parts the rows of a product are split where there are more slices than panels of outputs: a divisor of
+// `slices`, and not so many that mixing takes longer than multiplying.
 int64_t rows_split(int64_t slices, int64_t rows, int64_t outputs) {
   const int64_t panels = (outputs + panel_outputs - 1) / panel_outputs;
   int64_t parts = std::clamp<int64_t>((slices + panels - 1) / panels, 1, std::max<int64_t>(rows / 128, 1));
@@ -195,15 +195,15 @@ Tensor one_pass(const Tensor& rows, const Mixing& mixing, int64_t outputs, const
                 Kernel kernel, int64_t bytes_beside, const Function& beside) {
   const int64_t m = rows.size(0);
   Tensor out = allocate({m, outputs}, rows.scalar_type());
-  STD_TORCH_CHECK(rows.size(1) > 0, "weight: empty");
+  STD_TORCH_CHECK(rows.size(1) > 0 && outputs > 0, "weight: empty");
   char* data = static_cast<char*>(out.mutable_data_ptr());
   STD_TORCH_CHECK(!bias || bias->is_contiguous(), "bias: must be contiguous");
   const void* bias_data = bias ? bias->const_data_ptr() : nullptr;
   const int64_t size = rows.element_size();
-  // The kernel copies what is not laid out in rows, every thread for itself.
-  const Tensor left = rows.stride(1) == 1 || m <= 256 ? rows : torch::stable::contiguous(rows);
+  // The kernel copies what is not laid out in rows, every thread for itself: of many rows it would be all of them.
+  const Tensor left = rows.stride(1) == 1 || m <= few_rows ? rows : torch::stable::contiguous(rows);
   const Matrix x = matrix_of(left);
-  const int64_t bytes = 2 * mixing.rows * mixing.columns * size + bytes_of(rows);
+  const int64_t bytes = 2 * mixing.rows * mixing.columns * size + bytes_of(rows) + bytes_of(out);
   in_slices(bytes + bytes_beside, [&](Slice slice) {
     beside(slice);
     if (m == 0) return;
