@@ -123,7 +123,9 @@ struct Slice {
 // `slices`, and not so many that mixing takes longer than multiplying.
 int64_t rows_split(int64_t slices, int64_t rows, int64_t outputs) {
   const int64_t panels = (outputs + panel_outputs - 1) / panel_outputs;
-  int64_t parts = std::clamp<int64_t>((slices + panels - 1) / panels, 1, std::max<int64_t>(rows / 128, 1));
+  const int64_t most = std::max<int64_t>(rows / 128, 1);
+  int64_t parts = std::min((slices + panels - 1) / panels, most);
+  while (slices % parts && parts < most) ++parts;
   while (slices % parts) --parts;
   return parts;
 }
