@@ -6,12 +6,25 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
 #include <array>
+#include <cmath>
+#include <cstdint>
 #include <optional>
 #include <tuple>
 #include <vector>
 
 namespace mixout_fast {
+
+// The constants of a mask, as mixout_fast/reference.py computes them.
+inline uint64_t threshold_of(double p) { return static_cast<uint64_t>(std::nearbyint(std::ldexp(p, 32))); }
+
+inline double scale_of(double p) { return p < 1.0 ? 1.0 / (1.0 - p) : 1.0; }
+
+inline int64_t capacity_of(int64_t count, double p) {
+  const double mean = (1.0 - p) * count, deviation = std::sqrt(count * p * (1.0 - p));
+  return std::min(count, (static_cast<int64_t>(std::ceil(mean + 8.0 * deviation)) + 15) / 16 * 16);
+}
 
 // The products, through the dispatcher: the same kernels that Python's F.linear and mm reach.
 inline torch::stable::Tensor library_linear(const torch::stable::Tensor& input, const torch::stable::Tensor& weight,
@@ -40,6 +53,10 @@ inline torch::stable::Tensor shaped_as(const torch::stable::Tensor& operand, con
   sizes.back() = matrix.size(1);
   return torch::stable::view(matrix, sizes);
 }
+
+// y, and where they are gathered, the kept index and columns.
+using Output = std::tuple<torch::stable::Tensor, std::optional<torch::stable::Tensor>,
+                          std::optional<torch::stable::Tensor>>;
 
 // dX, dW and db, each where it is needed.
 using Gradients = std::tuple<std::optional<torch::stable::Tensor>, std::optional<torch::stable::Tensor>,

@@ -133,12 +133,11 @@ def linear(
     mask: str,
     gathers: bool,
     static: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """y = x W'ᵀ + b for input (…, K), in the input's dtype; with `gathers`, also gather's two, else two empty ones."""
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """y = x W'ᵀ + b for input (…, K), in the input's dtype, and with `gathers` gather's two."""
     output = torch.nn.functional.linear(input, mix(weight, target, seed, p, mask, input.dtype), bias)
     rows = input.reshape(-1, input.shape[-1])
-    index, columns = gather(rows, seed, p, static) if gathers else (seed.new_empty(0), rows.new_empty(0, 0))
-    return output, index, columns
+    return output, *(gather(rows, seed, p, static) if gathers else (None, None))
 
 
 def grad_input(grad: Tensor, weight: Tensor, target: Tensor | None, seed: Tensor, p: float, mask: str) -> Tensor:
@@ -163,8 +162,8 @@ def grad_weight(
 def gradients(
     grad: Tensor,
     input: Tensor | None,
-    index: Tensor,
-    columns: Tensor,
+    index: Tensor | None,
+    columns: Tensor | None,
     weight: Tensor,
     target: Tensor | None,
     seed: Tensor,

@@ -70,7 +70,7 @@ def test_one_pass_of_an_empty_weight_is_refused(rows, shape, seed):
     """mix_linear never asks for one; an operator called by itself must not divide by its outputs."""
     operands = torch.randn(rows, shape[1]), torch.randn(shape), None, None, torch.tensor(seed)
     with pytest.raises(RuntimeError, match="weight: empty"):
-        torch.ops.mixout_fast.linear(*operands, 1, 1.0, None, True, False, False)
+        torch.ops.mixout_fast.linear(*operands, 0.5, False, True, False, False)
 
 
 @pytest.mark.skipif(not STATM.exists(), reason="reads this process's memory from /proc")

@@ -185,6 +185,6 @@ def test_it_does_not_take_cpu_tensors():
     program = f"""
 import torch
 torch.ops.load_library("{LIBRARY}")
-torch.ops.mixout_fast_cuda.mask_grad(torch.zeros(3, 5), torch.tensor(0), 0, 5, 1.0, torch.float32)
+torch.ops.mixout_fast_cuda.mask_grad(torch.zeros(3, 5), torch.tensor(0), 0.5, True, 1.0, torch.float32)
 """
     assert "Could not run 'mixout_fast_cuda::mask_grad' with arguments from the 'CPU' backend" in run(program).stderr

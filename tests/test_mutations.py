@@ -60,7 +60,7 @@ def linear_with(**replaced):
 
 def linear_gathering_shifted(input, *arguments):
     output, index, columns = reference.linear(input, *arguments)
-    return output, index, columns.roll(1, 0)
+    return output, index, None if columns is None else columns.roll(1, 0)
 
 
 def grad_input_unmixed(grad, weight, target, seed, p, mask):

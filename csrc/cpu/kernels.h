@@ -60,8 +60,8 @@ struct Kernels {
   // dW without the library's product, where it is the faster: with AVX-512, all of one dtype, fp32 or fp64; else null.
   // Rows [begin, end) of the kept columns of x into `staged`, room for all rows of round_up(count, output_unit).
   void (*stage_kept)(const KeptX& kept_x, int64_t begin, int64_t end, void* staged) = nullptr;
-  // Rows [begin, end) of dW (outputs, columns) from x and dy (m, outputs), the columns numbered index times factor, the
-  // others 0; and of db, the sums of dy, unless it is null. Where `staged` is null, x is staged here, by every thread.
+  // Rows [begin, end) of dW (outputs, columns) from all of them staged and dy (m, outputs), the columns numbered index
+  // times factor, the others 0; and of db, the sums of dy, unless it is null.
   void (*grad_weight)(const KeptX& kept_x, const void* staged, Matrix dy, int64_t outputs, const int32_t* index,
                       int64_t columns, double factor, int64_t begin, int64_t end, void* dw, void* db) = nullptr;
 };

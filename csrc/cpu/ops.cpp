@@ -66,15 +66,15 @@ struct DrawnMask {
   Mask mask;
   int64_t kept = 0;
 
-  DrawnMask(const Tensor& seed, int64_t threshold, std::optional<int64_t> capacity, int64_t columns,
-            int64_t repeats = 1) {
+  DrawnMask(const Tensor& seed, double p, bool per_column, int64_t columns, int64_t repeats = 1) {
     const uint64_t key = *static_cast<const uint64_t*>(seed.const_data_ptr());
-    mask = {nullptr, key, static_cast<uint64_t>(threshold)};
-    if (!capacity) return;
+    mask = {nullptr, key, threshold_of(p)};
+    if (!per_column) return;
+    const int64_t capacity = capacity_of(columns, p);
     keep.resize(columns);
     instruction_set().draw(key, mask.threshold, 0, columns, keep.data());
     for (uint32_t flag : keep) kept += flag & 1;
-    for (int64_t k = columns - 1; kept > *capacity; --k) {
+    for (int64_t k = columns - 1; kept > capacity; --k) {
       kept -= keep[k] & 1;
       keep[k] = 0;
     }
@@ -100,9 +100,10 @@ struct DrawnMask {
   }
 };
 
-Mixing mixing_of(const Tensor& weight, const std::optional<Tensor>& target, double scale, const Mask& mask) {
+Mixing mixing_of(const Tensor& weight, const std::optional<Tensor>& target, double p, const Mask& mask) {
   const int64_t columns = weight.size(1) * repeats_of(weight);
-  return {matrix_of(weight), target ? matrix_of(*target) : Matrix{nullptr, 0, 0}, weight.size(0), columns, scale, mask};
+  const Matrix target_matrix = target ? matrix_of(*target) : Matrix{nullptr, 0, 0};
+  return {matrix_of(weight), target_matrix, weight.size(0), columns, scale_of(p), mask};
 }
 
 // One thread's part of the work.
@@ -159,9 +160,9 @@ Tensor masked(const Tensor& grad, const DrawnMask& drawn, double factor, ScalarT
   return out;
 }
 
-Tensor mask_grad(const Tensor& grad, const Tensor& seed, int64_t threshold, std::optional<int64_t> capacity,
-                 double factor, ScalarType dtype) {
-  return masked(grad, DrawnMask(seed, threshold, capacity, grad.size(1), repeats_of(grad)), factor, dtype);
+Tensor mask_grad(const Tensor& grad, const Tensor& seed, double p, bool per_column, double factor,
+                 ScalarType dtype) {
+  return masked(grad, DrawnMask(seed, p, per_column, grad.size(1), repeats_of(grad)), factor, dtype);
 }
 
 void gather_rows(const Tensor& rows, const Tensor& index, const Tensor& columns, Slice slice) {
@@ -184,10 +185,10 @@ Tensor mixed(const Tensor& weight, const Mixing& mixing, ScalarType dtype, int64
   return out;
 }
 
-Tensor mix(const Tensor& weight, const std::optional<Tensor>& target, const Tensor& seed, int64_t threshold,
-           double scale, std::optional<int64_t> capacity, ScalarType dtype) {
-  const DrawnMask drawn(seed, threshold, capacity, weight.size(1), repeats_of(weight));
-  return mixed(weight, mixing_of(weight, target, scale, drawn.mask), dtype, 0, [](Slice) {});
+Tensor mix(const Tensor& weight, const std::optional<Tensor>& target, const Tensor& seed, double p,
+           bool per_column, ScalarType dtype) {
+  const DrawnMask drawn(seed, p, per_column, weight.size(1), repeats_of(weight));
+  return mixed(weight, mixing_of(weight, target, p, drawn.mask), dtype, 0, [](Slice) {});
 }
 
 // The product of rows (m, terms) with W'^T or W', with `bias` added, reading W and U once and writing no W'. `kernel`
@@ -223,22 +224,23 @@ Tensor one_pass(const Tensor& rows, const Mixing& mixing, int64_t outputs, const
   return out;
 }
 
-std::tuple<Tensor, Tensor, Tensor> linear(const Tensor& input, const Tensor& weight,
-                                          const std::optional<Tensor>& target, const std::optional<Tensor>& bias,
-                                          const Tensor& seed, int64_t threshold, double scale,
-                                          std::optional<int64_t> capacity, bool in_one_pass, bool gathers,
-                                          bool fixed_size) {
+Output linear(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& target,
+              const std::optional<Tensor>& bias, const Tensor& seed, double p, bool per_column, bool in_one_pass,
+              bool gathers, bool fixed_size) {
   const ScalarType dtype = input.scalar_type();
-  const DrawnMask drawn(seed, threshold, capacity, weight.size(1));
-  const Mixing mixing = mixing_of(weight, target, scale, drawn.mask);
+  const DrawnMask drawn(seed, p, per_column, weight.size(1));
+  const Mixing mixing = mixing_of(weight, target, p, drawn.mask);
   const Tensor rows = rows_of(input, mixing.columns);
 
-  const int64_t width = !gathers ? 0 : fixed_size ? *capacity : drawn.kept;
-  Tensor index = gathers ? drawn.indices(width) : allocate({0}, ScalarType::Int);
-  Tensor columns = allocate({gathers ? rows.size(0) : 0, width}, dtype);
+  std::optional<Tensor> index, columns;
+  if (gathers) {
+    const int64_t width = fixed_size ? capacity_of(mixing.columns, p) : drawn.kept;
+    index = drawn.indices(width);
+    columns = allocate({rows.size(0), width}, dtype);
+  }
   const int64_t gathered_bytes = gathers ? bytes_of(rows) : 0;
   const auto gather = [&](Slice slice) {
-    if (gathers) gather_rows(rows, index, columns, slice);
+    if (gathers) gather_rows(rows, *index, *columns, slice);
   };
 
   if (in_one_pass) {
@@ -272,68 +274,68 @@ Tensor expanded(const Tensor& columns, const Tensor& grad, const Tensor& index, 
   return out;
 }
 
-Gradients linear_backward(const Tensor& grad_output, const std::optional<Tensor>& input, const Tensor& kept_index,
-                          const Tensor& kept_columns, const Tensor& weight, const std::optional<Tensor>& target,
-                          const Tensor& seed, bool needs_input, bool needs_weight, bool needs_bias, int64_t threshold,
-                          double scale, std::optional<int64_t> capacity, double factor, bool in_one_pass,
-                          bool in_full_product, bool in_fp64) {
+Gradients linear_backward(const Tensor& grad_output, const std::optional<Tensor>& input,
+                          const std::optional<Tensor>& kept_index, const std::optional<Tensor>& kept_columns,
+                          const Tensor& weight, const std::optional<Tensor>& target,
+                          const Tensor& seed, bool needs_input, bool needs_weight, bool needs_bias, double p,
+                          bool per_column, double factor, bool in_one_pass, bool in_full_product, bool in_fp64) {
   const int64_t outputs = weight.size(0), in_features = weight.size(1);
   const ScalarType dtype = grad_output.scalar_type();
-  const DrawnMask drawn(seed, threshold, capacity, in_features);
-  const Mixing mixing = mixing_of(weight, target, scale, drawn.mask);
+  const DrawnMask drawn(seed, p, per_column, in_features);
+  const Mixing mixing = mixing_of(weight, target, p, drawn.mask);
   const Tensor grad = rows_of(grad_output, outputs);
   const int64_t m = grad.size(0);
   std::optional<Tensor> x;
   if (needs_weight && input) x = rows_of(*input, in_features);
 
   const Kernels& of_weight = kernels_of(dtype, weight.scalar_type());
-  const bool in_kernel = needs_weight && capacity && of_weight.grad_weight && !in_fp64;
+  const bool in_kernel = needs_weight && per_column && of_weight.grad_weight && !in_fp64;
   const bool is_full = x && in_full_product && !in_kernel, gathers = x && !is_full && !in_kernel;
-  const Tensor index = x && !is_full ? drawn.indices(drawn.kept) : kept_index;
-  const int32_t* indices = static_cast<const int32_t*>(index.const_data_ptr());
-  const int64_t kept = kept_count(indices, index.numel());
-  const Tensor columns = gathers ? allocate({m, kept}, dtype) : kept_columns;
-  const int64_t gathered_bytes = gathers ? bytes_of(*x) : 0;
-  const auto gather = [&](Slice slice) {
-    if (gathers) gather_rows(*x, index, columns, slice);
+  // The kept columns: of x, or as forward gathered them.
+  std::optional<Tensor> index = kept_index, columns = kept_columns;
+  if (x && !is_full) index = drawn.indices(drawn.kept);
+  const int32_t* indices = index ? static_cast<const int32_t*>(index->const_data_ptr()) : nullptr;
+  const int64_t kept = index ? kept_count(indices, index->numel()) : 0;
+  if (gathers) columns = allocate({m, kept}, dtype);
+  KeptX kept_x;
+  std::optional<Tensor> staged;
+  if (in_kernel) {
+    kept_x = {matrix_of(x ? *x : *columns), m, x ? indices : nullptr, kept};
+    staged = allocate({m, round_up(kept, output_unit)}, dtype);
+  }
+  // What dW needs of x is made ready in dX's slices.
+  const int64_t bytes_beside = gathers ? bytes_of(*x) : staged ? bytes_of(*staged) : 0;
+  const auto beside = [&](Slice slice) {
+    if (gathers) gather_rows(*x, *index, *columns, slice);
+    if (staged) of_weight.stage_kept(kept_x, slice.first(m), slice.last(m), staged->mutable_data_ptr());
   };
 
   std::optional<Tensor> grad_input, grad_weight, grad_bias;
   if (needs_input) {
     const Kernels& kernels = kernels_of(weight.scalar_type(), dtype);
     const Tensor product =
-        in_one_pass ? one_pass(grad, mixing, in_features, std::nullopt, kernels.grad_input, gathered_bytes, gather)
-                    : library_mm(grad, mixed(weight, mixing, dtype, gathered_bytes, gather));
+        in_one_pass ? one_pass(grad, mixing, in_features, std::nullopt, kernels.grad_input, bytes_beside, beside)
+                    : library_mm(grad, mixed(weight, mixing, dtype, bytes_beside, beside));
     grad_input = shaped_as(grad_output, product);
-  } else if (gathers) {
-    in_slices(gathered_bytes, gather);
+  } else {
+    in_slices(bytes_beside, beside);
   }
 
   if (in_kernel) {
-    const Tensor& source = x ? *x : kept_columns;
-    const KeptX kept_x{matrix_of(source), m, x ? indices : nullptr, kept};
-    // Few rows are staged by each thread: a step at 128x768x768 takes 1 % less so.
-    std::optional<Tensor> staged;
-    if (m > 128) {
-      staged = allocate({m, round_up(kept, output_unit)}, dtype);
-      in_slices(bytes_of(source), [&](Slice slice) {
-        of_weight.stage_kept(kept_x, slice.first(m), slice.last(m), staged->mutable_data_ptr());
-      });
-    }
     grad_weight = allocate({outputs, in_features}, dtype);
     if (needs_bias) grad_bias = allocate({outputs}, dtype);
     in_slices(bytes_of(*grad_weight) + bytes_of(grad), [&](Slice slice) {
-      of_weight.grad_weight(kept_x, staged ? staged->const_data_ptr() : nullptr, matrix_of(grad), outputs, indices,
+      of_weight.grad_weight(kept_x, staged->const_data_ptr(), matrix_of(grad), outputs, indices,
                             in_features, factor, slice.first_output(outputs), slice.last_output(outputs),
                             grad_weight->mutable_data_ptr(), grad_bias ? grad_bias->mutable_data_ptr() : nullptr);
     });
     return {grad_input, grad_weight, grad_bias};
   }
   if (is_full)
-    grad_weight = full_product(*x, grad, weight, capacity.has_value(), [&](const Tensor& matrix, ScalarType result) {
+    grad_weight = full_product(*x, grad, weight, per_column, [&](const Tensor& matrix, ScalarType result) {
       return masked(matrix, drawn, factor, result);
     });
-  else if (needs_weight) grad_weight = expanded(columns, grad, index, weight, factor, in_fp64);
+  else if (needs_weight) grad_weight = expanded(*columns, grad, *index, weight, factor, in_fp64);
   if (needs_bias) grad_bias = sum_of_rows(grad);
   return {grad_input, grad_weight, grad_bias};
 }

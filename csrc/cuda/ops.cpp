@@ -2,8 +2,7 @@
 // is no CUDA; its operators differ from the CPU's in that a gather has always the capacity as its size, which the host
 // knows without waiting, and that fp32 products may be allowed TF32. mixout_fast/reference.py says what each computes.
 //
-// A mask is given by a 0-d int64 seed, threshold = round(p * 2^32), and capacity: the most columns that an input mask
-// keeps, or None for one entry per element. scale is 1 / (1 - p).
+// A mask is given by a 0-d int64 seed, p, and whether it has one entry per column (an input mask) or per element.
 //
 // linear_backward gives dX, dW and db, where needed, of grad (..., N). dW is made of the kept index and columns, or
 // where there is an input, of that: by full_product, or gathered first. one_pass is of dX, in_fp64 the compact sum of
@@ -99,25 +98,24 @@ bool takes_one_pass(const Mixing& mixing, const Matrix& x, int64_t length) {
 
 int64_t repeats_of(const Tensor& tensor) { return tensor.dim() == 3 ? tensor.size(2) : 1; }
 
-Mask mask_of(const Tensor& seed, int64_t threshold, std::optional<int64_t> capacity, int64_t entries,
-             int64_t repeats = 1) {
+Mask mask_of(const Tensor& seed, double p, bool per_column, int64_t entries, int64_t repeats = 1) {
   return {static_cast<const int64_t*>(seed.const_data_ptr()),
-          static_cast<uint64_t>(threshold),
-          !capacity,
+          threshold_of(p),
+          !per_column,
           entries,
-          capacity.value_or(0),
+          per_column ? capacity_of(entries, p) : 0,
           repeats};
 }
 
-Mixing mixing_of(const Tensor& weight, const std::optional<Tensor>& target, const Tensor& seed, int64_t threshold,
-                 double scale, std::optional<int64_t> capacity) {
+Mixing mixing_of(const Tensor& weight, const std::optional<Tensor>& target, const Tensor& seed, double p,
+                 bool per_column) {
   const int64_t repeats = repeats_of(weight);
   return {matrix_of(weight),
           target ? matrix_of(*target) : Matrix{},
           weight.size(0),
           weight.size(1) * repeats,
-          scale,
-          mask_of(seed, threshold, capacity, weight.size(1), repeats)};
+          scale_of(p),
+          mask_of(seed, p, per_column, weight.size(1), repeats)};
 }
 
 Tensor like_weight(const Tensor& weight, ScalarType dtype) {
@@ -154,36 +152,35 @@ Tensor mixed(const Tensor& weight, const Mixing& mixing, ScalarType dtype, const
   return out;
 }
 
-Tensor mix(const Tensor& weight, const std::optional<Tensor>& target, const Tensor& seed, int64_t threshold,
-           double scale, std::optional<int64_t> capacity, ScalarType dtype) {
+Tensor mix(const Tensor& weight, const std::optional<Tensor>& target, const Tensor& seed, double p,
+           bool per_column, ScalarType dtype) {
   const OnDevice device(weight);
-  return mixed(weight, mixing_of(weight, target, seed, threshold, scale, capacity), dtype, {}, device.launch);
+  return mixed(weight, mixing_of(weight, target, seed, p, per_column), dtype, {}, device.launch);
 }
 
-Tensor mask_grad(const Tensor& grad, const Tensor& seed, int64_t threshold, std::optional<int64_t> capacity,
-                 double factor, ScalarType dtype) {
+Tensor mask_grad(const Tensor& grad, const Tensor& seed, double p, bool per_column, double factor,
+                 ScalarType dtype) {
   const OnDevice device(grad);
   const int64_t repeats = repeats_of(grad);
   Tensor out = like_weight(grad, dtype);
   check(launch_mask_grad(dtype_of(grad), dtype_of(dtype), matrix_of(grad), grad.size(0), grad.size(1) * repeats,
-                         mask_of(seed, threshold, capacity, grad.size(1), repeats), factor, out.mutable_data_ptr(),
+                         mask_of(seed, p, per_column, grad.size(1), repeats), factor, out.mutable_data_ptr(),
                          device.launch));
   return out;
 }
 
-std::tuple<Tensor, Tensor, Tensor> linear(const Tensor& input, const Tensor& weight,
-                                          const std::optional<Tensor>& target, const std::optional<Tensor>& bias,
-                                          const Tensor& seed, int64_t threshold, double scale,
-                                          std::optional<int64_t> capacity, bool one_pass, bool tf32, bool gathers) {
+Output linear(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& target,
+              const std::optional<Tensor>& bias, const Tensor& seed, double p, bool per_column, bool one_pass, bool tf32,
+              bool gathers) {
   const OnDevice device(weight);
   const ScalarType dtype = input.scalar_type();
-  const Mixing mixing = mixing_of(weight, target, seed, threshold, scale, capacity);
+  const Mixing mixing = mixing_of(weight, target, seed, p, per_column);
   const Tensor rows = rows_of(input, mixing.columns);
   std::optional<Gathered> gathered;
-  if (gathers) gathered.emplace(rows, *capacity);
+  if (gathers) gathered.emplace(rows, mixing.mask.capacity);
   const Gather gather = gathered ? gathered->gather : Gather{};
-  const Tensor index = gathered ? gathered->index : allocate(weight, {0}, ScalarType::Int);
-  const Tensor columns = gathered ? gathered->columns : allocate(weight, {0, 0}, dtype);
+  std::optional<Tensor> index, columns;
+  if (gathered) index = gathered->index, columns = gathered->columns;
 
   const Matrix x = matrix_of(rows);
   if (!one_pass || !takes_one_pass(mixing, x, mixing.columns))
@@ -206,19 +203,19 @@ Tensor expanded(const Tensor& columns, const Tensor& grad, const Tensor& index, 
   return out;
 }
 
-Gradients linear_backward(const Tensor& grad_output, const std::optional<Tensor>& input, const Tensor& kept_index,
-                          const Tensor& kept_columns, const Tensor& weight, const std::optional<Tensor>& target,
-                          const Tensor& seed, bool needs_input, bool needs_weight, bool needs_bias, int64_t threshold,
-                          double scale, std::optional<int64_t> capacity, double factor, bool one_pass,
-                          bool in_full_product, bool in_fp64, bool tf32) {
+Gradients linear_backward(const Tensor& grad_output, const std::optional<Tensor>& input,
+                          const std::optional<Tensor>& kept_index, const std::optional<Tensor>& kept_columns,
+                          const Tensor& weight, const std::optional<Tensor>& target,
+                          const Tensor& seed, bool needs_input, bool needs_weight, bool needs_bias, double p,
+                          bool per_column, double factor, bool one_pass, bool in_full_product, bool in_fp64, bool tf32) {
   const OnDevice device(weight);
   const ScalarType dtype = grad_output.scalar_type();
-  const Mixing mixing = mixing_of(weight, target, seed, threshold, scale, capacity);
+  const Mixing mixing = mixing_of(weight, target, seed, p, per_column);
   const Tensor grad = rows_of(grad_output, mixing.rows);
   std::optional<Tensor> x;
   if (needs_weight && input) x = rows_of(*input, mixing.columns);
   std::optional<Gathered> gathered;
-  if (x && !in_full_product) gathered.emplace(*x, *capacity);
+  if (x && !in_full_product) gathered.emplace(*x, mixing.mask.capacity);
   const Gather gather = gathered ? gathered->gather : Gather{};
 
   std::optional<Tensor> grad_input, grad_weight, grad_bias;
@@ -236,11 +233,11 @@ Gradients linear_backward(const Tensor& grad_output, const std::optional<Tensor>
     check(launch_gather(dtype_of(dtype), mixing.mask, gather, device.launch));
 
   if (x && in_full_product)
-    grad_weight = full_product(*x, grad, weight, capacity.has_value(), [&](const Tensor& matrix, ScalarType result) {
-      return mask_grad(matrix, seed, threshold, capacity, factor, result);
+    grad_weight = full_product(*x, grad, weight, per_column, [&](const Tensor& matrix, ScalarType result) {
+      return mask_grad(matrix, seed, p, per_column, factor, result);
     });
   else if (needs_weight)
-    grad_weight = expanded(gathered ? gathered->columns : kept_columns, grad, gathered ? gathered->index : kept_index,
+    grad_weight = expanded(gathered ? gathered->columns : *kept_columns, grad, gathered ? gathered->index : *kept_index,
                            weight, factor, in_fp64, device.launch);
 
   if (needs_bias) grad_bias = sum_of_rows(grad);
@@ -251,13 +248,12 @@ Gradients linear_backward(const Tensor& grad_output, const std::optional<Tensor>
 
 STABLE_TORCH_LIBRARY(mixout_fast_cuda, m) {
   m.def("why_no_kernels() -> str");
-  m.def("mix(Tensor weight, Tensor? target, Tensor seed, int threshold, float scale, int? capacity, ScalarType dtype)"
-        " -> Tensor");
-  m.def("mask_grad(Tensor grad, Tensor seed, int threshold, int? capacity, float factor, ScalarType dtype) -> Tensor");
-  m.def("linear(Tensor input, Tensor weight, Tensor? target, Tensor? bias, Tensor seed, int threshold, float scale,"
-        " int? capacity, bool one_pass, bool tf32, bool gathers) -> (Tensor, Tensor, Tensor)");
-  m.def("linear_backward(Tensor grad, Tensor? input, Tensor index, Tensor columns, Tensor weight, Tensor? target,"
-        " Tensor seed, bool needs_input, bool needs_weight, bool needs_bias, int threshold, float scale, int? capacity,"
+  m.def("mix(Tensor weight, Tensor? target, Tensor seed, float p, bool per_column, ScalarType dtype) -> Tensor");
+  m.def("mask_grad(Tensor grad, Tensor seed, float p, bool per_column, float factor, ScalarType dtype) -> Tensor");
+  m.def("linear(Tensor input, Tensor weight, Tensor? target, Tensor? bias, Tensor seed, float p, bool per_column,"
+        " bool one_pass, bool tf32, bool gathers) -> (Tensor, Tensor?, Tensor?)");
+  m.def("linear_backward(Tensor grad, Tensor? input, Tensor? index, Tensor? columns, Tensor weight, Tensor? target,"
+        " Tensor seed, bool needs_input, bool needs_weight, bool needs_bias, float p, bool per_column,"
         " float factor, bool one_pass, bool full_product, bool in_fp64, bool tf32) -> (Tensor?, Tensor?, Tensor?)");
 }
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mixout_fast import reference
 from mixout_fast.backends import operators
-from mixout_fast.reference import scale, threshold
+from mixout_fast.reference import capacity
 
 # Rows up to which a product in one pass over W and U beats mixing and then multiplying with the library: (y, dX).
 # Measured on 2 cores, one pass / two, y and dX, L2 swept before. With AVX-512 fp32 and fp64 have no such limit (at the
@@ -70,14 +70,14 @@ def mix(weight: Tensor, target: Tensor | None, seed: Tensor, p: float, mask: str
     if weight.dim() == 3:
         weight, target = weight.contiguous(), None if target is None else target.contiguous()
     return torch.ops.mixout_fast.mix.default(
-        weight, target, seed, threshold(p), scale(p), operators.capacity(weight, p, mask), dtype
+        weight, target, seed, p, mask == "input", dtype
     )
 
 
 def mask_grad(grad: Tensor, seed: Tensor, p: float, mask: str, factor: float, dtype: torch.dtype) -> Tensor:
     grad = grad.contiguous() if grad.dim() == 3 else grad
     return torch.ops.mixout_fast.mask_grad.default(
-        grad, seed, threshold(p), operators.capacity(grad, p, mask), factor, dtype
+        grad, seed, p, mask == "input", factor, dtype
     )
 
 
@@ -91,20 +91,19 @@ def linear(
     mask: str,
     gathers: bool,
     static: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     one_pass, _ = is_one_pass(input.dtype, input.numel() // weight.shape[1])
-    bound = operators.capacity(weight, p, mask)
     bias = None if bias is None else bias.contiguous()
     return torch.ops.mixout_fast.linear.default(
-        input, weight, target, bias, seed, threshold(p), scale(p), bound, one_pass, gathers, static
+        input, weight, target, bias, seed, p, mask == "input", one_pass, gathers, static
     )
 
 
 def gradients(
     grad: Tensor,
     input: Tensor | None,
-    index: Tensor,
-    columns: Tensor,
+    index: Tensor | None,
+    columns: Tensor | None,
     weight: Tensor,
     target: Tensor | None,
     seed: Tensor,
@@ -118,21 +117,22 @@ def gradients(
     _, one_pass = is_one_pass(grad.dtype, grad.numel() // out_features)
     in_full = mask == "element" or takes_full_product(grad.dtype, p)
     in_fp64 = out_features < reference.THIN_OUTPUT
-    bound = operators.capacity(weight, p, mask)
     return torch.ops.mixout_fast.linear_backward.default(
         grad, input, index, columns, weight, target, seed, *needs,
-        threshold(p), scale(p), bound, factor, one_pass, in_full, in_fp64,
+        p, mask == "input", factor, one_pass, in_full, in_fp64,
     )  # fmt: skip
 
 
 def _register_fakes() -> None:
-    operators.register_fakes("mixout_fast")
+    operators.register("mixout_fast")
 
     @torch.library.register_fake("mixout_fast::linear")
-    def _(input, weight, target, bias, seed, threshold, scale, capacity, one_pass, gathers, fixed_size):
+    def _(input, weight, target, bias, seed, p, per_column, one_pass, gathers, fixed_size):
         output = input.new_empty(*input.shape[:-1], weight.shape[0])
-        width = 0 if not gathers else capacity if fixed_size else torch.library.get_ctx().new_dynamic_size()
-        return output, *operators.fake_gathered(input, gathers, width)
+        if not gathers:
+            return output, None, None
+        width = capacity(weight.shape[1], p) if fixed_size else torch.library.get_ctx().new_dynamic_size()
+        return output, *operators.fake_gathered(input, width)
 
 
 # At import and not at first use: torch.compile traces `unavailable`, and cannot trace a search of the file system.

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mixout_fast import reference
 from mixout_fast.backends import operators
-from mixout_fast.reference import capacity, scale, threshold
+from mixout_fast.reference import capacity
 
 # Rows up to which a product in one pass over W and U is taken: (y, dX). One pass writes no W' but reads W and U once
 # per 64 rows, or 16 where no tensor core serves: these are the rows that read them once. Not measured: no GPU.
@@ -86,14 +86,14 @@ def mix(weight: Tensor, target: Tensor | None, seed: Tensor, p: float, mask: str
     if weight.dim() == 3:
         weight, target = weight.contiguous(), None if target is None else target.contiguous()
     return torch.ops.mixout_fast_cuda.mix.default(
-        weight, target, seed, threshold(p), scale(p), operators.capacity(weight, p, mask), dtype
+        weight, target, seed, p, mask == "input", dtype
     )
 
 
 def mask_grad(grad: Tensor, seed: Tensor, p: float, mask: str, factor: float, dtype: torch.dtype) -> Tensor:
     grad = grad.contiguous() if grad.dim() == 3 else grad
     return torch.ops.mixout_fast_cuda.mask_grad.default(
-        grad, seed, threshold(p), operators.capacity(grad, p, mask), factor, dtype
+        grad, seed, p, mask == "input", factor, dtype
     )
 
 
@@ -107,20 +107,19 @@ def linear(
     mask: str,
     gathers: bool,
     static: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     one_pass, _ = is_one_pass(input.dtype, input.numel() // weight.shape[1])
     tf32 = one_pass and input.dtype == torch.float32 and _allows_tf32()
-    bound = operators.capacity(weight, p, mask)
     return torch.ops.mixout_fast_cuda.linear.default(
-        input, weight, target, bias, seed, threshold(p), scale(p), bound, one_pass, tf32, gathers
+        input, weight, target, bias, seed, p, mask == "input", one_pass, tf32, gathers
     )
 
 
 def gradients(
     grad: Tensor,
     input: Tensor | None,
-    index: Tensor,
-    columns: Tensor,
+    index: Tensor | None,
+    columns: Tensor | None,
     weight: Tensor,
     target: Tensor | None,
     seed: Tensor,
@@ -135,10 +134,9 @@ def gradients(
     in_full = mask == "element" or takes_full_product(grad.dtype, p, in_features)
     in_fp64 = out_features < reference.THIN_OUTPUT
     tf32 = one_pass and grad.dtype == torch.float32 and _allows_tf32()
-    bound = operators.capacity(weight, p, mask)
     return torch.ops.mixout_fast_cuda.linear_backward.default(
         grad, input, index, columns, weight, target, seed, *needs,
-        threshold(p), scale(p), bound, factor, one_pass, in_full, in_fp64, tf32,
+        p, mask == "input", factor, one_pass, in_full, in_fp64, tf32,
     )  # fmt: skip
 
 
@@ -149,12 +147,14 @@ def _allows_tf32() -> bool:
 
 
 def _register_fakes() -> None:
-    operators.register_fakes("mixout_fast_cuda")
+    operators.register("mixout_fast_cuda")
 
     @torch.library.register_fake("mixout_fast_cuda::linear")
-    def _(input, weight, target, bias, seed, threshold, scale, capacity, one_pass, tf32, gathers):
+    def _(input, weight, target, bias, seed, p, per_column, one_pass, tf32, gathers):
         output = input.new_empty(*input.shape[:-1], weight.shape[0])
-        return output, *operators.fake_gathered(input, gathers, capacity if gathers else 0)
+        if not gathers:
+            return output, None, None
+        return output, *operators.fake_gathered(input, capacity(weight.shape[1], p))
 
 
 # At import and not at first use: torch.compile traces `unavailable`, and cannot trace a search of the file system.

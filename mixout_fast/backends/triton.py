@@ -112,7 +112,7 @@ def linear(
     mask: str,
     gathers: bool,
     static: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     rows = input.reshape(-1, weight.shape[1])
     one_pass, _ = is_one_pass(input.dtype, rows.shape[0])
     if gathers and not one_pass:
@@ -122,8 +122,7 @@ def linear(
         output = product(rows, weight, target, bias, seed, p, mask, False).view(*input.shape[:-1], weight.shape[0])
     else:
         output = F.linear(input, mix(weight, target, seed, p, mask, input.dtype), bias)
-    index, columns = gathered(rows, seed, p) if gathers else (seed.new_empty(0), rows.new_empty(0, 0))
-    return output, index, columns
+    return output, *(gathered(rows, seed, p) if gathers else (None, None))
 
 
 def grad_input(grad: Tensor, weight: Tensor, target: Tensor | None, seed: Tensor, p: float, mask: str) -> Tensor:
