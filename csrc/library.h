@@ -55,8 +55,8 @@ inline torch::stable::Tensor shaped_as(const torch::stable::Tensor& operand, con
 }
 
 // y, and where they are gathered, the kept index and columns.
-using Output = std::tuple<torch::stable::Tensor, std::optional<torch::stable::Tensor>,
-                          std::optional<torch::stable::Tensor>>;
+using Output =
+    std::tuple<torch::stable::Tensor, std::optional<torch::stable::Tensor>, std::optional<torch::stable::Tensor>>;
 
 // dX, dW and db, each where it is needed.
 using Gradients = std::tuple<std::optional<torch::stable::Tensor>, std::optional<torch::stable::Tensor>,

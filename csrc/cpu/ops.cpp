@@ -160,8 +160,7 @@ Tensor masked(const Tensor& grad, const DrawnMask& drawn, double factor, ScalarT
   return out;
 }
 
-Tensor mask_grad(const Tensor& grad, const Tensor& seed, double p, bool per_column, double factor,
-                 ScalarType dtype) {
+Tensor mask_grad(const Tensor& grad, const Tensor& seed, double p, bool per_column, double factor, ScalarType dtype) {
   return masked(grad, DrawnMask(seed, p, per_column, grad.size(1), repeats_of(grad)), factor, dtype);
 }
 
@@ -185,8 +184,8 @@ Tensor mixed(const Tensor& weight, const Mixing& mixing, ScalarType dtype, int64
   return out;
 }
 
-Tensor mix(const Tensor& weight, const std::optional<Tensor>& target, const Tensor& seed, double p,
-           bool per_column, ScalarType dtype) {
+Tensor mix(const Tensor& weight, const std::optional<Tensor>& target, const Tensor& seed, double p, bool per_column,
+           ScalarType dtype) {
   const DrawnMask drawn(seed, p, per_column, weight.size(1), repeats_of(weight));
   return mixed(weight, mixing_of(weight, target, p, drawn.mask), dtype, 0, [](Slice) {});
 }
@@ -276,9 +275,9 @@ Tensor expanded(const Tensor& columns, const Tensor& grad, const Tensor& index, 
 
 Gradients linear_backward(const Tensor& grad_output, const std::optional<Tensor>& input,
                           const std::optional<Tensor>& kept_index, const std::optional<Tensor>& kept_columns,
-                          const Tensor& weight, const std::optional<Tensor>& target,
-                          const Tensor& seed, bool needs_input, bool needs_weight, bool needs_bias, double p,
-                          bool per_column, double factor, bool in_one_pass, bool in_full_product, bool in_fp64) {
+                          const Tensor& weight, const std::optional<Tensor>& target, const Tensor& seed,
+                          bool needs_input, bool needs_weight, bool needs_bias, double p, bool per_column,
+                          double factor, bool in_one_pass, bool in_full_product, bool in_fp64) {
   const int64_t outputs = weight.size(0), in_features = weight.size(1);
   const ScalarType dtype = grad_output.scalar_type();
   const DrawnMask drawn(seed, p, per_column, in_features);
@@ -325,9 +324,9 @@ Gradients linear_backward(const Tensor& grad_output, const std::optional<Tensor>
     grad_weight = allocate({outputs, in_features}, dtype);
     if (needs_bias) grad_bias = allocate({outputs}, dtype);
     in_slices(bytes_of(*grad_weight) + bytes_of(grad), [&](Slice slice) {
-      of_weight.grad_weight(kept_x, staged->const_data_ptr(), matrix_of(grad), outputs, indices,
-                            in_features, factor, slice.first_output(outputs), slice.last_output(outputs),
-                            grad_weight->mutable_data_ptr(), grad_bias ? grad_bias->mutable_data_ptr() : nullptr);
+      of_weight.grad_weight(kept_x, staged->const_data_ptr(), matrix_of(grad), outputs, indices, in_features, factor,
+                            slice.first_output(outputs), slice.last_output(outputs), grad_weight->mutable_data_ptr(),
+                            grad_bias ? grad_bias->mutable_data_ptr() : nullptr);
     });
     return {grad_input, grad_weight, grad_bias};
   }

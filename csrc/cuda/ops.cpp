@@ -99,23 +99,16 @@ bool takes_one_pass(const Mixing& mixing, const Matrix& x, int64_t length) {
 int64_t repeats_of(const Tensor& tensor) { return tensor.dim() == 3 ? tensor.size(2) : 1; }
 
 Mask mask_of(const Tensor& seed, double p, bool per_column, int64_t entries, int64_t repeats = 1) {
-  return {static_cast<const int64_t*>(seed.const_data_ptr()),
-          threshold_of(p),
-          !per_column,
-          entries,
-          per_column ? capacity_of(entries, p) : 0,
-          repeats};
+  return {static_cast<const int64_t*>(seed.const_data_ptr()), threshold_of(p), !per_column, entries,
+          per_column ? capacity_of(entries, p) : 0,           repeats};
 }
 
 Mixing mixing_of(const Tensor& weight, const std::optional<Tensor>& target, const Tensor& seed, double p,
                  bool per_column) {
   const int64_t repeats = repeats_of(weight);
-  return {matrix_of(weight),
-          target ? matrix_of(*target) : Matrix{},
-          weight.size(0),
-          weight.size(1) * repeats,
-          scale_of(p),
-          mask_of(seed, p, per_column, weight.size(1), repeats)};
+  return {matrix_of(weight), target ? matrix_of(*target) : Matrix{},
+          weight.size(0),    weight.size(1) * repeats,
+          scale_of(p),       mask_of(seed, p, per_column, weight.size(1), repeats)};
 }
 
 Tensor like_weight(const Tensor& weight, ScalarType dtype) {
@@ -152,14 +145,13 @@ Tensor mixed(const Tensor& weight, const Mixing& mixing, ScalarType dtype, const
   return out;
 }
 
-Tensor mix(const Tensor& weight, const std::optional<Tensor>& target, const Tensor& seed, double p,
-           bool per_column, ScalarType dtype) {
+Tensor mix(const Tensor& weight, const std::optional<Tensor>& target, const Tensor& seed, double p, bool per_column,
+           ScalarType dtype) {
   const OnDevice device(weight);
   return mixed(weight, mixing_of(weight, target, seed, p, per_column), dtype, {}, device.launch);
 }
 
-Tensor mask_grad(const Tensor& grad, const Tensor& seed, double p, bool per_column, double factor,
-                 ScalarType dtype) {
+Tensor mask_grad(const Tensor& grad, const Tensor& seed, double p, bool per_column, double factor, ScalarType dtype) {
   const OnDevice device(grad);
   const int64_t repeats = repeats_of(grad);
   Tensor out = like_weight(grad, dtype);
@@ -170,8 +162,8 @@ Tensor mask_grad(const Tensor& grad, const Tensor& seed, double p, bool per_colu
 }
 
 Output linear(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& target,
-              const std::optional<Tensor>& bias, const Tensor& seed, double p, bool per_column, bool one_pass, bool tf32,
-              bool gathers) {
+              const std::optional<Tensor>& bias, const Tensor& seed, double p, bool per_column, bool one_pass,
+              bool tf32, bool gathers) {
   const OnDevice device(weight);
   const ScalarType dtype = input.scalar_type();
   const Mixing mixing = mixing_of(weight, target, seed, p, per_column);
@@ -205,9 +197,9 @@ Tensor expanded(const Tensor& columns, const Tensor& grad, const Tensor& index, 
 
 Gradients linear_backward(const Tensor& grad_output, const std::optional<Tensor>& input,
                           const std::optional<Tensor>& kept_index, const std::optional<Tensor>& kept_columns,
-                          const Tensor& weight, const std::optional<Tensor>& target,
-                          const Tensor& seed, bool needs_input, bool needs_weight, bool needs_bias, double p,
-                          bool per_column, double factor, bool one_pass, bool in_full_product, bool in_fp64, bool tf32) {
+                          const Tensor& weight, const std::optional<Tensor>& target, const Tensor& seed,
+                          bool needs_input, bool needs_weight, bool needs_bias, double p, bool per_column,
+                          double factor, bool one_pass, bool in_full_product, bool in_fp64, bool tf32) {
   const OnDevice device(weight);
   const ScalarType dtype = grad_output.scalar_type();
   const Mixing mixing = mixing_of(weight, target, seed, p, per_column);

@@ -85,16 +85,12 @@ def takes_full_product(dtype: torch.dtype, p: float, in_features: int) -> bool:
 def mix(weight: Tensor, target: Tensor | None, seed: Tensor, p: float, mask: str, dtype: torch.dtype) -> Tensor:
     if weight.dim() == 3:
         weight, target = weight.contiguous(), None if target is None else target.contiguous()
-    return torch.ops.mixout_fast_cuda.mix.default(
-        weight, target, seed, p, mask == "input", dtype
-    )
+    return torch.ops.mixout_fast_cuda.mix.default(weight, target, seed, p, mask == "input", dtype)
 
 
 def mask_grad(grad: Tensor, seed: Tensor, p: float, mask: str, factor: float, dtype: torch.dtype) -> Tensor:
     grad = grad.contiguous() if grad.dim() == 3 else grad
-    return torch.ops.mixout_fast_cuda.mask_grad.default(
-        grad, seed, p, mask == "input", factor, dtype
-    )
+    return torch.ops.mixout_fast_cuda.mask_grad.default(grad, seed, p, mask == "input", factor, dtype)
 
 
 def linear(

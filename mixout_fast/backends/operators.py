@@ -3,14 +3,13 @@
 import torch
 from torch import Tensor
 
-
 LIBRARIES: list[torch.library.Library] = []
 """What they register lives as long as they do."""
 
 
 def register(namespace: str) -> None:
-    """For tracing, the results of the operators whose shapes are the same on every device; and for all of them nothing
-    under autograd's key, for they are called inside autograd functions: its own fallback takes 6 us from cold caches."""
+    """For tracing, the results of the operators whose shapes are the same on every device; and nothing to do for any of
+    them under autograd's key: autograd functions call them, and its fallback takes 6 us from cold caches."""
     library = torch.library.Library(namespace, "IMPL")
     for name in ("mix", "mask_grad", "linear", "linear_backward"):
         library.impl(name, torch.library.fallthrough_kernel, "Autograd")
