@@ -106,7 +106,7 @@ def build_cuda(library):
     from torch.utils import cpp_extension
 
     flags = ["-shared", "-O3", "-std=c++20", "-fmad=false", "--threads=0", "-Xptxas=-v", "-cudart=static"]
-    flags += ["-Xcompiler=-fPIC,-fvisibility=hidden", f"-DTORCH_TARGET_VERSION={TARGET_VERSION}"]
+    flags += ["-Xcompiler=-fPIC,-fvisibility=hidden,-ffp-contract=off", f"-DTORCH_TARGET_VERSION={TARGET_VERSION}"]
     includes = [f"-isystem={path}" for path in cpp_extension.include_paths()]
     libraries = [*(f"-L{path}" for path in cpp_extension.library_paths()), "-ltorch_cpu", "-ldl"]
     sources = ["csrc/cuda/ops.cpp", "csrc/cuda/kernels.cu"]

@@ -17,7 +17,10 @@
 namespace mixout_fast {
 
 // The constants of a mask, as mixout_fast/reference.py computes them.
-inline uint64_t threshold_of(double p) { return static_cast<uint64_t>(std::nearbyint(std::ldexp(p, 32))); }
+inline uint64_t threshold_of(double p) {
+  STD_TORCH_CHECK(p >= 0.0 && p <= 1.0, "p: takes a probability in [0, 1]");
+  return static_cast<uint64_t>(std::nearbyint(std::ldexp(p, 32)));
+}
 
 inline double scale_of(double p) { return p < 1.0 ? 1.0 / (1.0 - p) : 1.0; }
 
@@ -57,6 +60,8 @@ inline torch::stable::Tensor shaped_as(const torch::stable::Tensor& operand, con
 // y, and where they are gathered, the kept index and columns.
 using Output =
     std::tuple<torch::stable::Tensor, std::optional<torch::stable::Tensor>, std::optional<torch::stable::Tensor>>;
+
+constexpr const char* nothing_for_dw = "grad: dW is made of the input, or of the kept index and columns";
 
 // dX, dW and db, each where it is needed.
 using Gradients = std::tuple<std::optional<torch::stable::Tensor>, std::optional<torch::stable::Tensor>,

@@ -73,6 +73,19 @@ def test_one_pass_of_an_empty_weight_is_refused(rows, shape, seed):
         torch.ops.mixout_fast.linear(*operands, 0.5, False, True, False, False)
 
 
+@pytest.mark.parametrize("p", (-0.5, 1.5, float("nan")))
+def test_operators_refuse_a_p_that_is_none(p, seed):
+    with pytest.raises(RuntimeError, match="p: takes a probability"):
+        torch.ops.mixout_fast.mix(torch.ones(3, 5), None, torch.tensor(seed), p, True, torch.float32)
+
+
+@pytest.mark.parametrize("index", (None, torch.zeros(5, dtype=torch.int32)), ids=("nothing", "index alone"))
+def test_backward_refuses_to_make_dw_of_nothing(index, seed):
+    operands = torch.ones(8, 3), None, index, None, torch.ones(3, 5), None, torch.tensor(seed)
+    with pytest.raises(RuntimeError, match="dW is made of"):
+        torch.ops.mixout_fast.linear_backward(*operands, True, True, True, 0.5, True, 2.0, True, False, False)
+
+
 @pytest.mark.skipif(not STATM.exists(), reason="reads this process's memory from /proc")
 def test_one_column_of_any_stride_is_not_copied(seed):
     """As a transposed row has; its copy would be a vector, and more, for each of the rows."""

@@ -284,6 +284,7 @@ Gradients linear_backward(const Tensor& grad_output, const std::optional<Tensor>
   const Mixing mixing = mixing_of(weight, target, p, drawn.mask);
   const Tensor grad = rows_of(grad_output, outputs);
   const int64_t m = grad.size(0);
+  STD_TORCH_CHECK(!needs_weight || input || (kept_index && kept_columns), nothing_for_dw);
   std::optional<Tensor> x;
   if (needs_weight && input) x = rows_of(*input, in_features);
 

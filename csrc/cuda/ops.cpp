@@ -204,6 +204,7 @@ Gradients linear_backward(const Tensor& grad_output, const std::optional<Tensor>
   const ScalarType dtype = grad_output.scalar_type();
   const Mixing mixing = mixing_of(weight, target, seed, p, per_column);
   const Tensor grad = rows_of(grad_output, mixing.rows);
+  STD_TORCH_CHECK(!needs_weight || input || (kept_index && kept_columns), nothing_for_dw);
   std::optional<Tensor> x;
   if (needs_weight && input) x = rows_of(*input, mixing.columns);
   std::optional<Gathered> gathered;
