@@ -12,11 +12,14 @@ from mixout_fast import mix_linear, testing
 from mixout_fast.backends import cpu
 
 STATM = Path("/proc/self/statm")
+OWN_PRODUCTS = (torch.float32, torch.float64)
+if cpu.LOAD_ERROR is None and cpu.instruction_set() == "amx":
+    OWN_PRODUCTS += (torch.bfloat16,)
 
 pytestmark = pytest.mark.skipif(cpu.LOAD_ERROR is not None, reason=str(cpu.LOAD_ERROR))
 
 
-@pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
+@pytest.mark.parametrize("dtype", OWN_PRODUCTS, ids=str)
 @pytest.mark.parametrize(
     "shape", ((12, 383, 200), (24, 1023, 33), (9, 767, 60), (300, 3100, 40), (300, 40, 1601)), ids=str
 )
@@ -26,7 +29,7 @@ def test_error_is_at_most_twice_the_librarys(shape, dtype, seed):
     testing.check_error(testing.error_cases(testing.random_case, shape, seed, p=0.9, dtype=dtype), "cpu")
 
 
-@pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
+@pytest.mark.parametrize("dtype", OWN_PRODUCTS, ids=str)
 @pytest.mark.parametrize("shape, p", (((20000, 14, 64), 0.1), ((20000, 96, 17), 0.9), ((200000, 8, 20), 0.3)), ids=str)
 def test_error_of_many_rows(shape, p, dtype, seed):
     """dW of few outputs or few kept columns, and db, are sums of many pieces, which grow with a dY that has a mean."""
@@ -50,16 +53,16 @@ def assert_same_for_any_threads(case, names):
 
 
 @pytest.mark.parametrize("shape", ((128, 300, 48), (128, 300, 32), (8, 300, 200), (300, 512, 200)), ids=str)
-@pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
+@pytest.mark.parametrize("dtype", OWN_PRODUCTS, ids=str)
 def test_results_do_not_depend_on_the_threads(shape, dtype, seed):
     assert_same_for_any_threads(testing.random_case(*shape, p=0.7, dtype=dtype, seed=seed), testing.RESULTS)
 
 
 @pytest.mark.parametrize("shape", ((601, 300, 49), (300, 49, 800), (300, 512, 200)), ids=str)
-@pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
+@pytest.mark.parametrize("dtype", OWN_PRODUCTS, ids=str)
 def test_products_whose_rows_are_shared_do_not_depend_on_the_threads(shape, dtype, seed, monkeypatch):
     """Many threads with few outputs share the rows too. Our own products alone: the library's depend on the threads."""
-    own = testing.RESULTS if cpu.instruction_set() == "avx512" else ("y", "dX")
+    own = testing.RESULTS if cpu.instruction_set() in ("amx", "avx512") else ("y", "dX")
     monkeypatch.setattr(cpu, "ONE_PASS_ROWS", dict.fromkeys(cpu.ONE_PASS_ROWS, (sys.maxsize, sys.maxsize)))
     assert_same_for_any_threads(testing.random_case(*shape, p=0.7, dtype=dtype, seed=seed), own)
 
@@ -101,11 +104,19 @@ def test_one_column_of_any_stride_is_not_copied(seed):
     assert resident() - before < 4 * (x.nbytes + output.nbytes)
 
 
-@pytest.mark.parametrize("capability, name", (("avx2", "avx2"), ("default", "baseline")))
-def test_checks_pass_with_narrower_instruction_sets(capability, name):
-    environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability}
+NARROWER = {
+    "avx512": {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"},
+    "avx2": {"ATEN_CPU_CAPABILITY": "avx2"},
+    "baseline": {"ATEN_CPU_CAPABILITY": "default"},
+}
+
+
+@pytest.mark.parametrize("name", NARROWER)
+def test_checks_pass_with_narrower_instruction_sets(name):
+    environment = {**os.environ, **NARROWER[name]}
     script = "from mixout_fast.__main__ import main; from mixout_fast.backends import cpu; print(cpu.instruction_set())"
     script += "; raise SystemExit(main(['check', '--device', 'cpu', '--backend', 'cpu']))"
     run = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout
-    assert run.stdout.split()[0] in (name, "baseline")
+    narrowest_first = [*reversed(NARROWER)]
+    assert run.stdout.split()[0] in narrowest_first[: narrowest_first.index(name) + 1]

@@ -57,8 +57,9 @@ struct Kernels {
   void (*expand)(Matrix compact, const int32_t* index, int64_t count, int64_t columns, double factor, int64_t begin,
                  int64_t end, void* out);
 
-  // dW without the library's product, where it is the faster: with AVX-512, all of one dtype, fp32 or fp64; else null.
-  // Rows [begin, end) of the kept columns of x into `staged`, room for all rows of round_up(count, output_unit).
+  // dW without the library's product, where it is the faster, else null: with AVX-512, all of one dtype, fp32 or fp64,
+  // and with AMX where x and dy are bf16. Rows [begin, end) of the kept columns of x into `staged`, which has room for
+  // round_up(rows, staged_unit) of round_up(count + 1, staged_unit); staged_unit divides begin.
   void (*stage_kept)(const KeptX& kept_x, int64_t begin, int64_t end, void* staged) = nullptr;
   // Rows [begin, end) of dW (outputs, columns) from all of them staged and dy (m, outputs), the columns numbered index
   // times factor, the others 0; and of db, the sums of dy, unless it is null.
@@ -84,6 +85,8 @@ constexpr int64_t round_up(int64_t value, int64_t multiple) { return (value + mu
 
 // Where threads may split the outputs of a product: a multiple of every vector's lanes.
 constexpr int64_t output_unit = 16;
+// Where threads may split the rows of x that they stage for dW.
+constexpr int64_t staged_unit = 32;
 // As many outputs as the widest panel of a product has.
 constexpr int64_t panel_outputs = 48;
 // Up to so many rows a product takes small blocks, and copies what is not laid out in rows block by block.
@@ -104,7 +107,8 @@ extern const InstructionSet instruction_set;
 }
 namespace avx512 {
 extern const InstructionSet instruction_set;
-}
+extern const InstructionSet with_amx; // bf16 products on its tiles
+} // namespace avx512
 #endif
 
 } // namespace mixout_fast::cpu

@@ -21,6 +21,15 @@
 #include "kernels.inl"
 #if defined(__clang__)
 #pragma clang attribute pop
+#pragma clang attribute push(                                                                                          \
+    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma,avx512bf16,avx512vbmi2,amx-tile,amx-bf16"))),        \
+    apply_to = function)
+#else
+#pragma GCC target("avx512bf16,avx512vbmi2,amx-tile,amx-bf16")
+#endif
+#include "amx.inl"
+#if defined(__clang__)
+#pragma clang attribute pop
 #else
 #pragma GCC pop_options
 #endif

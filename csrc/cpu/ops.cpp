@@ -4,6 +4,12 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#if defined(__x86_64__) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include <algorithm>
 #include <cstdlib>
 #include <optional>
@@ -20,6 +26,27 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+#if defined(__x86_64__)
+// Whether bf16 products can run on AMX tiles: oneDNN's own variable does not forbid it, and the system lets this
+// process have the tiles' registers, for which it must be asked.
+bool has_amx() {
+#if defined(__linux__)
+  const char* variable = std::getenv("ONEDNN_MAX_CPU_ISA");
+  const std::string limit = variable ? variable : "DEFAULT";
+  if (limit != "DEFAULT" && limit.find("AMX") == std::string::npos) return false;
+  uint32_t eax, ebx, ecx, edx;
+  if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return false;
+  const bool has_tiles = edx >> 22 & edx >> 24 & 1, has_compress = ecx >> 6 & 1;
+  if (!__get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx)) return false;
+  const bool has_bf16 = eax >> 5 & 1;
+  constexpr int request = 0x1023, tile_data = 18; // ARCH_REQ_XCOMP_PERM, which headers older than Linux 5.16 lack
+  return has_tiles && has_compress && has_bf16 && syscall(SYS_arch_prctl, request, tile_data) == 0;
+#else
+  return false;
+#endif
+}
+#endif
+
 // The widest instruction set of this processor, or a narrower one by ATen's own variable.
 const InstructionSet& choose_instruction_set() {
 #if defined(__x86_64__)
@@ -28,7 +55,7 @@ const InstructionSet& choose_instruction_set() {
   const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (has_avx512 && limit == "avx512") return avx512::instruction_set;
+  if (has_avx512 && limit == "avx512") return has_amx() ? avx512::with_amx : avx512::instruction_set;
   if (has_avx2 && limit != "default") return avx2::instruction_set;
 #endif
   return baseline::instruction_set;
@@ -301,13 +328,16 @@ Gradients linear_backward(const Tensor& grad_output, const std::optional<Tensor>
   std::optional<Tensor> staged;
   if (in_kernel) {
     kept_x = {matrix_of(x ? *x : *columns), m, x ? indices : nullptr, kept};
-    staged = allocate({m, round_up(kept, output_unit)}, dtype);
+    staged = allocate({round_up(m, staged_unit), round_up(kept + 1, staged_unit)}, dtype);
   }
   // What dW needs of x is made ready in dX's slices.
   const int64_t bytes_beside = gathers ? bytes_of(*x) : staged ? bytes_of(*staged) : 0;
   const auto beside = [&](Slice slice) {
     if (gathers) gather_rows(*x, *index, *columns, slice);
-    if (staged) of_weight.stage_kept(kept_x, slice.first(m), slice.last(m), staged->mutable_data_ptr());
+    if (!staged) return;
+    const int64_t units = round_up(m, staged_unit) / staged_unit;
+    of_weight.stage_kept(kept_x, slice.first(units) * staged_unit, std::min(slice.last(units) * staged_unit, m),
+                         staged->mutable_data_ptr());
   };
 
   std::optional<Tensor> grad_input, grad_weight, grad_bias;
@@ -322,7 +352,7 @@ Gradients linear_backward(const Tensor& grad_output, const std::optional<Tensor>
   }
 
   if (in_kernel) {
-    grad_weight = allocate({outputs, in_features}, dtype);
+    grad_weight = allocate({outputs, in_features}, weight.scalar_type());
     if (needs_bias) grad_bias = allocate({outputs}, dtype);
     in_slices(bytes_of(*grad_weight) + bytes_of(grad), [&](Slice slice) {
       of_weight.grad_weight(kept_x, staged->const_data_ptr(), matrix_of(grad), outputs, indices, in_features, factor,

@@ -13,8 +13,8 @@ from mixout_fast.reference import capacity
 # Rows up to which a product in one pass over W and U beats mixing and then multiplying with the library: (y, dX).
 # Measured on 2 cores, one pass / two, y and dX, L2 swept before. With AVX-512 fp32 and fp64 have no such limit (at the
 # end of this file): fp32 at 768x768 0.77 and 0.93 with 128 rows, 0.87 and 0.92 with 512, 0.91 and 0.93 with 2048; at
-# 1024x4096 0.67 and 0.85, 0.84 and 0.94, 0.95 and 0.98; fp64 0.78 and 0.83, 0.92 and 0.92, 0.99 and 0.98. bf16, whose
-# library product uses AMX, 1.01 and 0.86 with 16, 1.19 and 1.03 with 32; fp16 0.85 and 0.96 with 64, 0.97 and 1.04
+# 1024x4096 0.67 and 0.85, 0.84 and 0.94, 0.95 and 0.98; fp64 0.78 and 0.83, 0.92 and 0.92, 0.99 and 0.98. Nor has bf16
+# with AMX; without our AMX products, beside a library that has its own, 1.01 and 0.86 with 16, 1.19 and 1.03 with 32; fp16 0.85 and 0.96 with 64, 0.97 and 1.04
 # with 128. With AVX2 alone fp32 at 768x768 takes 0.59 and 1.14 with 16, 0.75 and 1.04 with 128, 0.87 and 1.11 with
 # 256, at 1024x4096 1.14 and 1.36 with 512; fp64 0.96 and 0.92 with 64, 1.00 and 1.12 with 256.
 ONE_PASS_ROWS = {
@@ -43,7 +43,7 @@ def unavailable(device_type: str) -> str | None:
 
 
 def instruction_set() -> str:
-    """The instruction set that the kernels run with: avx512, avx2 or baseline."""
+    """The instruction set that the kernels run with: amx (AVX-512, bf16 on AMX tiles), avx512, avx2 or baseline."""
     return torch.ops.mixout_fast.cpu_instruction_set()
 
 
@@ -133,5 +133,6 @@ def _register_fakes() -> None:
 
 # At import and not at first use: torch.compile traces `unavailable`, and cannot trace a search of the file system.
 LOAD_ERROR = _load_error()
-if LOAD_ERROR is None and instruction_set() == "avx512":
-    ONE_PASS_ROWS |= dict.fromkeys((torch.float32, torch.float64), (sys.maxsize, sys.maxsize))
+if LOAD_ERROR is None:
+    own = {"amx": (torch.float32, torch.float64, torch.bfloat16), "avx512": (torch.float32, torch.float64)}
+    ONE_PASS_ROWS |= dict.fromkeys(own.get(instruction_set(), ()), (sys.maxsize, sys.maxsize))

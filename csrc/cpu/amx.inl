@@ -1,0 +1,486 @@
+// bf16 products on AMX tiles, included behind kernels.inl in the region and namespace of AVX-512. Elsewhere bf16 is
+// mixed first and multiplied by the library.
+//
+// A tile has 16 rows of 64 bytes. A product adds to 16 x 16 sums in fp32 those of 32 terms: of a left tile of 16 rows
+// with 32 terms each, and a right one, whose rows hold pairs of terms, each of 16 outputs. A step makes 32 x 32 sums
+// of two left and two right tiles. Like the library's, it takes subnormal numbers for 0.
+
+namespace mixout_fast::cpu::avx512 {
+namespace {
+
+constexpr int64_t tile_terms = 32;
+constexpr int64_t tile_outputs = 32;
+constexpr int64_t step_size = tile_terms * tile_outputs; // elements of two tiles, 1 KB each
+
+struct TileLayout {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+// Not on the stack: GCC 12's _tile_loadconfig does not tell that it reads more than 8 bytes.
+alignas(64) constexpr TileLayout tile_layout;
+
+struct TileRegisters {
+  TileRegisters() { _tile_loadconfig(&tile_layout); }
+  ~TileRegisters() { _tile_release(); }
+};
+
+// sums (32, 32), so many floats apart, of left rows so many bytes apart and right steps; added to what is there where
+// `adds`. beside.step() is called once a step of terms.
+template <typename Beside>
+MIXOUT_INLINE void multiply_steps(const char* left, int64_t tile_bytes, int64_t row_bytes, int64_t step_bytes,
+                                  const bfloat16* right, int64_t steps, bool adds, float* sums, int64_t stride,
+                                  Beside& beside) {
+  __asm__ volatile("" ::: "memory"); // GCC 12's _tile_loadd does not tell that it reads memory
+  const int64_t sums_bytes = stride * sizeof(float);
+  float* lower = sums + 16 * stride;
+  if (adds) {
+    _tile_loadd(0, sums, sums_bytes);
+    _tile_loadd(1, sums + 16, sums_bytes);
+    _tile_loadd(2, lower, sums_bytes);
+    _tile_loadd(3, lower + 16, sums_bytes);
+  } else {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  }
+  for (int64_t step = 0; step < steps; ++step, left += step_bytes, right += step_size) {
+    beside.step();
+    _tile_loadd(6, right, 64);
+    _tile_loadd(4, left, row_bytes);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_loadd(7, right + step_size / 2, 64);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_loadd(5, left + tile_bytes, row_bytes);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+  }
+  _tile_stored(0, sums, sums_bytes);
+  _tile_stored(1, sums + 16, sums_bytes);
+  _tile_stored(2, lower, sums_bytes);
+  _tile_stored(3, lower + 16, sums_bytes);
+}
+
+// 32 numbers in two vectors: of bf16 those of even and of odd place, of fp32 the first and the last 16.
+struct Wide {
+  Vector<float> first, second;
+};
+template <typename Operand>
+constexpr bool in_turn = std::is_same_v<Operand, bfloat16>;
+
+MIXOUT_INLINE Wide load_wide(const float* source) { return {load(source), load(source + 16)}; }
+MIXOUT_INLINE Wide load_wide(const bfloat16* source) {
+  const __m512i both = _mm512_loadu_si512(source);
+  return {(Vector<float>)_mm512_slli_epi32(both, 16),
+          (Vector<float>)_mm512_and_si512(both, _mm512_set1_epi32(static_cast<int>(0xFFFF0000)))};
+}
+
+// The numbers of both rounded to bf16, one's behind the other's or in turn.
+MIXOUT_INLINE __m512i rounded(Vector<float> first, Vector<float> second) {
+  return (__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
+}
+MIXOUT_INLINE __m512i paired(__m512i values) {
+  alignas(64) static constexpr uint16_t order[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                     8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  return _mm512_permutexvar_epi16(_mm512_load_si512(order), values);
+}
+template <typename Operand>
+MIXOUT_INLINE __m512i rounded_in_order(Wide wide) {
+  const __m512i values = rounded(wide.first, wide.second);
+  return in_turn<Operand> ? paired(values) : values;
+}
+
+// Which entries of a Wide are kept.
+struct KeptBits {
+  uint16_t first, second;
+};
+template <typename Operand>
+KeptBits kept_bits(const uint32_t* keep) {
+  uint32_t bits[2] = {};
+  for (int i = 0; i < 32; ++i) {
+    const int half = in_turn<Operand> ? i % 2 : i / 16, place = in_turn<Operand> ? i / 2 : i % 16;
+    bits[half] |= (keep[i] & 1) << place;
+  }
+  return {static_cast<uint16_t>(bits[0]), static_cast<uint16_t>(bits[1])};
+}
+
+// A part of W' that is mixed entry by entry: [column, column + count) of a row, the rest of a Wide 0.
+template <typename Operand>
+__attribute__((noinline)) Wide mix_entries(const Mixing& mixing, int64_t row, int64_t column, int64_t count) {
+  alignas(64) float mixed[32] = {}, ordered[32];
+  if (count > 0) mix_segment<Operand, bfloat16>(mixing, row, column, count, mixed);
+  for (int i = 0; i < 32; ++i) ordered[in_turn<Operand> ? i % 2 * 16 + i / 2 : i] = mixed[i];
+  return load_wide(ordered);
+}
+
+// 32 neighbouring columns of W and U, mixed as by mix_entry.
+template <typename Operand, bool has_target>
+struct Mixer {
+  const Operand *weight, *target;
+  int64_t weight_stride, target_stride;
+  Vector<float> scale;
+  __mmask16 first, second;
+
+  MIXOUT_INLINE static Vector<float> mix(Vector<float> w, Vector<float> u, Vector<float> scale, __mmask16 keep) {
+    const Vector<float> difference = w - u, scaled = difference * scale;
+    return (Vector<float>)_mm512_mask_add_ps((__m512)u, keep, (__m512)u, (__m512)scaled);
+  }
+  // The next row.
+  MIXOUT_INLINE Wide next() {
+    const Wide w = load_wide(weight), u = has_target ? load_wide(target) : Wide{};
+    weight += weight_stride;
+    target += target_stride;
+    return {mix(w.first, u.first, scale, first), mix(w.second, u.second, scale, second)};
+  }
+};
+
+// W' as a right step of 32 outputs and 32 terms. next() gives 32 entries of a row of W', and then of the next.
+template <bool forward, typename Operand, typename Next>
+MIXOUT_INLINE void mix_step(Next next, bfloat16* out) {
+  bfloat16* other = out + step_size / 2;
+  if constexpr (forward) {
+    // A row has the terms of an output, in pairs, which are transposed.
+    for (bfloat16* to : {out, other}) {
+      Vector<float> tile[16];
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < 16; ++i) tile[i] = (Vector<float>)rounded_in_order<Operand>(next());
+      transpose<float>(tile);
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < 16; ++i) _mm512_store_ps(to + 32 * i, (__m512)tile[i]);
+    }
+  } else {
+    // Two rows have pairs of terms of all outputs, which stay in the order of a Wide.
+    for (int64_t i = 0; i < 32; i += 2, out += 32, other += 32) {
+      const Wide even = next(), odd = next();
+      _mm512_store_si512(out, paired(rounded(even.first, odd.first)));
+      _mm512_store_si512(other, paired(rounded(even.second, odd.second)));
+    }
+  }
+}
+
+// A part of W' as right steps: panels of 32 outputs, one behind the other; W and U are read row by row. `kept` are
+// those of the part's columns, if there is one bit per column.
+template <bool forward, typename Operand>
+void mix_steps(const Mixing& mixing, const KeptBits* kept, Part part, bfloat16* out) {
+  const bool by_vectors = takes_vectors(mixing);
+  const Matrix w = mixing.weight, u = mixing.target;
+  const Vector<float> scale = broadcast(static_cast<float>(mixing.scale));
+  const int64_t panel_size = round_up(part.terms, tile_terms) * tile_outputs;
+  const auto mix_at = [&](int64_t output, int64_t term) __attribute__((always_inline)) {
+    bfloat16* step = out + output / tile_outputs * panel_size + term * tile_outputs;
+    int64_t row = forward ? part.output + output : part.term + term;
+    const int64_t column = forward ? part.term + term : part.output + output;
+    const int64_t rows = forward ? part.outputs - output : part.terms - term;
+    const int64_t columns = forward ? part.terms - term : part.outputs - output;
+    if (!by_vectors || rows < 32 || columns < 32) {
+      const int64_t last = row + rows, count = columns < 32 ? columns : 32;
+      mix_step<forward, Operand>(
+          [&] {
+            const Wide entries = mix_entries<Operand>(mixing, row, column, row < last ? count : 0);
+            ++row;
+            return entries;
+          },
+          step);
+      return;
+    }
+    const KeptBits bits = kept[(forward ? term : output) / 32];
+    const auto from = reinterpret_cast<const Operand*>(address<Operand>(w, row, column));
+    if (u.data) {
+      const auto to = reinterpret_cast<const Operand*>(address<Operand>(u, row, column));
+      Mixer<Operand, true> mixer{from, to, w.row_stride, u.row_stride, scale, bits.first, bits.second};
+      mix_step<forward, Operand>([&]() __attribute__((always_inline)) { return mixer.next(); }, step);
+    } else {
+      Mixer<Operand, false> mixer{from, nullptr, w.row_stride, 0, scale, bits.first, bits.second};
+      mix_step<forward, Operand>([&]() __attribute__((always_inline)) { return mixer.next(); }, step);
+    }
+  };
+  if constexpr (forward) {
+    for (int64_t output = 0; output < part.outputs; output += tile_outputs)
+      for (int64_t term = 0; term < part.terms; term += tile_terms) mix_at(output, term);
+  } else {
+    for (int64_t term = 0; term < part.terms; term += tile_terms)
+      for (int64_t output = 0; output < part.outputs; output += tile_outputs) mix_at(output, term);
+  }
+}
+
+// Terms [term, term + terms) of rows [row, row + 32) of x or dy, filled up with 0.
+void copy_rows(Matrix x, int64_t row, int64_t m, int64_t term, int64_t terms, int64_t padded, bfloat16* out) {
+  for (int64_t i = 0; i < 32; ++i, out += padded) {
+    const int64_t there = row + i < m ? terms : 0;
+    const bfloat16* source = static_cast<const bfloat16*>(x.data) + (row + i) * x.row_stride + term * x.column_stride;
+    if (x.column_stride == 1) memcpy(out, source, there * sizeof(bfloat16));
+    else
+      for (int64_t k = 0; k < there; ++k) out[k] = source[k * x.column_stride];
+    memset(out + there, 0, (padded - there) * sizeof(bfloat16));
+  }
+}
+
+// Sums on their way to y or dx, a row or two a step: the next tile is multiplied meanwhile. With that the next part of
+// W and U is fetched, so many lines a step.
+template <bool ordered>
+struct Finishing {
+  Prefetch prefetch;
+  int64_t fetches = 0;
+  const float* sums = nullptr;
+  bfloat16* out = nullptr;
+  int64_t stride = 0, rows = 0;
+  __mmask32 inside = 0;
+  Wide offset{};
+
+  MIXOUT_INLINE void row() {
+    const __m512i values = rounded(load(sums) + offset.first, load(sums + 16) + offset.second);
+    _mm512_mask_storeu_epi16(out, inside, ordered ? values : paired(values));
+    sums += tile_outputs;
+    out += stride;
+    --rows;
+  }
+  MIXOUT_INLINE void step() {
+    for (int i = 0; i < 2 && rows; ++i) row();
+    for (int64_t i = 0; i < fetches; ++i) prefetch.step();
+  }
+  void finish() {
+    while (rows) row();
+  }
+};
+
+// Elements of W' that are mixed at once: of few rows as many as leave L2 to the next part of W and U, which is fetched
+// meanwhile. dx of few rows is summed in parts of so many terms, for W and U to be read in wide parts of their rows.
+constexpr int64_t few_rows_block = 64 * 1024, many_rows_block = 256 * 1024;
+constexpr int64_t few_rows_terms = 256;
+
+// As multiply: W' is mixed in parts that stay in L2, which the rows of x or dy pass, while the next part is fetched.
+template <bool forward, typename Operand>
+void multiply_tiles(const Mixing& mixing, Matrix x, int64_t m, int64_t all_rows, int64_t begin, int64_t end,
+                    const void* bias, void* result) {
+  const int64_t terms = forward ? mixing.columns : mixing.rows;
+  const int64_t result_stride = forward ? mixing.rows : mixing.columns;
+  const bool has_few_rows = all_rows <= few_rows;
+  const int64_t all_terms = round_up(terms, tile_terms), all_outputs = round_up(end - begin, tile_outputs);
+  const int64_t block_terms = !forward && has_few_rows && all_terms > few_rows_terms ? few_rows_terms : all_terms;
+  const int64_t in_l2 = (has_few_rows ? few_rows_block : many_rows_block) / block_terms / tile_outputs * tile_outputs;
+  const int64_t most_outputs = in_l2 > tile_outputs ? in_l2 : tile_outputs;
+  const int64_t block_outputs = all_outputs < most_outputs ? all_outputs : most_outputs;
+  const bool is_split = all_terms > block_terms;
+  // Of a split sum all tiles, else two in turn.
+  const int64_t tile_size = 32 * tile_outputs;
+  float* tiles = scratch<float>(Slot::rows, (is_split ? (m + 31) / 32 * (all_outputs / tile_outputs) : 2) * tile_size);
+  bfloat16* right = scratch<bfloat16>(Slot::block, block_terms * block_outputs + 32 * block_terms);
+  bfloat16* copied = right + block_terms * block_outputs;
+  const int64_t first_column = forward ? 0 : begin, columns = forward ? terms : end - begin;
+  KeptBits* kept = scratch<KeptBits>(Slot::target, columns / 32); // which mix_entries needs where these are not used
+  for (int64_t i = 0; i < columns / 32 && mixing.mask.keep; ++i)
+    kept[i] = kept_bits<Operand>(mixing.mask.keep + first_column + 32 * i);
+
+  const auto part_at = [=](int64_t output, int64_t term) -> Part {
+    const int64_t outputs_left = end - output, terms_left = terms - term;
+    return {output, outputs_left < block_outputs ? outputs_left : block_outputs, term,
+            terms_left < block_terms ? terms_left : block_terms};
+  };
+  const TileRegisters registers;
+  Finishing<forward || !in_turn<Operand>> finishing;
+  int turn = 0;
+  for (int64_t term = 0; term < terms; term += block_terms)
+    for (int64_t first = begin; first < end; first += block_outputs) {
+      const Part part = part_at(first, term);
+      const int64_t padded = round_up(part.terms, tile_terms);
+      mix_steps<forward, Operand>(mixing, kept + (forward ? term : first - begin) / 32, part, right);
+      const bool is_last = first + block_outputs >= end;
+      finishing.prefetch = prefetch_of<forward, Operand>(mixing, is_last ? part_at(begin, term + block_terms)
+                                                                         : part_at(first + block_outputs, term));
+      const int64_t steps = (m + 31) / 32 * ((part.outputs + 31) / 32) * padded / tile_terms;
+      finishing.fetches = (finishing.prefetch.rows * finishing.prefetch.lines + steps - 1) / steps;
+      for (int64_t row = 0; row < m; row += 32) {
+        const bool is_copied = row + 32 > m || padded != part.terms || x.column_stride != 1;
+        if (is_copied) copy_rows(x, row, m, term, part.terms, padded, copied);
+        const char* left = is_copied ? reinterpret_cast<const char*>(copied) : address<bfloat16>(x, row, term);
+        const int64_t row_bytes = 2 * (is_copied ? padded : x.row_stride);
+        for (int64_t output = first; output < first + part.outputs; output += tile_outputs) {
+          const int64_t tile = row / 32 * (all_outputs / tile_outputs) + (output - begin) / tile_outputs;
+          float* sums = tiles + (is_split ? tile : turn) * tile_size;
+          turn ^= 1;
+          multiply_steps(left, 16 * row_bytes, row_bytes, 64, right + (output - first) * padded, padded / tile_terms,
+                         term > 0, sums, tile_outputs, finishing);
+          finishing.finish();
+          if (term + block_terms < terms) continue;
+          const __mmask32 inside = end - output < 32 ? (1u << (end - output)) - 1 : ~0u;
+          if (bias) {
+            alignas(64) float offset[32] = {};
+            for (int64_t j = 0; j < 32 && output + j < end; ++j)
+              offset[j] = widen(static_cast<const bfloat16*>(bias)[output + j]);
+            finishing.offset = load_wide(offset);
+          }
+          finishing.inside = inside;
+          finishing.sums = sums;
+          finishing.out = static_cast<bfloat16*>(result) + row * result_stride + output;
+          finishing.stride = result_stride;
+          finishing.rows = m - row < 32 ? m - row : 32;
+        }
+      }
+    }
+  finishing.finish();
+}
+
+// As KeptColumns, of 16-bit elements.
+class KeptHalves {
+public:
+  KeptHalves(const int32_t* index, int64_t count) : vectors_(count ? index[count - 1] / 32 + 1 : 0) {
+    kept_ = scratch<uint32_t>(Slot::mask, vectors_);
+    memset(kept_, 0, vectors_ * sizeof(uint32_t));
+    for (int64_t j = 0; j < count; ++j) kept_[index[j] / 32] |= 1u << index[j] % 32;
+    read_ = count ? ~0u >> (31 - index[count - 1] % 32) : 0;
+  }
+
+  // Of `row` no more than up to the last of them is read; `out` has room for one vector more than they take.
+  MIXOUT_INLINE void take(const void* row, uint16_t* out) const {
+    const char* source = static_cast<const char*>(row);
+    for (int64_t v = 0; v < vectors_; ++v) {
+      const __m512i values = _mm512_maskz_loadu_epi16(v + 1 < vectors_ ? ~0u : read_, source + 64 * v);
+      _mm512_storeu_si512(out, _mm512_maskz_compress_epi16(kept_[v], values));
+      out += __builtin_popcount(kept_[v]);
+    }
+  }
+
+private:
+  int64_t vectors_;
+  uint32_t* kept_; // a bit per column
+  uint32_t read_;  // of the last vector
+};
+
+void gather_or_halves(Matrix x, int64_t element_size, const int32_t* index, int64_t count, int64_t begin, int64_t end,
+                      void* out) {
+  if (element_size != 2 || x.column_stride != 1) return gather(x, element_size, index, count, begin, end, out);
+  const KeptHalves kept(index, kept_count(index, count));
+  uint16_t* taken = scratch<uint16_t>(Slot::weight, count + 32);
+  memset(taken, 0, count * sizeof(uint16_t));
+  for (int64_t row = begin; row < end; ++row) {
+    kept.take(static_cast<const uint16_t*>(x.data) + row * x.row_stride, taken);
+    memcpy(static_cast<uint16_t*>(out) + row * count, taken, count * sizeof(uint16_t));
+  }
+}
+
+// The weight's gradient is a product over the rows of x and dy. The kept columns of x, and behind them a column of
+// ones, which makes db, are left tiles: panels of 32 columns, [rows / 32] steps of two tiles.
+int64_t staged_columns(int64_t count) { return round_up(count + 1, tile_outputs); }
+
+void stage_kept_tiles(const KeptX& kept_x, int64_t begin, int64_t end, void* out) {
+  const auto [x, m, index, count] = kept_x;
+  const int64_t width = staged_columns(count), all_rows = round_up(m, tile_terms);
+  const KeptHalves kept(index, index ? count : 0);
+  const bfloat16 one{0x3F80};
+  bfloat16* rows = scratch<bfloat16>(Slot::rows, tile_terms * (width + 32));
+  for (int64_t first = begin; first < end; first += tile_terms) {
+    for (int64_t i = 0; i < tile_terms; ++i) {
+      bfloat16* row = rows + i * (width + 32);
+      const int64_t there = first + i < m ? count : 0;
+      const bfloat16* source = static_cast<const bfloat16*>(x.data) + (first + i) * x.row_stride;
+      if (there && index && x.column_stride == 1) {
+        kept.take(source, reinterpret_cast<uint16_t*>(row));
+      } else {
+        for (int64_t j = 0; j < there; ++j) row[j] = source[(index ? index[j] : j) * x.column_stride];
+      }
+      memset(row + there, 0, (width - there) * sizeof(bfloat16));
+      if (first + i < m) row[count] = one;
+    }
+    for (int64_t column = 0; column < width; column += 16) {
+      Vector<float> tile[16];
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < 16; ++i) {
+        const bfloat16* row = rows + 2 * i * (width + 32) + column;
+        const __m256i even = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row));
+        const __m256i odd = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row + width + 32));
+        tile[i] = (Vector<float>)paired(_mm512_inserti64x4(_mm512_castsi256_si512(even), odd, 1));
+      }
+      transpose<float>(tile);
+      bfloat16* to = static_cast<bfloat16*>(out) + column / 32 * 32 * all_rows + first * tile_outputs +
+                     column % 32 / 16 * (step_size / 2);
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < 16; ++i) _mm512_store_ps(to + 32 * i, (__m512)tile[i]);
+    }
+  }
+}
+
+// Columns [first, first + columns) of rows [row, row + 32 * steps) of dy as right steps, [columns / 32][steps].
+void stage_pairs(Matrix dy, int64_t m, int64_t row, int64_t steps, int64_t first, int64_t columns, bfloat16* out) {
+  const auto load_part = [&](int64_t k, int64_t column) __attribute__((always_inline)) {
+    const int64_t width = k < m ? columns - column : 0;
+    const bfloat16* source =
+        static_cast<const bfloat16*>(dy.data) + k * dy.row_stride + (first + column) * dy.column_stride;
+    if (width >= 32 && dy.column_stride == 1) return _mm512_loadu_si512(source);
+    alignas(64) bfloat16 values[32] = {};
+    for (int64_t j = 0; j < width && j < 32; ++j) values[j] = source[j * dy.column_stride];
+    return _mm512_load_si512(values);
+  };
+  for (int64_t k = 0; k < 32 * steps; k += 2)
+    for (int64_t column = 0; column < columns; column += tile_outputs) {
+      const __m512i even = load_part(row + k, column), odd = load_part(row + k + 1, column);
+      bfloat16* to = out + (column / tile_outputs * steps + k / 32) * step_size + k % 32 * 16;
+      _mm512_store_si512(to, paired(_mm512_inserti64x4(even, _mm512_castsi512_si256(odd), 1)));
+      _mm512_store_si512(to + step_size / 2, paired(_mm512_inserti64x4(odd, _mm512_extracti64x4_epi64(even, 1), 0)));
+    }
+}
+
+// As grad_weight: blocks of dW's rows, whose sums over all rows of x and dy are made in fp32 and then spread.
+template <typename Result>
+void grad_weight_tiles(const KeptX& kept_x, const void* staged_x, Matrix dy, int64_t, const int32_t* index,
+                       int64_t columns, double factor, int64_t begin, int64_t end, void* dw, void* db) {
+  constexpr int64_t block = 128, most_steps = 64;
+  const int64_t steps = round_up(kept_x.rows, tile_terms) / tile_terms, width = staged_columns(kept_x.count);
+  const int64_t block_steps = steps < most_steps ? steps : most_steps;
+  const bfloat16* left = static_cast<const bfloat16*>(staged_x);
+  bfloat16* right = scratch<bfloat16>(Slot::rows, block * block_steps * tile_terms + 2 * width * block);
+  float* sums = reinterpret_cast<float*>(right + block * block_steps * tile_terms);
+  NoPrefetch nothing;
+  for (int64_t first = begin; first < end; first += block) {
+    const int64_t rows = end - first < block ? end - first : block;
+    if (steps == 0) memset(sums, 0, width * block * sizeof(float));
+    {
+      const TileRegisters registers;
+      for (int64_t step = 0; step < steps; step += block_steps) {
+        const int64_t count = steps - step < block_steps ? steps - step : block_steps;
+        stage_pairs(dy, kept_x.rows, step * tile_terms, count, first, rows, right);
+        for (int64_t column = 0; column < width; column += tile_outputs)
+          for (int64_t row = 0; row < rows; row += tile_outputs)
+            multiply_steps(reinterpret_cast<const char*>(left + (column / tile_outputs * steps + step) * step_size),
+                           step_size, 64, 2 * step_size, right + row / tile_outputs * count * step_size, count,
+                           step > 0, sums + column * block + row, block, nothing);
+      }
+    }
+    // As the library's product, which is of their dtype.
+    for (int64_t i = 0; i < width * block; ++i) sums[i] = widen(narrow<bfloat16>(sums[i]));
+    expand<float, Result>({sums, block, 1}, index, kept_x.count, columns, factor, 0, rows,
+                          static_cast<Result*>(dw) + first * columns);
+    for (int64_t j = 0; j < rows && db; ++j)
+      static_cast<bfloat16*>(db)[first + j] = narrow<bfloat16>(sums[kept_x.count * block + j]);
+  }
+}
+
+template <typename Operand, typename Result>
+constexpr Kernels with_tiles() {
+  Kernels kernels = kernels_for<Operand, Result>;
+  if constexpr (std::is_same_v<Result, bfloat16>) {
+    kernels.linear = multiply_tiles<true, Operand>;
+    kernels.grad_input = multiply_tiles<false, Operand>;
+  }
+  if constexpr (std::is_same_v<Operand, bfloat16>) {
+    kernels.stage_kept = stage_kept_tiles;
+    kernels.grad_weight = grad_weight_tiles<Result>;
+  }
+  return kernels;
+}
+
+template <typename Operand, typename Result>
+constexpr Kernels kernels_with_tiles = with_tiles<Operand, Result>();
+
+const Kernels* kernels_or_tiles(Dtype operand, Dtype result) {
+  if (operand == Dtype::bf16 && result == Dtype::bf16) return &kernels_with_tiles<bfloat16, bfloat16>;
+  if (operand == Dtype::bf16 && result == Dtype::f32) return &kernels_with_tiles<bfloat16, float>;
+  if (operand == Dtype::f32 && result == Dtype::bf16) return &kernels_with_tiles<float, bfloat16>;
+  return kernels(operand, result);
+}
+
+} // namespace
+
+extern const InstructionSet with_amx = {"amx", draw, gather_or_halves, kernels_or_tiles};
+
+} // namespace mixout_fast::cpu::avx512
