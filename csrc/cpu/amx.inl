@@ -105,13 +105,15 @@ KeptBits kept_bits(const uint32_t* keep) {
   return {static_cast<uint16_t>(bits[0]), static_cast<uint16_t>(bits[1])};
 }
 
-// A part of W' that is mixed entry by entry: [column, column + count) of a row, the rest of a Wide 0.
+// A Wide of 32 numbers that stand in order.
 template <typename Operand>
-__attribute__((noinline)) Wide mix_entries(const Mixing& mixing, int64_t row, int64_t column, int64_t count) {
-  alignas(64) float mixed[32] = {}, ordered[32];
-  if (count > 0) mix_segment<Operand, bfloat16>(mixing, row, column, count, mixed);
-  for (int i = 0; i < 32; ++i) ordered[in_turn<Operand> ? i % 2 * 16 + i / 2 : i] = mixed[i];
-  return load_wide(ordered);
+MIXOUT_INLINE Wide load_ordered(const float* source) {
+  const Wide halves = load_wide(source);
+  if (!in_turn<Operand>) return halves;
+  const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
+  return {(Vector<float>)_mm512_permutex2var_ps((__m512)halves.first, even, (__m512)halves.second),
+          (Vector<float>)_mm512_permutex2var_ps((__m512)halves.first, odd, (__m512)halves.second)};
 }
 
 // 32 neighbouring columns of W and U, mixed as by mix_entry.
@@ -159,48 +161,46 @@ MIXOUT_INLINE void mix_step(Next next, bfloat16* out) {
   }
 }
 
-// A part of W' as right steps: panels of 32 outputs, one behind the other; W and U are read row by row. `kept` are
-// those of the part's columns, if there is one bit per column.
+// A part of W' as right steps: panels of 32 outputs, one behind the other. `kept` are those of the part's columns, if
+// there is one bit per column. What is no whole step, or cannot be mixed by vectors, is mixed into `entries` first,
+// room for 32 rows.
 template <bool forward, typename Operand>
-void mix_steps(const Mixing& mixing, const KeptBits* kept, Part part, bfloat16* out) {
-  const bool by_vectors = takes_vectors(mixing);
+void mix_steps(const Mixing& mixing, const KeptBits* kept, Part part, float* entries, bfloat16* out) {
   const Matrix w = mixing.weight, u = mixing.target;
   const Vector<float> scale = broadcast(static_cast<float>(mixing.scale));
-  const int64_t panel_size = round_up(part.terms, tile_terms) * tile_outputs;
-  const auto mix_at = [&](int64_t output, int64_t term) __attribute__((always_inline)) {
-    bfloat16* step = out + output / tile_outputs * panel_size + term * tile_outputs;
-    int64_t row = forward ? part.output + output : part.term + term;
-    const int64_t column = forward ? part.term + term : part.output + output;
-    const int64_t rows = forward ? part.outputs - output : part.terms - term;
-    const int64_t columns = forward ? part.terms - term : part.outputs - output;
-    if (!by_vectors || rows < 32 || columns < 32) {
-      const int64_t last = row + rows, count = columns < 32 ? columns : 32;
-      mix_step<forward, Operand>(
-          [&] {
-            const Wide entries = mix_entries<Operand>(mixing, row, column, row < last ? count : 0);
-            ++row;
-            return entries;
-          },
-          step);
-      return;
+  const int64_t first_row = forward ? part.output : part.term, rows = forward ? part.outputs : part.terms;
+  const int64_t first_column = forward ? part.term : part.output, columns = forward ? part.terms : part.outputs;
+  const int64_t width = round_up(columns, 32), panel_size = round_up(part.terms, tile_terms) * tile_outputs;
+  for (int64_t row = 0; row < rows; row += 32) {
+    const int64_t height = rows - row < 32 ? rows - row : 32;
+    const int64_t by_vectors = takes_vectors(mixing) && height == 32 ? columns / 32 * 32 : 0;
+    for (int64_t i = 0; i < 32 && by_vectors < columns; ++i) {
+      float* to = entries + i * width;
+      memset(to + by_vectors, 0, (width - by_vectors) * sizeof(float));
+      if (i < height)
+        mix_segment<Operand, bfloat16>(mixing, first_row + row + i, first_column + by_vectors, columns - by_vectors,
+                                       to + by_vectors);
     }
-    const KeptBits bits = kept[(forward ? term : output) / 32];
-    const auto from = reinterpret_cast<const Operand*>(address<Operand>(w, row, column));
-    if (u.data) {
-      const auto to = reinterpret_cast<const Operand*>(address<Operand>(u, row, column));
-      Mixer<Operand, true> mixer{from, to, w.row_stride, u.row_stride, scale, bits.first, bits.second};
-      mix_step<forward, Operand>([&]() __attribute__((always_inline)) { return mixer.next(); }, step);
-    } else {
-      Mixer<Operand, false> mixer{from, nullptr, w.row_stride, 0, scale, bits.first, bits.second};
-      mix_step<forward, Operand>([&]() __attribute__((always_inline)) { return mixer.next(); }, step);
+    for (int64_t column = 0; column < columns; column += 32) {
+      const int64_t output = forward ? row : column, term = forward ? column : row;
+      bfloat16* step = out + output / tile_outputs * panel_size + term * tile_outputs;
+      if (column >= by_vectors) {
+        const float* source = entries + column - width;
+        mix_step<forward, Operand>(
+            [&]() __attribute__((always_inline)) { return load_ordered<Operand>(source += width); }, step);
+        continue;
+      }
+      const KeptBits bits = kept[column / 32];
+      const auto from = reinterpret_cast<const Operand*>(address<Operand>(w, first_row + row, first_column + column));
+      if (u.data) {
+        const auto to = reinterpret_cast<const Operand*>(address<Operand>(u, first_row + row, first_column + column));
+        Mixer<Operand, true> mixer{from, to, w.row_stride, u.row_stride, scale, bits.first, bits.second};
+        mix_step<forward, Operand>([&]() __attribute__((always_inline)) { return mixer.next(); }, step);
+      } else {
+        Mixer<Operand, false> mixer{from, nullptr, w.row_stride, 0, scale, bits.first, bits.second};
+        mix_step<forward, Operand>([&]() __attribute__((always_inline)) { return mixer.next(); }, step);
+      }
     }
-  };
-  if constexpr (forward) {
-    for (int64_t output = 0; output < part.outputs; output += tile_outputs)
-      for (int64_t term = 0; term < part.terms; term += tile_terms) mix_at(output, term);
-  } else {
-    for (int64_t term = 0; term < part.terms; term += tile_terms)
-      for (int64_t output = 0; output < part.outputs; output += tile_outputs) mix_at(output, term);
   }
 }
 
@@ -265,10 +265,13 @@ void multiply_tiles(const Mixing& mixing, Matrix x, int64_t m, int64_t all_rows,
   // Of a split sum all tiles, else two in turn.
   const int64_t tile_size = 32 * tile_outputs;
   float* tiles = scratch<float>(Slot::rows, (is_split ? (m + 31) / 32 * (all_outputs / tile_outputs) : 2) * tile_size);
-  bfloat16* right = scratch<bfloat16>(Slot::block, block_terms * block_outputs + 32 * block_terms);
+  bfloat16* right = scratch<bfloat16>(Slot::block, block_terms * block_outputs + 32 * block_terms +
+                                                       64 * (forward ? block_terms : block_outputs));
   bfloat16* copied = right + block_terms * block_outputs;
+  float* entries = reinterpret_cast<float*>(copied + 32 * block_terms);
   const int64_t first_column = forward ? 0 : begin, columns = forward ? terms : end - begin;
-  KeptBits* kept = scratch<KeptBits>(Slot::target, columns / 32); // which mix_entries needs where these are not used
+  // mix_segment needs the slot only where these are not used.
+  KeptBits* kept = scratch<KeptBits>(Slot::target, columns / 32);
   for (int64_t i = 0; i < columns / 32 && mixing.mask.keep; ++i)
     kept[i] = kept_bits<Operand>(mixing.mask.keep + first_column + 32 * i);
 
@@ -284,7 +287,7 @@ void multiply_tiles(const Mixing& mixing, Matrix x, int64_t m, int64_t all_rows,
     for (int64_t first = begin; first < end; first += block_outputs) {
       const Part part = part_at(first, term);
       const int64_t padded = round_up(part.terms, tile_terms);
-      mix_steps<forward, Operand>(mixing, kept + (forward ? term : first - begin) / 32, part, right);
+      mix_steps<forward, Operand>(mixing, kept + (forward ? term : first - begin) / 32, part, entries, right);
       const bool is_last = first + block_outputs >= end;
       finishing.prefetch = prefetch_of<forward, Operand>(mixing, is_last ? part_at(begin, term + block_terms)
                                                                          : part_at(first + block_outputs, term));

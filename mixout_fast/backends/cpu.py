@@ -14,9 +14,10 @@ from mixout_fast.reference import capacity
 # Measured on 2 cores, one pass / two, y and dX, L2 swept before. With AVX-512 fp32 and fp64 have no such limit (at the
 # end of this file): fp32 at 768x768 0.77 and 0.93 with 128 rows, 0.87 and 0.92 with 512, 0.91 and 0.93 with 2048; at
 # 1024x4096 0.67 and 0.85, 0.84 and 0.94, 0.95 and 0.98; fp64 0.78 and 0.83, 0.92 and 0.92, 0.99 and 0.98. Nor has bf16
-# with AMX; without our AMX products, beside a library that has its own, 1.01 and 0.86 with 16, 1.19 and 1.03 with 32; fp16 0.85 and 0.96 with 64, 0.97 and 1.04
-# with 128. With AVX2 alone fp32 at 768x768 takes 0.59 and 1.14 with 16, 0.75 and 1.04 with 128, 0.87 and 1.11 with
-# 256, at 1024x4096 1.14 and 1.36 with 512; fp64 0.96 and 0.92 with 64, 1.00 and 1.12 with 256.
+# where our products use AMX (docs/performance.md); where only the library's do, 1.01 and 0.86 with 16, 1.19 and 1.03
+# with 32. fp16 0.85 and 0.96 with 64, 0.97 and 1.04 with 128. With AVX2 alone fp32 at 768x768 takes 0.59 and 1.14 with
+# 16, 0.75 and 1.04 with 128, 0.87 and 1.11 with 256, at 1024x4096 1.14 and 1.36 with 512; fp64 0.96 and 0.92 with 64,
+# 1.00 and 1.12 with 256.
 ONE_PASS_ROWS = {
     torch.float32: (256, 0),
     torch.float64: (128, 128),
