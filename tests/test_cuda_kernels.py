@@ -1,8 +1,10 @@
 """The CUDA kernels beyond what every backend is tested for: on a GPU, or emulated by `pytest --emulate-cuda`."""
 
 import dataclasses
+import itertools
 import sys
 
+import cuda_emulation
 import pytest
 import torch
 
@@ -19,6 +21,7 @@ PRECISION_IDS = [str(w)[6:] if w == c else f"{str(w)[6:]}->{str(c)[6:]}" for w, 
 
 precisions = pytest.mark.parametrize(("dtype", "compute"), PRECISIONS, ids=PRECISION_IDS)
 masks = pytest.mark.parametrize("mask", MASKS)
+emulated = pytest.mark.skipif(DEVICE != "cpu", reason="--emulate-cuda: a GPU's library has no variables of tests")
 paths = pytest.mark.parametrize("path", ("one_pass", "mixed_first"))
 
 
@@ -43,6 +46,19 @@ def allow_tf32():
     before = torch.get_float32_matmul_precision()
     yield allow
     torch.set_float32_matmul_precision(before)
+
+
+@pytest.fixture
+def limit_capacity(monkeypatch):
+    """Lowers the capacity of every mask, of the reference and of the emulation alike."""
+
+    def limit(limit):
+        capacity = reference.capacity
+        for module in (reference, cuda):
+            monkeypatch.setattr(module, "capacity", lambda count, p: min(limit, capacity(count, p)))
+        monkeypatch.setattr(cuda_emulation.variable("capacity_limit"), "value", limit)
+
+    return limit
 
 
 def check_bits(case):
@@ -80,6 +96,37 @@ def test_whole_vectors_from_addresses_that_are_none(name, dtype, compute, mask, 
     behind = torch.cat((tensor.new_zeros(1), tensor.flatten()))[1:].view(tensor.shape)
     assert behind.data_ptr() % 16 != 0
     testing.check_exact(dataclasses.replace(case, **{name: behind}, origin=f"{name} unaligned"), "cuda")
+
+
+@emulated
+@paths
+@pytest.mark.parametrize(("in_features", "limit"), (*itertools.product((300, 1100), (0, 1, 100, 400)), (20000, 5000)))
+def test_kept_columns_past_a_lowered_capacity_are_dropped(in_features, limit, path, take, limit_capacity, seed):
+    """What happens once in 1e8 masks, made common: about half the columns are kept."""
+    take(path)
+    limit_capacity(limit)
+    options = {"p": 0.5, "device": DEVICE, "seed": seed}
+    check_bits(testing.random_case(5, in_features, 40, **options))
+    case = testing.integer_case(5, in_features, 40, **options)
+    kept = reference.keep_mask(case.seed, case.weight.shape, 0.5, "input")
+    assert kept.sum() == min(limit, reference.mask_words(case.seed, in_features).ge(2**31).sum())
+    testing.check_exact(case, "cuda")
+
+
+@emulated
+@pytest.mark.parametrize("limit", (0, 1, 10))
+def test_input_channels_past_a_lowered_capacity_are_dropped(limit, limit_capacity, seed):
+    """Of a convolution, whose offsets share their channel's entry."""
+    limit_capacity(limit)
+    torch.manual_seed(seed)
+    weight, target = torch.randn(2, 5, 60, 9)
+    draw = torch.tensor(seed), 0.5, "input"
+    assert reference.keep_mask(draw[0], weight.shape, *draw[1:]).sum() == limit
+    for ours, theirs in zip(*[
+        (m.mix(weight, target, *draw, torch.float32), m.mask_grad(weight, *draw, 2.0, torch.float32))
+        for m in (cuda, reference)
+    ], strict=True):  # fmt: skip
+        testing.assert_same_bits("of (5, 60, 9)", ours, theirs, f"limit {limit}, seed={seed}")
 
 
 @paths

@@ -23,7 +23,9 @@
 #include "kernels.h"
 
 // csrc/tests/emulation.h runs the kernels on CPU tensors.
-#if !defined(MIXOUT_DEVICE)
+#if defined(MIXOUT_EMULATION)
+#define MIXOUT_DEVICE CPU
+#else
 #define MIXOUT_DEVICE CUDA
 #endif
 

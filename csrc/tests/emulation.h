@@ -25,6 +25,11 @@
 // One block at a time.
 #define __shared__ static
 
+// What tests set, in tests/cuda_emulation.py.
+extern "C" {
+__attribute__((visibility("default"))) int64_t capacity_limit = INT64_MAX; // of csrc/library.h
+}
+
 namespace mixout_fast::cuda {
 
 struct Index {
