@@ -1,7 +1,9 @@
 """The CUDA kernels beyond what every backend is tested for: on a GPU, or emulated by `pytest --emulate-cuda`."""
 
 import dataclasses
+import functools
 import itertools
+import math
 import sys
 
 import cuda_emulation
@@ -190,6 +192,55 @@ def test_tf32_where_it_is_allowed(path, take, allow_tf32, seed):
         assert (x.grad == 32).all()
         allow_tf32(False)
         assert (mix_linear(x, weight, weight, None, 0.5, seed=seed, backend="cuda") > 64).all()
+
+
+@pytest.mark.parametrize("shape", ((63, 1001), (10000, 201), (100000, 64)), ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_error_of_db(shape, dtype, take, seed):
+    """It is summed in parts, which grow with a dY that has a mean."""
+    take("mixed_first")
+    torch.manual_seed(seed)
+    grad = (torch.randn(shape, dtype=torch.float64) + 0.25).to(DEVICE, dtype)
+    x, weight = torch.ones(shape[0], 1).to(grad), torch.ones(shape[1], 1).to(grad)
+    draw = torch.tensor(seed, device=DEVICE), 0.5, "element"
+    _, _, db = cuda.gradients(grad, x, None, None, weight, None, *draw, 2.0, (True, True, True), False)
+    want = torch.tensor([math.fsum(column) for column in grad.double().t().tolist()], dtype=torch.float64)
+    error, of_library = ((result.double().cpu() - want).abs().max() for result in (db, grad.sum(0)))
+    assert error <= testing.ERROR_RATIO * of_library
+
+
+def launches(function):
+    """How many, of the library's kernels too: each of these operators of it is one."""
+    ours = cuda_emulation.variable("launches")
+    before = ours.value
+    with torch.profiler.profile() as profile:
+        function()
+    library = [e for e in profile.events() if e.name in ("aten::addmm", "aten::mm", "aten::sum", "aten::_to_copy")]
+    return ours.value - before + len(library)
+
+
+@emulated
+@paths
+@masks
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("p", (0.1, 0.5, 0.9))
+def test_launches_of_a_layer(p, dtype, mask, path, take, seed):
+    """At most 2 forward and 4 backward, whatever is trained; fewer than 16 outputs take 3 more, to and from fp64."""
+    take(path)
+    case = testing.random_case(70, 300, 40, p=p, mask=mask, dtype=dtype, seed=seed)
+    for trained in ("xwb", "xw", "xb", "wb", "x", "w", "b"):
+        x, weight, bias = (
+            tensor.detach().requires_grad_(name in trained)
+            for name, tensor in (("x", case.input), ("w", case.weight), ("b", case.bias))
+        )
+        outputs = []
+
+        def forward(*operands, outputs=outputs):
+            outputs.append(mix_linear(*operands, p, mask=mask, seed=case.seed, backend="cuda"))
+
+        assert launches(functools.partial(forward, x, weight, case.target, bias)) == (1 if path == "one_pass" else 2)
+        backward = launches(functools.partial(outputs[0].backward, case.grad_output))
+        assert backward == 4 if trained == "xwb" else backward <= 4, trained
 
 
 @pytest.mark.skipif(DEVICE != "cuda", reason="the emulation has no CUDA graphs")
