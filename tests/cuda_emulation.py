@@ -4,6 +4,7 @@ The same kernel source and the same operators, on CPU tensors. What it cannot sh
 rounding of the tensor cores' sums, and time.
 """
 
+import ctypes
 import shutil
 import subprocess
 from pathlib import Path
@@ -20,7 +21,7 @@ SOURCES = [ROOT / "csrc" / "cuda" / name for name in ("ops.cpp", "kernels.cu")]
 FLAGS = ["-shared", "-fPIC", "-std=c++20", "-O2", "-ffp-contract=off", "-fvisibility=hidden", "-Wno-unknown-pragmas"]
 # A GPU faults on a vector access at an address that is no multiple of its size, and the emulation traps.
 FLAGS += ["-fsanitize=alignment", "-fsanitize-undefined-trap-on-error"]
-MACROS = ["-DMIXOUT_DEVICE=CPU", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
+MACROS = ["-DMIXOUT_EMULATION", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
 
 
 def build() -> None:
@@ -30,6 +31,11 @@ def build() -> None:
     subprocess.run(
         ["c++", *FLAGS, *MACROS, *includes, "-xc++", *SOURCES, "-o", LIBRARY, *paths, "-ltorch_cpu", "-ldl"], check=True
     )
+
+
+def variable(name: str) -> ctypes.c_int64:
+    """Of csrc/tests/emulation.h, to be read and set by its `value`."""
+    return ctypes.c_int64.in_dll(ctypes.CDLL(LIBRARY), name)
 
 
 def install() -> None:

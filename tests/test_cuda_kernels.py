@@ -1,8 +1,12 @@
 """The CUDA kernels beyond what every backend is tested for: on a GPU, or emulated by `pytest --emulate-cuda`."""
 
 import dataclasses
+import functools
+import itertools
+import math
 import sys
 
+import cuda_emulation
 import pytest
 import torch
 
@@ -19,6 +23,7 @@ PRECISION_IDS = [str(w)[6:] if w == c else f"{str(w)[6:]}->{str(c)[6:]}" for w, 
 
 precisions = pytest.mark.parametrize(("dtype", "compute"), PRECISIONS, ids=PRECISION_IDS)
 masks = pytest.mark.parametrize("mask", MASKS)
+emulated = pytest.mark.skipif(DEVICE != "cpu", reason="--emulate-cuda: a GPU's library has no variables of tests")
 paths = pytest.mark.parametrize("path", ("one_pass", "mixed_first"))
 
 
@@ -43,6 +48,19 @@ def allow_tf32():
     before = torch.get_float32_matmul_precision()
     yield allow
     torch.set_float32_matmul_precision(before)
+
+
+@pytest.fixture
+def limit_capacity(monkeypatch):
+    """Lowers the capacity of every mask, of the reference and of the emulation alike."""
+
+    def limit(limit):
+        capacity = reference.capacity
+        for module in (reference, cuda):
+            monkeypatch.setattr(module, "capacity", lambda count, p: min(limit, capacity(count, p)))
+        monkeypatch.setattr(cuda_emulation.variable("capacity_limit"), "value", limit)
+
+    return limit
 
 
 def check_bits(case):
@@ -80,6 +98,37 @@ def test_whole_vectors_from_addresses_that_are_none(name, dtype, compute, mask, 
     behind = torch.cat((tensor.new_zeros(1), tensor.flatten()))[1:].view(tensor.shape)
     assert behind.data_ptr() % 16 != 0
     testing.check_exact(dataclasses.replace(case, **{name: behind}, origin=f"{name} unaligned"), "cuda")
+
+
+@emulated
+@paths
+@pytest.mark.parametrize(("in_features", "limit"), (*itertools.product((300, 1100), (0, 1, 100, 400)), (20000, 5000)))
+def test_kept_columns_past_a_lowered_capacity_are_dropped(in_features, limit, path, take, limit_capacity, seed):
+    """What happens once in 1e8 masks, made common: about half the columns are kept."""
+    take(path)
+    limit_capacity(limit)
+    options = {"p": 0.5, "device": DEVICE, "seed": seed}
+    check_bits(testing.random_case(5, in_features, 40, **options))
+    case = testing.integer_case(5, in_features, 40, **options)
+    kept = reference.keep_mask(case.seed, case.weight.shape, 0.5, "input")
+    assert kept.sum() == min(limit, reference.mask_words(case.seed, in_features).ge(2**31).sum())
+    testing.check_exact(case, "cuda")
+
+
+@emulated
+@pytest.mark.parametrize("limit", (0, 1, 10))
+def test_input_channels_past_a_lowered_capacity_are_dropped(limit, limit_capacity, seed):
+    """Of a convolution, whose offsets share their channel's entry."""
+    limit_capacity(limit)
+    torch.manual_seed(seed)
+    weight, target = torch.randn(2, 5, 60, 9)
+    draw = torch.tensor(seed), 0.5, "input"
+    assert reference.keep_mask(draw[0], weight.shape, *draw[1:]).sum() == limit
+    for ours, theirs in zip(*[
+        (m.mix(weight, target, *draw, torch.float32), m.mask_grad(weight, *draw, 2.0, torch.float32))
+        for m in (cuda, reference)
+    ], strict=True):  # fmt: skip
+        testing.assert_same_bits("of (5, 60, 9)", ours, theirs, f"limit {limit}, seed={seed}")
 
 
 @paths
@@ -143,6 +192,55 @@ def test_tf32_where_it_is_allowed(path, take, allow_tf32, seed):
         assert (x.grad == 32).all()
         allow_tf32(False)
         assert (mix_linear(x, weight, weight, None, 0.5, seed=seed, backend="cuda") > 64).all()
+
+
+@pytest.mark.parametrize("shape", ((63, 1001), (10000, 201), (100000, 64)), ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_error_of_db(shape, dtype, take, seed):
+    """It is summed in parts, which grow with a dY that has a mean."""
+    take("mixed_first")
+    torch.manual_seed(seed)
+    grad = (torch.randn(shape, dtype=torch.float64) + 0.25).to(DEVICE, dtype)
+    x, weight = torch.ones(shape[0], 1).to(grad), torch.ones(shape[1], 1).to(grad)
+    draw = torch.tensor(seed, device=DEVICE), 0.5, "element"
+    _, _, db = cuda.gradients(grad, x, None, None, weight, None, *draw, 2.0, (True, True, True), False)
+    want = torch.tensor([math.fsum(column) for column in grad.double().t().tolist()], dtype=torch.float64)
+    error, of_library = ((result.double().cpu() - want).abs().max() for result in (db, grad.sum(0)))
+    assert error <= testing.ERROR_RATIO * of_library
+
+
+def launches(function):
+    """How many, of the library's kernels too: each of these operators of it is one."""
+    ours = cuda_emulation.variable("launches")
+    before = ours.value
+    with torch.profiler.profile() as profile:
+        function()
+    library = [e for e in profile.events() if e.name in ("aten::addmm", "aten::mm", "aten::sum", "aten::_to_copy")]
+    return ours.value - before + len(library)
+
+
+@emulated
+@paths
+@masks
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("p", (0.1, 0.5, 0.9))
+def test_launches_of_a_layer(p, dtype, mask, path, take, seed):
+    """At most 2 forward and 4 backward, whatever is trained; fewer than 16 outputs take 3 more, to and from fp64."""
+    take(path)
+    case = testing.random_case(70, 300, 40, p=p, mask=mask, dtype=dtype, seed=seed)
+    for trained in ("xwb", "xw", "xb", "wb", "x", "w", "b"):
+        x, weight, bias = (
+            tensor.detach().requires_grad_(name in trained)
+            for name, tensor in (("x", case.input), ("w", case.weight), ("b", case.bias))
+        )
+        outputs = []
+
+        def forward(*operands, outputs=outputs):
+            outputs.append(mix_linear(*operands, p, mask=mask, seed=case.seed, backend="cuda"))
+
+        assert launches(functools.partial(forward, x, weight, case.target, bias)) == (1 if path == "one_pass" else 2)
+        backward = launches(functools.partial(outputs[0].backward, case.grad_output))
+        assert backward == 4 if trained == "xwb" else backward <= 4, trained
 
 
 @pytest.mark.skipif(DEVICE != "cuda", reason="the emulation has no CUDA graphs")

@@ -238,12 +238,6 @@ __device__ void gather_block(const Gather& gather, const Mask& mask, int64_t blo
   }
 }
 
-template <typename Element>
-__global__ void __launch_bounds__(threads) gather_kernel(Mask mask, Gather gather) {
-  __shared__ Scratch scratch;
-  gather_block<Element>(gather, mask, blockIdx.x, scratch);
-}
-
 template <int size>
 struct ElementOfSize;
 template <>
@@ -260,6 +254,73 @@ struct ElementOfSize<8> {
 };
 template <typename T>
 using Element = typename ElementOfSize<sizeof(T)>::type;
+
+// The sum of parts [first, first + count), of which each warp has `of_warp`, its first lanes'. In pairs: one by one, 32
+// would have twice the error of the library's sum.
+template <int first, int count, int of_warp, typename Sum>
+__device__ __forceinline__ Sum sum_in_pairs(const Sum* parts) {
+  if constexpr (count == 1) return parts[first / of_warp * 32 + first % of_warp];
+  else
+    return sum_in_pairs<first, count / 2, of_warp>(parts) + sum_in_pairs<first + count / 2, count / 2, of_warp>(parts);
+}
+
+// One part of the sums of 32 lanes' columns. Two rows at a time: of four, bf16's mix_kernel spills on sm_90a.
+template <typename Value>
+__device__ void sum_rows_block(const ColumnSums& sums, int64_t block, Scratch& scratch) {
+  using T = Compute<Value>;
+  constexpr int width = 16 / sizeof(Value);
+  const int64_t strips = blocks_of(sums.columns, 32 * width), part = block / strips;
+  const int64_t first_column = block % strips * 32 * width, column = first_column + lane_of_thread() * width;
+  T sum[width] = {};
+#pragma unroll 1
+  for (int first = 0; first < rows_a_part; first += 2 * warps) {
+    Value values[2][width];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int64_t row = part * rows_a_part + first + i * warps + warp_of_thread();
+      load_row<false>(sums.x, row, column, row < sums.rows ? sums.columns - column : 0, values[i]);
+    }
+#pragma unroll
+    for (int i = 0; i < 2 * width; ++i) sum[i % width] += widen(values[i / width][i % width]);
+  }
+  T* partial = reinterpret_cast<T*>(scratch.partial);
+#pragma unroll
+  for (int j = 0; j < width; ++j) partial[j * threads + threadIdx.x] = sum[j];
+  __syncthreads();
+  const int64_t item = threadIdx.x;
+  if (item < 32 * width && first_column + item < sums.columns)
+    static_cast<T*>(sums.parts)[part * sums.columns + first_column + item] =
+        sum_in_pairs<0, warps, 1>(partial + item % width * threads + item / width);
+}
+
+// 32 columns' sums of their parts, 16 at a time and those in fp64: one by one, the error would grow with x's rows. Two
+// loads at a time: with four, expand_kernel takes 38 registers on sm_100, so that an SM holds 6 blocks and not 8.
+template <typename Value>
+__device__ void sum_parts_block(const ColumnSums& sums, int64_t block) {
+  using T = Compute<Value>;
+  __shared__ double partial[threads];
+  const int64_t parts = blocks_of(sums.rows, rows_a_part), column = block * 32 + lane_of_thread();
+  double sum = 0;
+  for (int64_t first = warp_of_thread(); first < parts && column < sums.columns; first += 16 * warps) {
+    T piece{0};
+#pragma unroll 2
+    for (int i = 0; i < 16; ++i)
+      if (first + i * warps < parts)
+        piece += static_cast<const T*>(sums.parts)[(first + i * warps) * sums.columns + column];
+    sum += piece;
+  }
+  partial[threadIdx.x] = sum;
+  __syncthreads();
+  if (warp_of_thread() == 0 && column < sums.columns)
+    static_cast<Value*>(sums.out)[column] =
+        narrow<Value>(static_cast<T>(sum_in_pairs<0, warps, 1>(partial + lane_of_thread())));
+}
+
+MIXOUT_INLINE int64_t gather_blocks(const Gather& gather) {
+  if (!gather.index) return 0;
+  const int64_t blocks = blocks_of(gather.rows, warps * gather_rows_per_warp);
+  return blocks > 0 ? blocks : 1;
+}
 
 // A lane's columns: 16 bytes of the narrower type, and a whole number of Philox blocks.
 template <typename Operand, typename Result>
@@ -286,15 +347,19 @@ struct Part {
   }
 };
 
-// W', and beside it the gather. A lane's mask, of an input mask, is the same in all its rows.
+// W', and beside it the gather and the parts of sums. A lane's mask, of an input mask, is the same in all its rows.
 template <typename Operand, typename Result>
-__global__ void __launch_bounds__(threads) mix_kernel(Mixing mixing, Result* out, int64_t mix_blocks, Gather gather) {
+__global__ void __launch_bounds__(threads)
+    mix_kernel(Mixing mixing, Result* out, int64_t mix_blocks, Gather gather, ColumnSums sums) {
   using T = Compute<Operand>;
   constexpr int width = lane_columns<Operand, Result>;
   __shared__ Scratch scratch;
-  if (blockIdx.x >= mix_blocks)
-    return gather_block<Element<Result>>(gather, mixing.mask, blockIdx.x - mix_blocks, scratch);
   const Mask& mask = mixing.mask;
+  if (blockIdx.x >= mix_blocks) {
+    const int64_t block = blockIdx.x - mix_blocks, gathers = gather_blocks(gather);
+    if (block < gathers) return gather_block<Element<Result>>(gather, mask, block, scratch);
+    return sum_rows_block<Result>(sums, block - gathers, scratch);
+  }
   const Part<width> part(mixing.columns, blockIdx.x);
   const int64_t column = part.column;
   uint32_t keep = mask.per_element ? 0 : part.keep_bits(mask, scratch);
@@ -320,13 +385,15 @@ __global__ void __launch_bounds__(threads) mix_kernel(Mixing mixing, Result* out
   }
 }
 
-// mask * grad * factor, laid out as mix_kernel.
+// mask * grad * factor, laid out as mix_kernel, and beside it the sums of parts.
 template <typename Operand, typename Result>
 __global__ void __launch_bounds__(threads)
-    mask_grad_kernel(Matrix grad, int64_t rows, int64_t columns, Mask mask, double factor, Result* out) {
+    mask_grad_kernel(Matrix grad, int64_t rows, int64_t columns, Mask mask, double factor, Result* out,
+                     int64_t grad_blocks, ColumnSums sums) {
   using T = Compute<Operand>;
   constexpr int width = lane_columns<Operand, Result>;
   __shared__ Scratch scratch;
+  if (blockIdx.x >= grad_blocks) return sum_parts_block<Operand>(sums, blockIdx.x - grad_blocks);
   const Part<width> part(columns, blockIdx.x);
   const int64_t column = part.column;
   uint32_t keep = mask.per_element ? 0 : part.keep_bits(mask, scratch);
@@ -349,11 +416,14 @@ __global__ void __launch_bounds__(threads)
   }
 }
 
-// compact (count, rows) into its columns of out (rows, columns), through a tile in shared memory that turns it.
+// compact (count, rows) into its columns of out (rows, columns), through a tile in shared memory that turns it, and
+// beside it the sums of parts.
 template <typename Operand, typename Result>
-__global__ void __launch_bounds__(threads) expand_kernel(Matrix compact, const int32_t* index, int64_t count,
-                                                         int64_t rows, int64_t columns, double factor, Result* out) {
+__global__ void __launch_bounds__(threads)
+    expand_kernel(Matrix compact, const int32_t* index, int64_t count, int64_t rows, int64_t columns, double factor,
+                  Result* out, int64_t expand_blocks, ColumnSums sums) {
   using T = Compute<Operand>;
+  if (blockIdx.x >= expand_blocks) return sum_parts_block<Operand>(sums, blockIdx.x - expand_blocks);
   constexpr int width = 16 / sizeof(Result);
   constexpr int vectors = expand_columns / width;
   // The padding spreads a column over the banks and keeps rows at multiples of 16 bytes.
@@ -480,15 +550,6 @@ struct FusedMultiplyAdd : Share<transposed> {
 
   static __device__ __forceinline__ Place place(int i, int) { return {i / outputs, i % outputs}; }
 };
-
-// The sum of parts [first, first + count), of which each warp has `of_warp`, its first lanes'. In pairs: one by one, 32
-// would have twice the error of the library's sum.
-template <int first, int count, int of_warp, typename Sum>
-__device__ __forceinline__ Sum sum_in_pairs(const Sum* parts) {
-  if constexpr (count == 1) return parts[first / of_warp * 32 + first % of_warp];
-  else
-    return sum_in_pairs<first, count / 2, of_warp>(parts) + sum_in_pairs<first + count / 2, count / 2, of_warp>(parts);
-}
 
 struct Product {
   Mixing mixing;
@@ -628,11 +689,12 @@ const char* launch_blocks(void (*kernel)(Parameters...), int64_t blocks, Launch 
   return launch_kernel(kernel, blocks, threads, launch.stream, launch.device, parameters...);
 }
 
-int64_t gather_blocks(const Gather& gather) {
-  if (!gather.index) return 0;
-  const int64_t blocks = blocks_of(gather.rows, warps * gather_rows_per_warp);
-  return blocks > 0 ? blocks : 1;
+template <typename Value>
+int64_t sum_rows_blocks(const ColumnSums& sums) {
+  return sums.out ? blocks_of(sums.rows, rows_a_part) * blocks_of(sums.columns, 32 * (16 / sizeof(Value))) : 0;
 }
+
+int64_t sum_parts_blocks(const ColumnSums& sums) { return sums.out ? blocks_of(sums.columns, 32) : 0; }
 
 template <typename Operand, typename Engine, bool transposed>
 const char* launch_product(const Product& product, const Gather& gather, Launch launch) {
@@ -668,36 +730,36 @@ const char* multiply(Dtype operand, Dtype result, const Product& product, bool t
 
 } // namespace
 
-const char* why_no_kernels() { return why_no_kernel(gather_kernel<uint32_t>); }
+const char* why_no_kernels() { return why_no_kernel(mix_kernel<float, float>); }
 
 const char* launch_mix(Dtype operand, Dtype result, const Mixing& mixing, void* out, const Gather& gather,
-                       Launch launch) {
+                       const ColumnSums& sums, Launch launch) {
   return with_types(operand, result, [&](auto types) {
     using Operand = typename decltype(types)::Operand;
     using Result = typename decltype(types)::Result;
     const int64_t mix_blocks =
         blocks_of(mixing.columns, 32 * lane_columns<Operand, Result>) * blocks_of(mixing.rows, warps * mix_rows);
-    return launch_blocks(mix_kernel<Operand, Result>, mix_blocks + gather_blocks(gather), launch, mixing,
-                         static_cast<Result*>(out), mix_blocks, gather);
+    const int64_t blocks = mix_blocks + gather_blocks(gather) + sum_rows_blocks<Result>(sums);
+    return launch_blocks(mix_kernel<Operand, Result>, blocks, launch, mixing, static_cast<Result*>(out), mix_blocks,
+                         gather, sums);
   });
 }
 
 const char* launch_mask_grad(Dtype operand, Dtype result, Matrix grad, int64_t rows, int64_t columns, const Mask& mask,
-                             double factor, void* out, Launch launch) {
+                             double factor, void* out, const ColumnSums& sums, Launch launch) {
   return with_gradient_types(operand, result, [&](auto types) {
     using Operand = typename decltype(types)::Operand;
     using Result = typename decltype(types)::Result;
     const int64_t blocks = blocks_of(columns, 32 * lane_columns<Operand, Result>) * blocks_of(rows, warps * mix_rows);
-    return launch_blocks(mask_grad_kernel<Operand, Result>, blocks, launch, grad, rows, columns, mask, factor,
-                         static_cast<Result*>(out));
+    return launch_blocks(mask_grad_kernel<Operand, Result>, blocks + sum_parts_blocks(sums), launch, grad, rows,
+                         columns, mask, factor, static_cast<Result*>(out), blocks, sums);
   });
 }
 
-const char* launch_gather(Dtype dtype, const Mask& mask, const Gather& gather, Launch launch) {
-  return with_types(dtype, dtype, [&](auto types) {
-    using Value = typename decltype(types)::Result;
-    return launch_blocks(gather_kernel<Element<Value>>, gather_blocks(gather), launch, mask, gather);
-  });
+const char* launch_gather(Dtype dtype, const Mask& mask, const Gather& gather, const ColumnSums& sums, Launch launch) {
+  Mixing nothing{};
+  nothing.mask = mask;
+  return launch_mix(dtype, dtype, nothing, nullptr, gather, sums, launch);
 }
 
 const char* launch_linear(Dtype operand, Dtype result, const Mixing& mixing, Matrix x, int64_t m, Matrix bias,
@@ -711,13 +773,14 @@ const char* launch_grad_input(Dtype operand, Dtype result, const Mixing& mixing,
 }
 
 const char* launch_expand(Dtype operand, Dtype result, Matrix compact, const int32_t* index, int64_t count,
-                          int64_t rows, int64_t columns, double factor, void* out, Launch launch) {
+                          int64_t rows, int64_t columns, double factor, void* out, const ColumnSums& sums,
+                          Launch launch) {
   return with_gradient_types(operand, result, [&](auto types) {
     using Operand = typename decltype(types)::Operand;
     using Result = typename decltype(types)::Result;
     const int64_t blocks = blocks_of(columns, expand_columns) * blocks_of(rows, expand_rows);
-    return launch_blocks(expand_kernel<Operand, Result>, blocks, launch, compact, index, count, rows, columns, factor,
-                         static_cast<Result*>(out));
+    return launch_blocks(expand_kernel<Operand, Result>, blocks + sum_parts_blocks(sums), launch, compact, index, count,
+                         rows, columns, factor, static_cast<Result*>(out), blocks, sums);
   });
 }
 

@@ -47,6 +47,17 @@ struct Gather {
   void* out;
 };
 
+// The sums of x's columns, in two launches: of every rows_a_part rows into a row of parts (of fp32, or of x's fp64),
+// and those into out (columns,), of x's type. out null: nothing to sum.
+struct ColumnSums {
+  Matrix x;
+  int64_t rows;
+  int64_t columns;
+  void* parts;
+  void* out;
+};
+constexpr int64_t rows_a_part = 64; // of which a block reads 32 KiB, as one that mixes reads
+
 struct Launch {
   void* stream; // a cudaStream_t
   int device;
@@ -56,15 +67,16 @@ struct Launch {
 // and there is no PTX, or its driver is too old for this runtime.
 const char* why_no_kernels();
 
-// W' into out (rows, columns); in the same launch the gather, of elements of the result's type.
+// W' into out (rows, columns); in the same launch the gather and the sums' parts, of elements of the result's type.
 const char* launch_mix(Dtype operand, Dtype result, const Mixing& mixing, void* out, const Gather& gather,
-                       Launch launch);
+                       const ColumnSums& sums, Launch launch);
 
-// mask * grad * factor into out (rows, columns).
+// mask * grad * factor into out (rows, columns); in the same launch the sums of their parts, of grad's type.
 const char* launch_mask_grad(Dtype operand, Dtype result, Matrix grad, int64_t rows, int64_t columns, const Mask& mask,
-                             double factor, void* out, Launch launch);
+                             double factor, void* out, const ColumnSums& sums, Launch launch);
 
-const char* launch_gather(Dtype dtype, const Mask& mask, const Gather& gather, Launch launch);
+// The same of nothing to mix.
+const char* launch_gather(Dtype dtype, const Mask& mask, const Gather& gather, const ColumnSums& sums, Launch launch);
 
 // One pass over W and U that writes no W'. Neighbouring columns of all three are neighbours in memory. linear: out (m,
 // rows) = x W'^T + bias, bias data null for none. grad_input: out (m, columns) = x W'. x is of the result's type; tf32
@@ -76,8 +88,10 @@ const char* launch_grad_input(Dtype operand, Dtype result, const Mixing& mixing,
 // Columns that linear takes: their mask stands in shared memory, a bit each.
 constexpr int64_t one_pass_columns = 1 << 18;
 
-// out (rows, columns): column index[j] is compact's row j (count, rows) times factor, the others are 0.
+// out (rows, columns): column index[j] is compact's row j (count, rows) times factor, the others are 0. In the same
+// launch the sums of their parts, of compact's type.
 const char* launch_expand(Dtype operand, Dtype result, Matrix compact, const int32_t* index, int64_t count,
-                          int64_t rows, int64_t columns, double factor, void* out, Launch launch);
+                          int64_t rows, int64_t columns, double factor, void* out, const ColumnSums& sums,
+                          Launch launch);
 
 } // namespace mixout_fast::cuda

@@ -23,7 +23,9 @@
 #include "kernels.h"
 
 // csrc/tests/emulation.h runs the kernels on CPU tensors.
-#if !defined(MIXOUT_DEVICE)
+#if defined(MIXOUT_EMULATION)
+#define MIXOUT_DEVICE CPU
+#else
 #define MIXOUT_DEVICE CUDA
 #endif
 
@@ -132,33 +134,52 @@ struct Gathered {
                columns.mutable_data_ptr()} {}
 };
 
+// The sums of rows' columns, as what the kernels take, and the memory of their parts.
+struct Summed {
+  Tensor out, parts;
+  ColumnSums sums;
+
+  explicit Summed(const Tensor& rows)
+      : out(allocate(rows, {rows.size(1)}, rows.scalar_type())),
+        parts(allocate(rows, {(rows.size(0) + rows_a_part - 1) / rows_a_part, rows.size(1)},
+                       rows.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float)),
+        sums{matrix_of(rows), rows.size(0), rows.size(1), parts.mutable_data_ptr(), out.mutable_data_ptr()} {}
+};
+
 // Nothing, or why the current device cannot run the kernels.
 std::string why_no_kernels_here() {
   const char* reason = why_no_kernels();
   return reason ? reason : "";
 }
 
-// W', and in the same launch the gather.
-Tensor mixed(const Tensor& weight, const Mixing& mixing, ScalarType dtype, const Gather& gather, Launch launch) {
+// W', and in the same launch the gather and the sums' parts.
+Tensor mixed(const Tensor& weight, const Mixing& mixing, ScalarType dtype, const Gather& gather, const ColumnSums& sums,
+             Launch launch) {
   Tensor out = like_weight(weight, dtype);
-  check(launch_mix(dtype_of(weight), dtype_of(dtype), mixing, out.mutable_data_ptr(), gather, launch));
+  check(launch_mix(dtype_of(weight), dtype_of(dtype), mixing, out.mutable_data_ptr(), gather, sums, launch));
   return out;
 }
 
 Tensor mix(const Tensor& weight, const std::optional<Tensor>& target, const Tensor& seed, double p, bool per_column,
            ScalarType dtype) {
   const OnDevice device(weight);
-  return mixed(weight, mixing_of(weight, target, seed, p, per_column), dtype, {}, device.launch);
+  return mixed(weight, mixing_of(weight, target, seed, p, per_column), dtype, {}, {}, device.launch);
+}
+
+// mask * grad * factor, and in the same launch the sums of their parts.
+Tensor masked(const Tensor& grad, const Tensor& seed, double p, bool per_column, double factor, ScalarType dtype,
+              const ColumnSums& sums, Launch launch) {
+  const int64_t repeats = repeats_of(grad);
+  Tensor out = like_weight(grad, dtype);
+  check(launch_mask_grad(dtype_of(grad), dtype_of(dtype), matrix_of(grad), grad.size(0), grad.size(1) * repeats,
+                         mask_of(seed, p, per_column, grad.size(1), repeats), factor, out.mutable_data_ptr(), sums,
+                         launch));
+  return out;
 }
 
 Tensor mask_grad(const Tensor& grad, const Tensor& seed, double p, bool per_column, double factor, ScalarType dtype) {
   const OnDevice device(grad);
-  const int64_t repeats = repeats_of(grad);
-  Tensor out = like_weight(grad, dtype);
-  check(launch_mask_grad(dtype_of(grad), dtype_of(dtype), matrix_of(grad), grad.size(0), grad.size(1) * repeats,
-                         mask_of(seed, p, per_column, grad.size(1), repeats), factor, out.mutable_data_ptr(),
-                         device.launch));
-  return out;
+  return masked(grad, seed, p, per_column, factor, dtype, {}, device.launch);
 }
 
 Output linear(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& target,
@@ -176,7 +197,7 @@ Output linear(const Tensor& input, const Tensor& weight, const std::optional<Ten
 
   const Matrix x = matrix_of(rows);
   if (!one_pass || !takes_one_pass(mixing, x, mixing.columns))
-    return {library_linear(input, mixed(weight, mixing, dtype, gather, device.launch), bias), index, columns};
+    return {library_linear(input, mixed(weight, mixing, dtype, gather, {}, device.launch), bias), index, columns};
   Tensor output = allocate(weight, {rows.size(0), mixing.rows}, dtype);
   const Matrix bias_row = bias ? Matrix{bias->const_data_ptr(), 0, bias->stride(0), false} : Matrix{};
   check(launch_linear(dtype_of(weight), dtype_of(dtype), mixing, x, rows.size(0), bias_row, tf32,
@@ -184,14 +205,15 @@ Output linear(const Tensor& input, const Tensor& weight, const std::optional<Ten
   return {shaped_as(input, output), index, columns};
 }
 
-// Of an input mask: the product of the kept columns of x with dY by the library, then spread into the dense dW.
+// Of an input mask: the product of the kept columns of x with dY by the library, then spread into the dense dW; in the
+// same launch the sums of their parts.
 Tensor expanded(const Tensor& columns, const Tensor& grad, const Tensor& index, const Tensor& weight, double factor,
-                bool in_fp64, Launch launch) {
+                bool in_fp64, const ColumnSums& sums, Launch launch) {
   const Tensor compact = compact_product(columns, grad, in_fp64);
   Tensor out = like_weight(weight, weight.scalar_type());
   check(launch_expand(dtype_of(compact), dtype_of(out), matrix_of(compact),
                       static_cast<const int32_t*>(index.const_data_ptr()), index.numel(), weight.size(0),
-                      weight.size(1), factor, out.mutable_data_ptr(), launch));
+                      weight.size(1), factor, out.mutable_data_ptr(), sums, launch));
   return out;
 }
 
@@ -214,26 +236,30 @@ Gradients linear_backward(const Tensor& grad_output, const std::optional<Tensor>
   std::optional<Tensor> grad_input, grad_weight, grad_bias;
   const Matrix dy = matrix_of(grad);
   const bool input_in_one_pass = one_pass && takes_one_pass(mixing, dy, mixing.rows);
+  const bool mixes = needs_input && !input_in_one_pass;
+  // db is summed in two of the other launches where there are two for it; the library's sum is one more.
+  std::optional<Summed> summed;
+  if (needs_bias && needs_weight && (mixes || gathered)) summed.emplace(grad);
+  const ColumnSums sums = summed ? summed->sums : ColumnSums{};
+  if (needs_bias) grad_bias = summed ? summed->out : sum_of_rows(grad);
+
   if (needs_input && input_in_one_pass) {
     Tensor out = allocate(weight, {grad.size(0), mixing.columns}, dtype);
     check(launch_grad_input(dtype_of(weight), dtype_of(dtype), mixing, dy, grad.size(0), tf32, out.mutable_data_ptr(),
                             device.launch));
     grad_input = shaped_as(grad_output, out);
   } else if (needs_input) {
-    grad_input = shaped_as(grad_output, library_mm(grad, mixed(weight, mixing, dtype, gather, device.launch)));
+    grad_input = shaped_as(grad_output, library_mm(grad, mixed(weight, mixing, dtype, gather, sums, device.launch)));
   }
-  if (gathered && (!needs_input || input_in_one_pass))
-    check(launch_gather(dtype_of(dtype), mixing.mask, gather, device.launch));
+  if (gathered && !mixes) check(launch_gather(dtype_of(dtype), mixing.mask, gather, sums, device.launch));
 
   if (x && in_full_product)
     grad_weight = full_product(*x, grad, weight, per_column, [&](const Tensor& matrix, ScalarType result) {
-      return mask_grad(matrix, seed, p, per_column, factor, result);
+      return masked(matrix, seed, p, per_column, factor, result, sums, device.launch);
     });
   else if (needs_weight)
     grad_weight = expanded(gathered ? gathered->columns : *kept_columns, grad, gathered ? gathered->index : *kept_index,
-                           weight, factor, in_fp64, device.launch);
-
-  if (needs_bias) grad_bias = sum_of_rows(grad);
+                           weight, factor, in_fp64, sums, device.launch);
   return {grad_input, grad_weight, grad_bias};
 }
 

@@ -25,6 +25,12 @@
 // One block at a time.
 #define __shared__ static
 
+// What tests set and read, through tests/cuda_emulation.py.
+extern "C" {
+__attribute__((visibility("default"))) int64_t capacity_limit = INT64_MAX; // of csrc/library.h
+__attribute__((visibility("default"))) int64_t launches = 0;
+}
+
 namespace mixout_fast::cuda {
 
 struct Index {
@@ -259,6 +265,7 @@ const char* launch_kernel(void (*kernel)(Parameters...), int64_t blocks, int thr
                           Parameters... parameters) {
   if (threads != emulation::block_threads) return "the emulation has blocks of 256 threads";
   if (blocks < 1 || blocks > 0x7FFFFFFF) return "invalid configuration argument";
+  ++launches;
   const std::function<void()> body = [&] { kernel(parameters...); };
   for (int64_t block = 0; block < blocks; ++block) {
     blockIdx.x = static_cast<unsigned>(block);
