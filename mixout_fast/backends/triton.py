@@ -1,15 +1,18 @@
 """The Triton backend for GPUs; under TRITON_INTERPRET=1 it serves CPU tensors too, slowly, for tests.
 
-Launches per call of the layer, the library's products and sum among them and the seed's draw (functional.py) not:
+Launches per call of the layer, at most 2 forward and 4 backward, the library's among them and the seed's draw
+(functional.py) not:
 
-                                 forward                       backward, beside dX's product and dW's: 4 in all
-    input mask, mixed first      prologue, product             prologue, dense dW
-    input mask, in one pass      product, prologue to gather   dense dW; prologue to gather, or else the sum of dY
-    element mask, mixed first    prologue, product             prologue, prologue of dW'
-    element mask, in one pass    product                       prologue of dW', sum of dY
+                               forward                backward
+    input mask, mixed first    prologue, product      prologue, product, product, dense dW
+    input mask, in one pass    prologue*, one pass    prologue** or else the sum of dY, one pass, product, dense dW
+    element mask, mixed first  prologue, product      prologue, product, product, prologue
+    element mask, in one pass  one pass               one pass, product, prologue, the sum of dY
 
-A prologue writes, of these, what is wanted: W', or of dW' its masked and scaled form; the kept indices and X[:, kept],
-where forward did not save them; and sums of parts of dY's columns, which the launch that writes dW adds up to db.
+    *, **: to gather, where forward saves X[:, kept], or saved x
+
+A prologue writes, of these, what is wanted: W', or of dW' its masked and scaled form; kept indices and X[:, kept]; sums
+of parts of dY's columns, which the launch that writes dW adds up to db.
 
 Nothing waits for the device: the kept indices always have their static size C, `static` or not, padded with -1.
 """
@@ -52,8 +55,8 @@ ONE_PASS_ROWS = {
 # first call of each size instead and keeps the choice on disk, after which sums may round otherwise than before. Not
 # measured; chosen by benchmarks/kernel_report.py: in steps of 64 entries of 16-bit rows some kernels take more than 200
 # registers or spill a dozen, in steps of 32 none does (at most 134; with 5 stages of the second, one spills). In fp32
-# steps are also the pieces of a sum (one_pass_kernel): at 3 rows and 127 in_features pieces of 64 have 2.5 times the
-# error of MKL's sum, pieces of 32 have 1.4 times.
+# the halves of a step are also the pieces of a sum (one_pass_kernel): at 3 rows and 127 in_features pieces of 64 have
+# 2.5 times the error of MKL's sum, pieces of 32 have 1.4 times, of 16 added up in two sums 1.1 times.
 ONE_PASS_CONFIGS = (
     {"BLOCK_F": 64, "BLOCK_R": 32, "num_warps": 4, "num_stages": 4},
     {"BLOCK_F": 32, "BLOCK_R": 32, "num_warps": 4, "num_stages": 4},
@@ -104,12 +107,11 @@ def linear(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     rows = input.reshape(-1, weight.shape[1])
     one_pass, _ = is_one_pass(input.dtype, rows.shape[0])
-    mixed = index = columns = None
+    index = columns = None
     if gathers or not one_pass:
-        mixed, index, columns, _ = prologue(
-            None if one_pass else weight, target, rows if gathers else None, None,
-            seed, p, mask, scale(p), False, input.dtype,
-        )  # fmt: skip
+        operands = (None, None) if one_pass else (weight, target)
+        x = rows if gathers else None
+        mixed, index, columns, _ = prologue(*operands, x, None, seed, p, mask, scale(p), False, input.dtype)
     if not one_pass:
         return F.linear(input, mixed, bias), index, columns
     output = product(rows, weight, target, bias, seed, p, mask, False)
@@ -128,17 +130,16 @@ def gradients(
     needs_input, needs_weight, needs_bias = needs
     out_features, in_features = weight.shape
     rows, draw = grad.reshape(-1, out_features), (seed, p, mask)
-    x = None if input is None else input.reshape(-1, in_features)
+    x = input.reshape(-1, in_features) if needs_weight and input is not None else None
     _, one_pass = is_one_pass(grad.dtype, rows.shape[0])
     thin = mask == "input" and out_features < reference.THIN_OUTPUT
-    mixes, gathers = needs_input and not one_pass, needs_weight and mask == "input" and x is not None
+    mixes, gathers = needs_input and not one_pass, mask == "input" and x is not None
     in_parts = needs_bias and needs_weight and not thin and (mixes or gathers)
     dX = dW = db = parts = None
     if mixes or gathers:
-        mixed, *gathered, parts = prologue(
-            weight if mixes else None, target, x if gathers else None, rows if in_parts else None,
-            *draw, scale(p), False, grad.dtype,
-        )  # fmt: skip
+        operands = (weight, target) if mixes else (None, None)
+        operands += (x if gathers else None, rows if in_parts else None)
+        mixed, *gathered, parts = prologue(*operands, *draw, scale(p), False, grad.dtype)
         index, columns = gathered if gathers else (index, columns)
     if needs_input:
         dX = rows.mm(mixed) if mixes else product(rows, weight, target, None, *draw, True)
@@ -179,6 +180,7 @@ def launch_and_sum(
 
 
 def _part_rows(summed: Tensor | None) -> int:
+    """Rows that a program sums of a matrix that is summed in parts."""
     size = 4 if summed is None else summed.element_size()
     return SUMMED_TILES * TILE_BYTES // (SUMMED_COLUMNS * size)
 
@@ -262,18 +264,17 @@ def prologue(
     outputs, offsets = (0, 1) if weight is None else (weight.shape[0], weight.shape[2] if weight.dim() == 3 else 1)
     column_blocks = _blocks(in_features, block_k)
     weight_rows, row_blocks = _split(outputs * offsets, block_n, column_blocks)
+    weight_programs = row_blocks * column_blocks
+    row_count = 0 if rows is None else rows.shape[0]
     # The index is written even where there are no rows.
-    row_count, gathered_rows, gather_programs = 0, 1, 0
-    if rows is not None:
-        row_count = rows.shape[0]
-        gathered_rows, gather_programs = _split(max(row_count, 1), block_n, 1)
+    gathered_rows, gather_programs = (1, 0) if rows is None else _split(max(row_count, 1), block_n, 1)
     launch_and_sum(
-        kernels.prologue_kernel, row_blocks * column_blocks + gather_programs, matrix.device, summed, sums,
+        kernels.prologue_kernel, weight_programs + gather_programs, matrix.device, summed, sums,
         weight, target, mixed, rows, columns, index, *draw, outputs, in_features, offsets, row_count, bound,
         *_strides(weight, 3), *_strides(target, 3), *_strides(rows, 2),
-        row_blocks * column_blocks, weight_rows, gathered_rows,
-        IS_GRADIENT=is_gradient, BOUNDED=bound < in_features, COMPUTE=_compute(matrix), BLOCK_N=block_n,
-        BLOCK_K=block_k,
+        weight_programs, weight_rows, gathered_rows,
+        IS_GRADIENT=is_gradient, BOUNDED=bound < in_features, COMPUTE=_compute(matrix),
+        BLOCK_N=block_n, BLOCK_K=block_k,
     )  # fmt: skip
     return mixed, index, columns, sums
 
@@ -289,10 +290,10 @@ def one_pass_config(rows: Tensor, features: int) -> dict:
 @functools.cache
 def tuned_kernel():
     """The one-pass kernel that chooses by measurement, for each size, dtype and block of rows."""
-    configs = []
-    for config in ONE_PASS_CONFIGS:
-        blocks = {name: size for name, size in config.items() if name.startswith("BLOCK")}
-        configs.append(triton.Config(blocks, config["num_warps"], config["num_stages"]))
+    configs = [
+        triton.Config({"BLOCK_F": c["BLOCK_F"], "BLOCK_R": c["BLOCK_R"]}, c["num_warps"], c["num_stages"])
+        for c in ONE_PASS_CONFIGS
+    ]
     key = ["N", "K", "TRANSPOSED", "ELEMENT", "BLOCK_M"]
     return triton.autotune(configs, key, cache_results=True)(kernels.one_pass_kernel)
 
