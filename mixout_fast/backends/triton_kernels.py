@@ -135,13 +135,14 @@ def column_sums(
         column_blocks = tl.cdiv(N, BLOCK_N)
         column = program % column_blocks * BLOCK_N + tl.arange(0, BLOCK_N)
         part = program // column_blocks
-        sums = tl.zeros((BLOCK_M, BLOCK_N), COMPUTE)
+        # Transposed, for then the interpreter's sum is no chain either: numpy sums neighbours in memory in eight parts.
+        sums = tl.zeros((BLOCK_N, BLOCK_M), COMPUTE)
+        offset = column.to(tl.int64)[:, None] * stride_n + tl.arange(0, BLOCK_M).to(tl.int64)[None, :] * stride_m
         for row_start in range(part * part_rows, min((part + 1) * part_rows, M), BLOCK_M):
             row = row_start + tl.arange(0, BLOCK_M)
-            offset = row.to(tl.int64)[:, None] * stride_m + column.to(tl.int64)[None, :] * stride_n
-            inside = (row < M)[:, None] & (column < N)[None, :]
-            sums += widen(tl.load(matrix_ptr + offset, mask=inside, other=0), COMPUTE)
-        sums = narrow(tl.sum(sums, 0), sums_ptr.dtype.element_ty)
+            pointer = matrix_ptr + tl.full((), row_start, tl.int64) * stride_m + offset
+            sums += widen(tl.load(pointer, mask=(column < N)[:, None] & (row < M)[None, :], other=0), COMPUTE)
+        sums = narrow(tl.sum(sums, 1), sums_ptr.dtype.element_ty)
         tl.store(sums_ptr + part.to(tl.int64) * N + column, sums, mask=column < N)
 
 
