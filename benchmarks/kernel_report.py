@@ -98,24 +98,32 @@ def launches(quick: bool) -> list[Launch]:
         record = functools.partial(note_launches, seen, dtype, compute)
         for out_features, in_features in SIZES:
             weight = torch.empty(out_features, in_features, dtype=dtype)
+            grad = torch.empty(4096, out_features, dtype=compute)
+            parts = backend.empty_sums(grad, None)
             for mask in ("input", "element"):
-                record(f"mix, {mask}", backend.mix, weight, weight, seed, p, mask, compute)
-                record(f"mask_grad, {mask}", backend.mask_grad, weight, seed, p, mask, 2.0, dtype)
+                draw = (seed, p, mask)
+                record(f"mix, {mask}", backend.mix, weight, weight, *draw, compute)
+                record(f"mask_grad, {mask}", backend.mask_grad, weight, *draw, 2.0, dtype)
+                mixing = (*draw, 2.0, False, compute)
+                record(f"mix, {mask}, sum", backend.prologue, weight, weight, None, grad, *mixing)
                 for rows, precision in itertools.product((16, 32, 64), ("ieee", "tf32")):
                     x = torch.empty(rows, in_features, dtype=compute)
-                    operands, draw = (weight, weight), (seed, p, mask)
                     forward, backward = backend.is_one_pass(compute, rows)
                     with mock.patch.object(backend, "_precision", lambda precision=precision: precision):
                         if forward:
-                            record(f"y, {mask}", backend.product, x, *operands, weight[0], *draw, False)
+                            record(f"y, {mask}", backend.product, x, weight, weight, weight[0], *draw, False)
                         if backward:
-                            record(f"dX, {mask}", backend.product, x, *operands, None, *draw, True)
-            x = torch.empty(4096, in_features, dtype=compute)
-            record("gather", backend.gather, x, seed, p, True)
-            record("mix, gather", backend.mixed_and_gathered, weight, weight, x, seed, p)
-            compact = torch.empty(backend.capacity(in_features, p), out_features, dtype=compute)
-            index = torch.empty(len(compact), dtype=torch.int32)
-            record("expand", backend.expanded, compact, index, in_features, 2.0, dtype)
+                            record(f"dX, {mask}", backend.product, x, weight, weight, None, *draw, True)
+            for sums, summed in ((", sum", parts), ("", None)):
+                dW = torch.empty(out_features, in_features, dtype=compute)
+                record(f"mask_grad of dW'{sums}", backend.prologue, dW, None, None, summed, *draw, 2.0, True, dtype)
+                compact = torch.empty(backend.capacity(in_features, p), out_features, dtype=compute)
+                index = torch.empty(len(compact), dtype=torch.int32)
+                record(f"expand{sums}", backend.expanded, compact, index, summed, in_features, 2.0, dtype)
+            x, draw = torch.empty(4096, in_features, dtype=compute), (seed, p, "input", 2.0, False, compute)
+            for sums, summed in ((", sum", grad), ("", None)):
+                record(f"gather{sums}", backend.prologue, None, None, x, summed, *draw)
+                record(f"mix, gather{sums}", backend.prologue, weight, weight, x, summed, *draw)
     return list(seen.values())
 
 

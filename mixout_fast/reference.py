@@ -10,8 +10,6 @@ per k for mask="input" and one per element, row-major, for mask="element".
 """
 
 import math
-import sys
-from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -172,25 +170,23 @@ def gradients(
     factor: float,
     needs: tuple[bool, bool, bool],
     static: bool,
-    pieces: ModuleType = sys.modules[__name__],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """dX (…, K), dW (N, K) and db (N,) of `linear` for grad (…, N), each of which `needs` does not tell to be None.
 
     dW is made of the index and columns that `linear` gathered, or where input (…, K) is given, of that. `target`, of
-    the weight's dtype, is for dX alone. `static` is as for gather. `pieces` is the backend whose mask_grad, gather,
-    grad_input and grad_weight this calls.
+    the weight's dtype, is for dX alone. `static` is as for gather.
     """
     out_features, in_features = weight.shape
     rows = grad.reshape(-1, out_features)
     dX = dW = db = None
     if needs[0]:
-        dX = pieces.grad_input(rows, weight, target, seed, p, mask).view(*grad.shape[:-1], in_features)
+        dX = grad_input(rows, weight, target, seed, p, mask).view(*grad.shape[:-1], in_features)
     if needs[1] and mask == "element":
-        dW = pieces.mask_grad(rows.t().mm(input.reshape(-1, in_features)), seed, p, mask, factor, weight.dtype)
+        dW = mask_grad(rows.t().mm(input.reshape(-1, in_features)), seed, p, mask, factor, weight.dtype)
     elif needs[1]:
         if input is not None:
-            index, columns = pieces.gather(input.reshape(-1, in_features), seed, p, static)
-        dW = pieces.grad_weight(columns, rows, index, in_features, factor, weight.dtype)
+            index, columns = gather(input.reshape(-1, in_features), seed, p, static)
+        dW = grad_weight(columns, rows, index, in_features, factor, weight.dtype)
     if needs[2]:
         db = rows.sum(0)
     return dX, dW, db

@@ -39,7 +39,7 @@ def launches():
 
 
 @pytest.mark.parametrize("target", ("sm_90", "gfx942"))
-@pytest.mark.parametrize("what", ("mix, gather", "mix, element", "y, input", "dX, input", "expand"))
+@pytest.mark.parametrize("what", ("mix, gather, sum", "mix, element, sum", "y, input", "dX, input", "expand, sum"))
 def test_compiled_without_a_fault(what, target, launches):
     assert kernel_report.faults(launches[what], target, reading_of(launches[what], target)) == []
 

@@ -1,10 +1,12 @@
 """What is the Triton backend's own: blocks, choices, launches, operators. Agreement is tested as of every backend."""
 
+import contextlib
 import dataclasses
 from unittest import mock
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from mixout_fast import backends, mix_linear, reference, testing
 from mixout_fast.backends import triton
@@ -44,6 +46,7 @@ def small_blocks(monkeypatch):
         ("PROGRAMS", 3),
         ("ELEMENT_BLOCK", 64),
         ("EXPANDED", (16, 16)),
+        ("SUMMED_COLUMNS", 16),
     ):
         monkeypatch.setattr(triton, name, value)
 
@@ -91,28 +94,106 @@ def test_products_in_one_pass_drop_kept_columns_past_the_capacity(served, monkey
     testing.check_exact(case, "triton")
 
 
-@pytest.mark.parametrize(
-    ("rows", "forward", "backward"),
-    # mix and gather; mix, expand. In one pass: product, gather; product, expand.
-    ((128, ["prologue"], ["prologue", "expand"]), (16, ["one_pass", "prologue"], ["one_pass", "expand"])),
-)
-def test_launches_of_a_layer(rows, forward, backward, served, seed):
-    """Beside these the library's: y where mixed first; dX likewise, the compact product and db."""
-    case = testing.random_case(rows, 64, 32, p=0.9, device=served, seed=seed)
-    x, weight = case.input.requires_grad_(), case.weight.requires_grad_()
-    seen = []
+# What launches nothing: views, and memory that nothing is written to.
+VIEWS = {"view", "_unsafe_view", "t", "transpose", "detach", "alias", "expand", "empty", "new_empty", "empty_strided"}
+
+
+@contextlib.contextmanager
+def launches_noted():
+    """The names of what is launched, in order: our kernels, and PyTorch's operators that are no views."""
+    names = []
     launch = triton.launch
 
-    def count(kernel, *arguments, **options):
-        seen.append(kernel.fn.__name__.removesuffix("_kernel"))
-        launch(kernel, *arguments, **options)
+    class Note(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), options=None):
+            name = function.overloadpacket.__name__
+            if name not in VIEWS:
+                names.append(name)
+            return function(*arguments, **(options or {}))
 
-    with mock.patch.object(triton, "launch", count):
-        output = mix_linear(x, weight, case.target, case.bias, case.p, seed=case.seed, backend="triton")
-        assert seen == forward
-        seen.clear()
-        output.backward(case.grad_output)
-        assert seen == backward
+    def note(kernel, *arguments, **options):
+        names.append(kernel.fn.__name__.removesuffix("_kernel"))
+        # Under the interpreter a kernel's own work is PyTorch's.
+        with _disable_current_modes():
+            launch(kernel, *arguments, **options)
+
+    with mock.patch.object(triton, "launch", note), Note():
+        yield names
+
+
+@pytest.mark.parametrize("bias", (True, False))
+@pytest.mark.parametrize(
+    # At p = 0.9 forward saves X[:, kept], at 0.1 x. 128 rows are mixed first, 16 take one pass.
+    ("mask", "p", "rows", "forward", "backward", "of_bias"),
+    (
+        ("input", 0.9, 128, "prologue mm", "prologue mm mm expand", ""),
+        ("input", 0.1, 128, "prologue mm", "prologue mm mm expand", ""),
+        ("input", 0.9, 16, "prologue one_pass", "one_pass mm expand", "sum"),
+        ("input", 0.1, 16, "one_pass", "prologue one_pass mm expand", ""),
+        ("element", 0.9, 128, "element mm", "element mm mm element", ""),
+        ("element", 0.9, 16, "one_pass", "one_pass mm element", "sum"),
+    ),
+)
+def test_launches_of_a_layer(mask, p, rows, forward, backward, of_bias, bias, served, seed):
+    """At most 2 forward and 4 backward, the library's among them."""
+    case = testing.random_case(rows, 64, 32, p=p, mask=mask, bias=bias, device=served, seed=seed)
+    leaves = [t.requires_grad_() for t in (case.input, case.weight, case.bias) if t is not None]
+    with launches_noted() as seen:
+        output = mix_linear(
+            case.input, case.weight, case.target, case.bias, p, mask=mask, seed=case.seed, backend="triton"
+        )
+    assert [name.removeprefix("add") for name in seen] == forward.split()
+    with launches_noted() as seen:
+        torch.autograd.grad(output, leaves, case.grad_output)
+    assert seen == backward.split() + of_bias.split() * bias
+    assert len(seen) <= 4
+
+
+def sums_beside_dW(grad, case):
+    """db of dY (M, N), summed in parts beside W' and added up beside dW."""
+    x = grad.new_zeros(len(grad), case.weight.shape[1])
+    index = reference.kept_indices(case.seed, x.shape[1], case.p, static=True)
+    operands = (None, index, x[:, : len(index)]) if case.mask == "input" else (x, None, None)
+    with launches_noted() as seen:
+        _, _, db = triton.gradients(
+            grad, *operands, case.weight, case.target, case.seed, case.p, case.mask, 1.0, (True, True, True), False
+        )
+    assert "sum" not in seen
+    return db
+
+
+@pytest.mark.parametrize(
+    ("dtype", "mask"),
+    (
+        (torch.float32, "input"),
+        (torch.float32, "element"),
+        (torch.float64, "input"),
+        (torch.bfloat16, "input"),
+        (torch.float16, "element"),
+    ),
+)
+def test_sums_of_dY_over_many_parts(dtype, mask, served, seed, small_blocks, mixes_first):
+    """Of integers, whose sums are exact: of any strides, of no rows, and beside entries that are not finite."""
+    case = testing.random_case(1, 20, 33, p=0.5, mask=mask, dtype=dtype, device=served, seed=seed)
+    torch.manual_seed(seed)
+    for rows in (77, 1, 0):
+        spread = torch.full((2 * rows + 3, 40), torch.inf, dtype=dtype, device=served)
+        grad = spread[1 : 1 + 2 * rows : 2, 3:36]
+        grad.copy_(torch.randint(-1, 2, grad.shape))
+        for strided in (grad, grad.t().contiguous().t(), grad[:1].expand(rows, -1)):
+            testing.assert_same_values("db", sums_beside_dW(strided, case), strided.sum(0), (strided.stride(), seed))
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64, torch.bfloat16), ids=str)
+def test_error_of_db_does_not_grow_with_the_rows(dtype, served, seed, mixes_first):
+    """PyTorch sums in a cascade: what is no worse may not sum one by one."""
+    case = testing.random_case(1, 16, 256, p=0.9, dtype=dtype, device=served, seed=seed)
+    torch.manual_seed(seed)
+    grad = torch.randn(10_000, 256, dtype=torch.float64).to(served, dtype)
+    want = testing.accurate_mm(torch.ones(1, len(grad), dtype=torch.float64), grad.cpu().double())[0]
+    ours, theirs = ((db.cpu().double() - want).abs().max().item() for db in (sums_beside_dW(grad, case), grad.sum(0)))
+    rounding = torch.finfo(dtype).eps / 2 * want.abs().max().item()
+    assert ours <= max(testing.ERROR_RATIO * theirs, rounding), f"{ours}, the library's {theirs}, seed={seed}"
 
 
 def test_every_configuration_of_the_one_pass_product(served, seed, monkeypatch):
@@ -133,25 +214,34 @@ def test_the_configuration_follows_the_number_of_programs():
 
 
 def test_error_of_few_rows(served, seed):
-    """Of 3 rows MKL sums in 16 parts, so what is no worse may not sum in long ones."""
+    """Of 3 rows MKL sums in 16 parts, so what is no worse may not sum in long ones.
+
+    Beside y of 3 rows and 95 in_features MKL breaks the rule itself on 91 % of 800 draws where a row of zeros is added,
+    on none where columns are permuted. This kernel does on 1 of 400, with one sum of whole steps on 24: on the second
+    case here.
+    """
     cases = [testing.random_case(3, 1023, 127, p=0.5, device=served, seed=seed + i) for i in range(4)]
     assert testing.is_one_pass(cases[0], "triton") == (True, True)
     testing.check_error(cases, "triton")
+    options = {"p": 0.9, "device": served}
+    testing.check_error(testing.error_cases(testing.random_case, (3, 95, 33), 40, **options), "triton")
 
 
 def test_operators_are_pure_and_have_fakes(served, seed):
     case = testing.random_case(5, 33, 17, p=0.9, device=served, seed=seed)
     operands, draw = (case.weight, case.target), (case.seed, case.p)
-    index, columns = triton.gather(case.input, *draw, True)
-    compact = columns.t() @ case.grad_output
+    x, grad = case.input, case.grad_output
+    _, index, columns, parts = triton.prologue(None, None, x, grad, *draw, "input", 1.0, False, torch.float32)
     for function, arguments in (
-        (triton.masked, (*operands, *draw, "input", 10.0, False, torch.bfloat16)),
-        (triton.masked, (case.weight, None, *draw, "element", 10.0, True, torch.float32)),
-        (triton.gathered, (case.input, *draw)),
-        (triton.mixed_and_gathered, (*operands, case.input, *draw)),
-        (triton.product, (case.input, *operands, case.bias, *draw, "input", False)),
-        (triton.product, (case.grad_output, *operands, None, *draw, "element", True)),
-        (triton.expanded, (compact, index, 33, 10.0, torch.bfloat16)),
+        (triton.prologue, (*operands, None, None, *draw, "input", 10.0, False, torch.bfloat16)),
+        (triton.prologue, (*operands, x, grad, *draw, "input", 10.0, False, torch.float32)),
+        (triton.prologue, (None, None, x, None, *draw, "input", 1.0, False, torch.float32)),
+        (triton.prologue, (*operands, None, grad, *draw, "element", 10.0, False, torch.float32)),
+        (triton.prologue, (case.weight, None, None, parts, *draw, "element", 10.0, True, torch.bfloat16)),
+        (triton.product, (x, *operands, case.bias, *draw, "input", False)),
+        (triton.product, (grad, *operands, None, *draw, "element", True)),
+        (triton.expanded, (columns.t() @ grad, index, parts, 33, 10.0, torch.bfloat16)),
+        (triton.expanded, (columns.t() @ grad, index, None, 33, 10.0, torch.bfloat16)),
     ):
         torch.library.opcheck(function.operator, arguments)
 

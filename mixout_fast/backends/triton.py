@@ -1,16 +1,18 @@
 """The Triton backend for GPUs; under TRITON_INTERPRET=1 it serves CPU tensors too, slowly, for tests.
 
-Launches per call of the layer, the library's product among them and the seed's draw (functional.py) not:
+Launches per call of the layer, at most 2 forward and 4 backward, the library's among them and the seed's draw
+(functional.py) not:
 
-    forward     mixed first: W', kept indices and X[:, kept] in one launch, then the library's product: 2
-                in one pass: 1, and 1 to gather
-    backward    dX: 2, or 1 in one pass; db: 1; dW: the compact product and its expansion, 2 (3 where forward saved x,
-                which is then gathered)
+                               forward                backward
+    input mask, mixed first    prologue, product      prologue, product, product, dense dW
+    input mask, in one pass    prologue*, one pass    prologue** or else the sum of dY, one pass, product, dense dW
+    element mask, mixed first  prologue, product      prologue, product, product, prologue
+    element mask, in one pass  one pass               one pass, product, prologue, the sum of dY
 
-Where mixed first, backward's five could be four only if db shared a launch, and no kernel here reads dY. Sums of its
-columns beside W' or the dense gradient would be a few long programs (at 1024 features, 16 blocks of 64) that all others
-are done before; a column of ones beside X[:, kept], with db in the compact product, would round dY to TF32 where
-products do. A compact product of our own that writes dW at once would stand against the library's. None was measured.
+    *, **: to gather, where forward saves X[:, kept], or saved x
+
+A prologue writes, of these, what is wanted: W', or of dW' its masked and scaled form; kept indices and X[:, kept]; sums
+of parts of dY's columns, which the launch that writes dW adds up to db.
 
 Nothing waits for the device: the kept indices always have their static size C, `static` or not, padded with -1.
 """
@@ -19,7 +21,6 @@ import functools
 import importlib.util
 import os
 import struct
-import sys
 from collections.abc import Callable
 
 import torch
@@ -54,8 +55,8 @@ ONE_PASS_ROWS = {
 # first call of each size instead and keeps the choice on disk, after which sums may round otherwise than before. Not
 # measured; chosen by benchmarks/kernel_report.py: in steps of 64 entries of 16-bit rows some kernels take more than 200
 # registers or spill a dozen, in steps of 32 none does (at most 134; with 5 stages of the second, one spills). In fp32
-# steps are also the pieces of a sum (one_pass_kernel): at 3 rows and 127 in_features pieces of 64 have 2.5 times the
-# error of MKL's sum, pieces of 32 have 1.4 times.
+# the halves of a step are also the pieces of a sum (one_pass_kernel): at 3 rows and 127 in_features pieces of 64 have
+# 2.5 times the error of MKL's sum, pieces of 32 have 1.4 times, of 16 added up in two sums 1.1 times.
 ONE_PASS_CONFIGS = (
     {"BLOCK_F": 64, "BLOCK_R": 32, "num_warps": 4, "num_stages": 4},
     {"BLOCK_F": 32, "BLOCK_R": 32, "num_warps": 4, "num_stages": 4},
@@ -73,6 +74,9 @@ PROGRAMS = 528
 ELEMENT_BLOCK = 2048
 # Of the dense gradient, (BLOCK_N, BLOCK_K). Not measured.
 EXPANDED = (32, 64)
+# Columns of dY, and tiles of so many, that a program sums: 32 KiB, where one that mixes moves 24 or more. Not measured.
+# Parts so short keep the error, at 130 to 30000 rows of fp32, at 0.7 to 0.8 of that of PyTorch's sum on a CPU.
+SUMMED_COLUMNS, SUMMED_TILES = 64, 4
 
 
 def unavailable(device_type: str) -> str | None:
@@ -91,61 +95,65 @@ def is_one_pass(dtype: torch.dtype, rows: int) -> tuple[bool, bool]:
 
 
 def mix(weight: Tensor, target: Tensor | None, seed: Tensor, p: float, mask: str, dtype: torch.dtype) -> Tensor:
-    return masked(weight, target, seed, p, mask, scale(p), False, dtype)
+    return prologue(weight, target, None, None, seed, p, mask, scale(p), False, dtype)[0]
 
 
 def mask_grad(grad: Tensor, seed: Tensor, p: float, mask: str, factor: float, dtype: torch.dtype) -> Tensor:
-    return masked(grad, None, seed, p, mask, factor, True, dtype)
-
-
-def gather(rows: Tensor, seed: Tensor, p: float, static: bool) -> tuple[Tensor, Tensor]:
-    return gathered(rows, seed, p)
+    return prologue(grad, None, None, None, seed, p, mask, factor, True, dtype)[0]
 
 
 def linear(
-    input: Tensor,
-    weight: Tensor,
-    target: Tensor | None,
-    bias: Tensor | None,
-    seed: Tensor,
-    p: float,
-    mask: str,
-    gathers: bool,
-    static: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    input: Tensor, weight: Tensor, target: Tensor | None, bias: Tensor | None, seed: Tensor, p: float, mask: str,
+    gathers: bool, static: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     rows = input.reshape(-1, weight.shape[1])
     one_pass, _ = is_one_pass(input.dtype, rows.shape[0])
-    if gathers and not one_pass:
-        mixed, index, columns = mixed_and_gathered(weight, target, rows, seed, p)
+    index = columns = None
+    if gathers or not one_pass:
+        operands = (None, None) if one_pass else (weight, target)
+        x = rows if gathers else None
+        mixed, index, columns, _ = prologue(*operands, x, None, seed, p, mask, scale(p), False, input.dtype)
+    if not one_pass:
         return F.linear(input, mixed, bias), index, columns
-    if one_pass:
-        output = product(rows, weight, target, bias, seed, p, mask, False).view(*input.shape[:-1], weight.shape[0])
-    else:
-        output = F.linear(input, mix(weight, target, seed, p, mask, input.dtype), bias)
-    return output, *(gathered(rows, seed, p) if gathers else (None, None))
+    output = product(rows, weight, target, bias, seed, p, mask, False)
+    return output.view(*input.shape[:-1], weight.shape[0]), index, columns
 
 
-def grad_input(grad: Tensor, weight: Tensor, target: Tensor | None, seed: Tensor, p: float, mask: str) -> Tensor:
-    _, one_pass = is_one_pass(grad.dtype, grad.shape[0])
-    if one_pass:
-        return product(grad, weight, target, None, seed, p, mask, True)
-    return grad.mm(mix(weight, target, seed, p, mask, grad.dtype))
+def gradients(
+    grad: Tensor, input: Tensor | None, index: Tensor | None, columns: Tensor | None, weight: Tensor,
+    target: Tensor | None, seed: Tensor, p: float, mask: str, factor: float, needs: tuple[bool, bool, bool],
+    static: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """As reference's. The library's products stand one after another, dW's of an input mask is always the compact one.
 
-
-def grad_weight(
-    columns: Tensor, grad: Tensor, index: Tensor, in_features: int, factor: float, dtype: torch.dtype
-) -> Tensor:
-    if grad.shape[1] < reference.THIN_OUTPUT:
-        return reference.grad_weight(columns, grad, index, in_features, factor, dtype)
-    return expanded(columns.t().mm(grad), index, in_features, factor, dtype)
-
-
-def gradients(*arguments) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """As reference's, of the functions above: the two products one after another, dW's always the compact one.
-
-    A full one would save a launch and the gather where p · rows is small. Not measured.
+    A full one would save the gather where p · rows is small. Not measured.
     """
-    return reference.gradients(*arguments, pieces=sys.modules[__name__])
+    needs_input, needs_weight, needs_bias = needs
+    out_features, in_features = weight.shape
+    rows, draw = grad.reshape(-1, out_features), (seed, p, mask)
+    x = input.reshape(-1, in_features) if needs_weight and input is not None else None
+    _, one_pass = is_one_pass(grad.dtype, rows.shape[0])
+    thin = mask == "input" and out_features < reference.THIN_OUTPUT
+    mixes, gathers = needs_input and not one_pass, mask == "input" and x is not None
+    in_parts = needs_bias and needs_weight and not thin and (mixes or gathers)
+    dX = dW = db = parts = None
+    if mixes or gathers:
+        operands = (weight, target) if mixes else (None, None)
+        operands += (x if gathers else None, rows if in_parts else None)
+        mixed, *gathered, parts = prologue(*operands, *draw, scale(p), False, grad.dtype)
+        index, columns = gathered if gathers else (index, columns)
+    if needs_input:
+        dX = rows.mm(mixed) if mixes else product(rows, weight, target, None, *draw, True)
+        dX = dX.view(*grad.shape[:-1], in_features)
+    if needs_weight and thin:
+        dW = reference.grad_weight(columns, rows, index, in_features, factor, weight.dtype)
+    elif needs_weight and mask == "input":
+        dW, db = expanded(columns.t().mm(rows), index, parts, in_features, factor, weight.dtype)
+    elif needs_weight:
+        dW, _, _, db = prologue(rows.t().mm(x), None, None, parts, *draw, factor, True, weight.dtype)
+    if needs_bias and not in_parts:
+        db = rows.sum(0)
+    return dX, dW, db
 
 
 def launch(kernel, grid: tuple[int, ...] | Callable, device: torch.device, *arguments, **options) -> None:
@@ -157,15 +165,47 @@ def launch(kernel, grid: tuple[int, ...] | Callable, device: torch.device, *argu
             kernel[grid](*arguments, enable_fp_fusion=False, **options)
 
 
-def traced(fake: Callable) -> Callable:
+def launch_and_sum(
+    kernel, programs: int, device: torch.device, summed: Tensor | None, sums: Tensor | None, *arguments, **options
+) -> None:
+    """Launch so many programs, and beside them those that sum the columns of `summed`: into (N,), or parts (P, N)."""
+    rows = columns = parts = part_rows = 0
+    if summed is not None:
+        rows, columns = summed.shape
+        parts, part_rows = (1, rows) if sums.dim() == 1 else (sums.shape[0], _part_rows(summed))
+    launch(
+        kernel, (programs + parts * _blocks(columns, SUMMED_COLUMNS),), device, *arguments,
+        programs, summed, sums, rows, columns, part_rows, *_strides(summed, 2),
+        SUM_ROWS=_part_rows(summed) // SUMMED_TILES, SUM_COLUMNS=SUMMED_COLUMNS, **options,
+    )  # fmt: skip
+
+
+def _part_rows(summed: Tensor | None) -> int:
+    """Rows that a program sums of a matrix that is summed in parts."""
+    size = 4 if summed is None else summed.element_size()
+    return SUMMED_TILES * TILE_BYTES // (SUMMED_COLUMNS * size)
+
+
+def empty_sums(summed: Tensor | None, dtype: torch.dtype | None) -> Tensor | None:
+    """To hold sums of the columns of (M, N): (N,) in the dtype, or without one of parts of M rows, (P, N)."""
+    if summed is None:
+        return None
+    if dtype is not None:
+        return summed.new_empty(summed.shape[1], dtype=dtype)
+    parts = _blocks(summed.shape[0], _part_rows(summed))
+    return summed.new_empty(parts, summed.shape[1], dtype=reference.compute_dtype(summed.dtype))
+
+
+def traced(fake: Callable, schema: str | None = None) -> Callable:
     """Makes a launching function an operator under tracing, where the compiler takes it as a whole.
 
     Inductor would compile a kernel that it sees with options of its own, fp fusion among them. In eager the function
-    is called as it is: an operator costs more host time than the launch.
+    is called as it is: an operator costs more host time than the launch. The schema is inferred where none is given.
     """
 
     def decorate(function: Callable) -> Callable:
-        operator = torch.library.custom_op(f"mixout_fast::triton_{function.__name__}", function, mutates_args=())
+        name = f"mixout_fast::triton_{function.__name__}"
+        operator = torch.library.custom_op(name, function, mutates_args=(), schema=schema)
         operator.register_fake(fake)
 
         @functools.wraps(function)
@@ -178,120 +218,66 @@ def traced(fake: Callable) -> Callable:
     return decorate
 
 
-def _fake_masked(weight, target, seed, p, mask, factor, is_gradient, dtype):
-    return torch.empty(weight.shape, dtype=dtype, device=weight.device)
+def _fake_prologue(weight, target, rows, summed, seed, p, mask, factor, is_gradient, dtype):
+    mixed = None if weight is None else torch.empty(weight.shape, dtype=dtype, device=weight.device)
+    index = columns = None
+    if rows is not None:
+        count = capacity(rows.shape[1], p)
+        index = torch.empty(count, dtype=torch.int32, device=rows.device)
+        columns = rows.new_empty(rows.shape[0], count)
+    return mixed, index, columns, empty_sums(summed, weight.dtype if is_gradient else None)
 
 
-@traced(_fake_masked)
-def masked(
-    weight: Tensor,
-    target: Tensor | None,
-    seed: Tensor,
-    p: float,
-    mask: str,
-    factor: float,
-    is_gradient: bool,
-    dtype: torch.dtype,
-) -> Tensor:
-    """W' of (N, K) or (N, K, R) in `dtype`, contiguous; of a gradient m ⊙ weight · factor."""
-    mixed = torch.empty(weight.shape, dtype=dtype, device=weight.device)
-    if mask == "input":
-        _prologue(weight, target, mixed, None, None, None, seed, p, factor, is_gradient)
-        return mixed
-    if weight.dim() == 3:
-        weight, target = (None if t is None else t.contiguous().flatten(1) for t in (weight, target))
-    launch(
-        kernels.element_kernel,
-        (_blocks(weight.numel(), ELEMENT_BLOCK),),
-        weight.device,
-        weight,
-        target,
-        mixed,
-        seed,
-        threshold(p),
-        _bits(factor),
-        weight.numel(),
-        weight.shape[1],
-        *weight.stride(),
-        *_strides(target, 2),
-        IS_GRADIENT=is_gradient,
-        CONTIGUOUS=weight.is_contiguous() and (target is None or target.is_contiguous()),
-        COMPUTE=_compute(weight),
-        BLOCK=ELEMENT_BLOCK,
+@traced(
+    _fake_prologue,
+    "(Tensor? weight, Tensor? target, Tensor? rows, Tensor? summed, Tensor seed, float p, str mask, float factor, "
+    "bool is_gradient, ScalarType dtype) -> (Tensor?, Tensor?, Tensor?, Tensor?)",
+)
+def prologue(
+    weight: Tensor | None, target: Tensor | None, rows: Tensor | None, summed: Tensor | None, seed: Tensor, p: float,
+    mask: str, factor: float, is_gradient: bool, dtype: torch.dtype,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """In one launch, each where its operand is given:
+
+    W' of weight (N, K) or (N, K, R), in `dtype`, contiguous; of a gradient m ⊙ weight · factor;
+    of rows (M, K) the kept indices (C,) int32 and the kept columns (M, C), padded with -1 and 0;
+    of summed (M, N) the sums of the columns, beside W' of parts of them, (P, N), beside a gradient (N,) in its dtype.
+    """
+    mixed, index, columns, sums = _fake_prologue(
+        weight, target, rows, summed, seed, p, mask, factor, is_gradient, dtype
     )
-    return mixed
-
-
-def _fake_gathered(rows, seed, p):
-    count = capacity(rows.shape[1], p)
-    return torch.empty(count, dtype=torch.int32, device=rows.device), rows.new_empty(rows.shape[0], count)
-
-
-@traced(_fake_gathered)
-def gathered(rows: Tensor, seed: Tensor, p: float) -> tuple[Tensor, Tensor]:
-    """Kept indices (C,) int32 and kept columns (M, C) of rows (M, K), padded with -1 and 0."""
-    index, columns = _fake_gathered(rows, seed, p)
-    _prologue(None, None, None, rows, columns, index, seed, p, 1.0, False)
-    return index, columns
-
-
-def _fake_mixed_and_gathered(weight, target, rows, seed, p):
-    return torch.empty(weight.shape, dtype=rows.dtype, device=rows.device), *_fake_gathered(rows, seed, p)
-
-
-@traced(_fake_mixed_and_gathered)
-def mixed_and_gathered(
-    weight: Tensor, target: Tensor | None, rows: Tensor, seed: Tensor, p: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """W' (N, K) in the rows' dtype, and `gathered`, in one launch."""
-    mixed, index, columns = _fake_mixed_and_gathered(weight, target, rows, seed, p)
-    _prologue(weight, target, mixed, rows, columns, index, seed, p, scale(p), False)
-    return mixed, index, columns
-
-
-def _prologue(weight, target, mixed, rows, columns, index, seed, p, factor, is_gradient) -> None:
+    draw = seed, threshold(p), _bits(factor)
+    if mask == "element":
+        if weight.dim() == 3:
+            weight, target = (None if t is None else t.contiguous().flatten(1) for t in (weight, target))
+        launch_and_sum(
+            kernels.element_kernel, _blocks(weight.numel(), ELEMENT_BLOCK), weight.device, summed, sums,
+            weight, target, mixed, *draw, weight.numel(), weight.shape[1], *weight.stride(), *_strides(target, 2),
+            IS_GRADIENT=is_gradient, COMPUTE=_compute(weight), BLOCK=ELEMENT_BLOCK,
+            CONTIGUOUS=weight.is_contiguous() and (target is None or target.is_contiguous()),
+        )  # fmt: skip
+        return mixed, index, columns, sums
     matrix = rows if weight is None else weight
     in_features = matrix.shape[1]
     bound = capacity(in_features, p)
     block_k = min(BLOCK_COLUMNS, max(16, _power_of_2(in_features)))
     block_n = max(1, TILE_BYTES // (block_k * matrix.element_size()))
-    outputs = 0 if weight is None else weight.shape[0]
-    offsets = weight.shape[2] if matrix.dim() == 3 else 1
+    outputs, offsets = (0, 1) if weight is None else (weight.shape[0], weight.shape[2] if weight.dim() == 3 else 1)
     column_blocks = _blocks(in_features, block_k)
     weight_rows, row_blocks = _split(outputs * offsets, block_n, column_blocks)
     weight_programs = row_blocks * column_blocks
+    row_count = 0 if rows is None else rows.shape[0]
     # The index is written even where there are no rows.
-    gathered_rows, gather_programs = (1, 0) if rows is None else _split(max(rows.shape[0], 1), block_n, 1)
-    launch(
-        kernels.prologue_kernel,
-        (weight_programs + gather_programs,),
-        matrix.device,
-        weight,
-        target,
-        mixed,
-        rows,
-        columns,
-        index,
-        seed,
-        threshold(p),
-        _bits(factor),
-        outputs,
-        in_features,
-        offsets,
-        0 if rows is None else rows.shape[0],
-        bound,
-        *_strides(weight, 3),
-        *_strides(target, 3),
-        *_strides(rows, 2),
-        weight_programs,
-        weight_rows,
-        gathered_rows,
-        IS_GRADIENT=is_gradient,
-        BOUNDED=bound < in_features,
-        COMPUTE=_compute(matrix),
-        BLOCK_N=block_n,
-        BLOCK_K=block_k,
-    )
+    gathered_rows, gather_programs = (1, 0) if rows is None else _split(max(row_count, 1), block_n, 1)
+    launch_and_sum(
+        kernels.prologue_kernel, weight_programs + gather_programs, matrix.device, summed, sums,
+        weight, target, mixed, rows, columns, index, *draw, outputs, in_features, offsets, row_count, bound,
+        *_strides(weight, 3), *_strides(target, 3), *_strides(rows, 2),
+        weight_programs, weight_rows, gathered_rows,
+        IS_GRADIENT=is_gradient, BOUNDED=bound < in_features, COMPUTE=_compute(matrix),
+        BLOCK_N=block_n, BLOCK_K=block_k,
+    )  # fmt: skip
+    return mixed, index, columns, sums
 
 
 def one_pass_config(rows: Tensor, features: int) -> dict:
@@ -305,10 +291,10 @@ def one_pass_config(rows: Tensor, features: int) -> dict:
 @functools.cache
 def tuned_kernel():
     """The one-pass kernel that chooses by measurement, for each size, dtype and block of rows."""
-    configs = []
-    for config in ONE_PASS_CONFIGS:
-        blocks = {name: size for name, size in config.items() if name.startswith("BLOCK")}
-        configs.append(triton.Config(blocks, config["num_warps"], config["num_stages"]))
+    configs = [
+        triton.Config({"BLOCK_F": c["BLOCK_F"], "BLOCK_R": c["BLOCK_R"]}, c["num_warps"], c["num_stages"])
+        for c in ONE_PASS_CONFIGS
+    ]
     key = ["N", "K", "TRANSPOSED", "ELEMENT", "BLOCK_M"]
     return triton.autotune(configs, key, cache_results=True)(kernels.one_pass_kernel)
 
@@ -319,21 +305,14 @@ def _fake_product(rows, weight, target, bias, seed, p, mask, transposed):
 
 @traced(_fake_product)
 def product(
-    rows: Tensor,
-    weight: Tensor,
-    target: Tensor | None,
-    bias: Tensor | None,
-    seed: Tensor,
-    p: float,
-    mask: str,
+    rows: Tensor, weight: Tensor, target: Tensor | None, bias: Tensor | None, seed: Tensor, p: float, mask: str,
     transposed: bool,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """rows W'ᵀ + bias, or transposed rows W', in one pass: (M, N), or (M, K), in the rows' dtype."""
     output = _fake_product(rows, weight, target, bias, seed, p, mask, transposed)
     in_features = weight.shape[1]
     bound = capacity(in_features, p) if mask == "input" else in_features
-    config = one_pass_config(rows, output.shape[1])
-    kernel = kernels.one_pass_kernel
+    kernel, config = kernels.one_pass_kernel, one_pass_config(rows, output.shape[1])
     if AUTOTUNES:
         kernel, config = tuned_kernel(), {"BLOCK_M": config["BLOCK_M"]}
 
@@ -341,65 +320,42 @@ def product(
         return _blocks(output.shape[1], options["BLOCK_F"]), _blocks(rows.shape[0], options["BLOCK_M"])
 
     launch(
-        kernel,
-        grid,
-        rows.device,
-        rows,
-        weight,
-        target,
-        bias,
-        output,
-        seed,
-        threshold(p),
-        _bits(scale(p)),
-        rows.shape[0],
-        *weight.shape,
-        bound,
-        *rows.stride(),
-        *weight.stride(),
-        *_strides(target, 2),
-        *_strides(bias, 1),
-        TRANSPOSED=transposed,
-        ELEMENT=mask == "element",
-        BOUNDED=bound < in_features,
-        IN_FOURS=in_features % 4 == 0,
-        COMPUTE=_compute(rows),
-        PRECISION=_precision(),
-        **config,
-    )
+        kernel, grid, rows.device, rows, weight, target, bias, output, seed, threshold(p), _bits(scale(p)),
+        rows.shape[0], *weight.shape, bound, *rows.stride(), *weight.stride(), *_strides(target, 2), *_strides(bias, 1),
+        TRANSPOSED=transposed, ELEMENT=mask == "element", BOUNDED=bound < in_features, IN_FOURS=in_features % 4 == 0,
+        COMPUTE=_compute(rows), PRECISION=_precision(), **config,
+    )  # fmt: skip
     return output
 
 
-def _fake_expanded(compact, index, in_features, factor, dtype):
-    return torch.empty(compact.shape[1], in_features, dtype=dtype, device=compact.device)
+def _fake_expanded(compact, index, parts, in_features, factor, dtype):
+    dense = torch.empty(compact.shape[1], in_features, dtype=dtype, device=compact.device)
+    return dense, empty_sums(parts, compact.dtype)
 
 
-@traced(_fake_expanded)
-def expanded(compact: Tensor, index: Tensor, in_features: int, factor: float, dtype: torch.dtype) -> Tensor:
-    """The dense gradient (N, K) in `dtype`: compact (C, N) times factor in the kept columns, 0 elsewhere."""
-    dense = _fake_expanded(compact, index, in_features, factor, dtype)
+@traced(
+    _fake_expanded,
+    "(Tensor compact, Tensor index, Tensor? parts, SymInt in_features, float factor, ScalarType dtype) "
+    "-> (Tensor, Tensor?)",
+)
+def expanded(
+    compact: Tensor, index: Tensor, parts: Tensor | None, in_features: int, factor: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor | None]:
+    """The dense gradient (N, K) in `dtype`: compact (C, N) times factor in the kept columns, 0 elsewhere.
+
+    Beside it the sums of the columns of parts (P, N), where given: (N,) in compact's dtype.
+    """
+    dense, sums = _fake_expanded(compact, index, parts, in_features, factor, dtype)
     count, outputs = compact.shape
-    column_blocks = _blocks(in_features, EXPANDED[1])
-    row_count, row_blocks = _split(outputs, EXPANDED[0], column_blocks)
-    launch(
-        kernels.expand_kernel,
-        (column_blocks, row_blocks),
-        compact.device,
-        compact,
-        index,
-        dense,
-        _bits(factor),
-        outputs,
-        in_features,
-        count,
-        *compact.stride(),
-        row_count,
-        STEPS=count.bit_length(),
-        COMPUTE=_compute(compact),
-        BLOCK_N=EXPANDED[0],
-        BLOCK_K=EXPANDED[1],
-    )
-    return dense
+    block_n, block_k = EXPANDED
+    column_blocks = _blocks(in_features, block_k)
+    row_count, row_blocks = _split(outputs, block_n, column_blocks)
+    launch_and_sum(
+        kernels.expand_kernel, column_blocks * row_blocks, compact.device, parts, sums,
+        compact, index, dense, _bits(factor), outputs, in_features, count, *compact.stride(), row_count,
+        STEPS=count.bit_length(), COMPUTE=_compute(compact), BLOCK_N=block_n, BLOCK_K=block_k,
+    )  # fmt: skip
+    return dense, sums
 
 
 def _blocks(count: int, size: int) -> int:

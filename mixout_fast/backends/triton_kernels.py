@@ -15,9 +15,12 @@ import triton.language as tl
 # matrices as integers (triton 3.9, runtime/interpreter.py: _convert_float, create_dot). Compiled, none of this is used.
 INTERPRETS = tl.constexpr(triton.knobs.runtime.interpret)
 
-# Arguments that change between calls of a layer, beside the rows: p's. Triton compiles a kernel again for an integer
-# that is 1 or divisible by 16 where those before were not.
-SETTINGS = ("threshold", "scale_bits")
+# Arguments that change between calls of a layer: p's and numbers of rows, parts and programs. Triton compiles a kernel
+# again for an integer that is 1 or divisible by 16 where those before were not.
+VARIABLE = (
+    "threshold", "scale_bits", "M", "weight_programs", "weight_rows", "gathered_rows", "programs", "summed_rows",
+    "part_rows",
+)  # fmt: skip
 
 # Mask entries that mask_end draws at once: 2 Philox calls a thread. Not measured.
 COUNTED = tl.constexpr(1024)
@@ -26,20 +29,18 @@ COUNTED = tl.constexpr(1024)
 @triton.jit
 def widen(value, dtype: tl.constexpr):
     """The value in fp32 or fp64, exactly."""
-    if INTERPRETS:  # noqa: SIM102  (constants, each a branch of its own to the compiler)
-        if value.dtype == tl.bfloat16:
-            value = (value.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    if INTERPRETS and value.dtype == tl.bfloat16:
+        value = (value.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
     return value.to(dtype)
 
 
 @triton.jit
 def narrow(value, dtype: tl.constexpr):
     """The value rounded to nearest even."""
-    if INTERPRETS:  # noqa: SIM102
-        if dtype == tl.bfloat16:
-            bits = value.to(tl.uint32, bitcast=True)
-            rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-            value = tl.where(value != value, 0x7FC0, rounded).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    if INTERPRETS and dtype == tl.bfloat16:
+        bits = value.to(tl.uint32, bitcast=True)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        value = tl.where(value != value, 0x7FC0, rounded).to(tl.uint16).to(tl.bfloat16, bitcast=True)
     return value.to(dtype)
 
 
@@ -103,16 +104,7 @@ def drawn_entries(seed, threshold, row, start, K, IN_FOURS: tl.constexpr, BLOCK:
 
 
 @triton.jit
-def mixed_tile(
-    weight_ptr,
-    target_ptr,
-    weight_offset,
-    target_offset,
-    inside,
-    keep,
-    scale,
-    IS_GRADIENT: tl.constexpr,
-):
+def mixed_tile(weight_ptr, target_ptr, weight_offset, target_offset, inside, keep, scale, IS_GRADIENT: tl.constexpr):
     """u + (w - u) · s where kept and u itself where dropped; of a gradient g, g · s and 0. In scale's dtype.
 
     Offsets, inside and keep broadcast to the tile's shape. Entries not `inside` are 0. target_ptr None: u = 0.
@@ -130,7 +122,31 @@ def mixed_tile(
     return target + tl.where(keep, (weight - target) * scale, minus_zero)
 
 
-@triton.jit(do_not_specialize=(*SETTINGS, "M", "weight_programs", "weight_rows", "gathered_rows"))
+@triton.jit
+def column_sums(
+    program, matrix_ptr, sums_ptr, M, N, part_rows, stride_m, stride_n,
+    COMPUTE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Of matrix (M, N) the sums of the columns over each part_rows rows: (parts, N), of which a program makes BLOCK_N.
+
+    In a fixed order: chains of part_rows / BLOCK_M entries, then of their sums.
+    """
+    if matrix_ptr is not None:
+        column_blocks = tl.cdiv(N, BLOCK_N)
+        column = program % column_blocks * BLOCK_N + tl.arange(0, BLOCK_N)
+        part = program // column_blocks
+        # Transposed, for then the interpreter's sum is no chain either: numpy sums neighbours in memory in eight parts.
+        sums = tl.zeros((BLOCK_N, BLOCK_M), COMPUTE)
+        offset = column.to(tl.int64)[:, None] * stride_n + tl.arange(0, BLOCK_M).to(tl.int64)[None, :] * stride_m
+        for row_start in range(part * part_rows, min((part + 1) * part_rows, M), BLOCK_M):
+            row = row_start + tl.arange(0, BLOCK_M)
+            pointer = matrix_ptr + tl.full((), row_start, tl.int64) * stride_m + offset
+            sums += widen(tl.load(pointer, mask=(column < N)[:, None] & (row < M)[None, :], other=0), COMPUTE)
+        sums = narrow(tl.sum(sums, 1), sums_ptr.dtype.element_ty)
+        tl.store(sums_ptr + part.to(tl.int64) * N + column, sums, mask=column < N)
+
+
+@triton.jit(do_not_specialize=VARIABLE)
 def prologue_kernel(
     weight_ptr,  # (N, K, R), any strides
     target_ptr,  # the same, or None
@@ -139,33 +155,21 @@ def prologue_kernel(
     columns_ptr,  # (M, C), contiguous: written
     index_ptr,  # (C,) int32: written
     seed_ptr,  # int64
-    threshold: tl.int64,
-    scale_bits: tl.int64,
-    N,
-    K,
-    R,
-    M,
-    C,
-    stride_wn,
-    stride_wk,
-    stride_wr,
-    stride_un,
-    stride_uk,
-    stride_ur,
-    stride_xm,
-    stride_xk,
+    threshold: tl.int64, scale_bits: tl.int64, N, K, R, M, C,
+    stride_wn, stride_wk, stride_wr, stride_un, stride_uk, stride_ur, stride_xm, stride_xk,
     weight_programs,
     weight_rows,  # of N·R, that a program mixes
     gathered_rows,  # of M, that a program gathers
-    IS_GRADIENT: tl.constexpr,
-    BOUNDED: tl.constexpr,
-    COMPUTE: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """Input mask. The first `weight_programs` programs write W', the others index and X[:, kept], padded with -1 and 0.
+    programs,  # those that mix and gather; others sum
+    summed_ptr,  # dY (M, N), any strides
+    sums_ptr,  # (parts, N), contiguous: written
+    summed_rows, summed_columns, part_rows, stride_sm, stride_sn,
+    IS_GRADIENT: tl.constexpr, BOUNDED: tl.constexpr, COMPUTE: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SUM_ROWS: tl.constexpr, SUM_COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Input mask. The first `weight_programs` programs write W', the next index and X[:, kept], padded with -1 and 0.
 
-    Without weight_ptr no W', without rows_ptr no index and columns.
+    Without weight_ptr no W', without rows_ptr no index and columns, without summed_ptr no sums.
 
     As a gradient's, weight_ptr is dW' and mixed_ptr is m ⊙ dW' · s.
     """
@@ -192,32 +196,24 @@ def prologue_kernel(
                     weight_ptr, target_ptr, weight_offset, target_offset, inside, keep, scale, IS_GRADIENT
                 )
                 tl.store(mixed_ptr + (n * K + k) * R + r, narrow(mixed, mixed_ptr.dtype.element_ty), mask=inside)
-    else:
+    elif program < programs:
         if rows_ptr is not None:
-            first_row = (program - weight_programs) * gathered_rows
             gather_rows(
-                rows_ptr, columns_ptr, index_ptr, seed, threshold, first_row, gathered_rows,
-                M, K, C, stride_xm, stride_xk, BLOCK_N, BLOCK_K,
+                rows_ptr, columns_ptr, index_ptr, seed, threshold, (program - weight_programs) * gathered_rows,
+                gathered_rows, M, K, C, stride_xm, stride_xk, BLOCK_N, BLOCK_K,
             )  # fmt: skip
+    else:
+        column_sums(
+            program - programs, summed_ptr, sums_ptr, summed_rows, summed_columns, part_rows, stride_sm, stride_sn,
+            COMPUTE, SUM_ROWS, SUM_COLUMNS,
+        )  # fmt: skip
 
 
 @triton.jit
 def gather_rows(
-    rows_ptr,
-    columns_ptr,
-    index_ptr,
-    seed,
-    threshold,
-    first_row,
-    count,
-    M,
-    K,
-    C,
-    stride_xm,
-    stride_xk,
-    BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
+    rows_ptr, columns_ptr, index_ptr, seed, threshold, first_row, count, M, K, C, stride_xm, stride_xk,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
     """The kept columns of `count` rows, and from the first program the index.
 
     Rows are read whole and kept entries stored at their place: at p = 0.9 already 81 % of the 32-byte sectors of a
@@ -235,56 +231,58 @@ def gather_rows(
             tl.store(index_ptr + slot, column, mask=keep)
         for row_start in range(first_row, last_row, BLOCK_M):
             row = (row_start + tl.arange(0, BLOCK_M)).to(tl.int64)[:, None]
-            entries = tl.load(
-                rows_ptr + row * stride_xm + column.to(tl.int64)[None, :] * stride_xk,
-                mask=(row < last_row) & (column < K)[None, :],
-            )
+            offset = row * stride_xm + column.to(tl.int64)[None, :] * stride_xk
+            entries = tl.load(rows_ptr + offset, mask=(row < last_row) & (column < K)[None, :])
             tl.store(columns_ptr + row * C + slot[None, :], entries, mask=(row < last_row) & keep[None, :])
     for start in range(min(kept, C), C, BLOCK_K):
         slot = start + tl.arange(0, BLOCK_K)
         if first_row == 0:
-            tl.store(index_ptr + slot, tl.full((BLOCK_K,), -1, tl.int32), mask=slot < C)
+            tl.store(index_ptr + slot, -1, mask=slot < C)
         for row_start in range(first_row, last_row, BLOCK_M):
             row = (row_start + tl.arange(0, BLOCK_M)).to(tl.int64)[:, None]
-            zero = tl.zeros((BLOCK_M, BLOCK_K), columns_ptr.dtype.element_ty)
-            tl.store(columns_ptr + row * C + slot[None, :], zero, mask=(row < last_row) & (slot < C)[None, :])
+            tl.store(columns_ptr + row * C + slot[None, :], 0.0, mask=(row < last_row) & (slot < C)[None, :])
 
 
-@triton.jit(do_not_specialize=SETTINGS)
+@triton.jit(do_not_specialize=VARIABLE)
 def element_kernel(
     weight_ptr,  # (N, K), any strides
     target_ptr,  # the same, or None
     mixed_ptr,  # (N, K), contiguous: written
     seed_ptr,  # int64
-    threshold: tl.int64,
-    scale_bits: tl.int64,
+    threshold: tl.int64, scale_bits: tl.int64,
     entries: tl.int64,  # N · K
-    K,
-    stride_wn,
-    stride_wk,
-    stride_un,
-    stride_uk,
-    IS_GRADIENT: tl.constexpr,
-    CONTIGUOUS: tl.constexpr,
-    COMPUTE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    K, stride_wn, stride_wk, stride_un, stride_uk,
+    programs,  # those that mix; others sum
+    summed_ptr,  # dY (M, N), or the sums of its parts (parts, N), any strides
+    sums_ptr,  # (parts, N), or (N,), contiguous: written
+    summed_rows, summed_columns, part_rows, stride_sm, stride_sn,
+    IS_GRADIENT: tl.constexpr, CONTIGUOUS: tl.constexpr, COMPUTE: tl.constexpr,
+    BLOCK: tl.constexpr, SUM_ROWS: tl.constexpr, SUM_COLUMNS: tl.constexpr,
+):  # fmt: skip
     """Element mask: W', or m ⊙ dW' · s. Entries are taken in a row, 4 words a Philox call, whatever K is."""
     seed = tl.load(seed_ptr)
-    scale = scale_bits.to(tl.float64, bitcast=True).to(COMPUTE)
-    start = tl.program_id(0).to(tl.int64) * BLOCK
-    keep = mask_words(seed, start // 4 + tl.arange(0, BLOCK // 4)) >= threshold
-    entry = start + tl.arange(0, BLOCK)
-    if CONTIGUOUS:
-        weight_offset, target_offset = entry, entry
+    program = tl.program_id(0)
+    if program < programs:
+        scale = scale_bits.to(tl.float64, bitcast=True).to(COMPUTE)
+        start = program.to(tl.int64) * BLOCK
+        keep = mask_words(seed, start // 4 + tl.arange(0, BLOCK // 4)) >= threshold
+        entry = start + tl.arange(0, BLOCK)
+        inside = entry < entries
+        if CONTIGUOUS:
+            weight_offset, target_offset = entry, entry
+        else:
+            n, k = entry // K, entry % K
+            weight_offset, target_offset = n * stride_wn + k * stride_wk, n * stride_un + k * stride_uk
+        mixed = mixed_tile(weight_ptr, target_ptr, weight_offset, target_offset, inside, keep, scale, IS_GRADIENT)
+        tl.store(mixed_ptr + entry, narrow(mixed, mixed_ptr.dtype.element_ty), mask=inside)
     else:
-        n, k = entry // K, entry % K
-        weight_offset, target_offset = n * stride_wn + k * stride_wk, n * stride_un + k * stride_uk
-    mixed = mixed_tile(weight_ptr, target_ptr, weight_offset, target_offset, entry < entries, keep, scale, IS_GRADIENT)
-    tl.store(mixed_ptr + entry, narrow(mixed, mixed_ptr.dtype.element_ty), mask=entry < entries)
+        column_sums(
+            program - programs, summed_ptr, sums_ptr, summed_rows, summed_columns, part_rows, stride_sm, stride_sn,
+            COMPUTE, SUM_ROWS, SUM_COLUMNS,
+        )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=(*SETTINGS, "M"))
+@triton.jit(do_not_specialize=VARIABLE)
 def one_pass_kernel(
     rows_ptr,  # x (M, K), or dY (M, N), any strides
     weight_ptr,  # (N, K), any strides
@@ -292,29 +290,12 @@ def one_pass_kernel(
     bias_ptr,  # (N,), or None
     output_ptr,  # y (M, N), or dX (M, K), contiguous: written
     seed_ptr,  # int64
-    threshold: tl.int64,
-    scale_bits: tl.int64,
-    M,
-    N,
-    K,
-    C,
-    stride_xm,
-    stride_xr,
-    stride_wn,
-    stride_wk,
-    stride_un,
-    stride_uk,
-    stride_b,
-    TRANSPOSED: tl.constexpr,
-    ELEMENT: tl.constexpr,
-    BOUNDED: tl.constexpr,
-    IN_FOURS: tl.constexpr,
-    COMPUTE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_F: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-):
+    threshold: tl.int64, scale_bits: tl.int64, M, N, K, C,
+    stride_xm, stride_xr, stride_wn, stride_wk, stride_un, stride_uk, stride_b,
+    TRANSPOSED: tl.constexpr, ELEMENT: tl.constexpr, BOUNDED: tl.constexpr, IN_FOURS: tl.constexpr,
+    COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
     """x W'ᵀ + b, or with TRANSPOSED dY W', without W' in memory: a program makes BLOCK_F features of BLOCK_M rows.
 
     The product is computed transposed, out[f, m] = Σ_r W'[f, r] x[m, r]: W' is the left operand, which tensor cores
@@ -332,19 +313,17 @@ def one_pass_kernel(
         if TRANSPOSED:
             keep = drawn_columns(seed, threshold, feature_start, end, BLOCK_F)[None, :]
 
-    zeros = tl.zeros((BLOCK_F, BLOCK_M), COMPUTE)
-    sums, piece = zeros, zeros
     # Without tensor cores a product is a chain of multiply-adds, whose error grows with its length: of 1023 entries 5
-    # times that of MKL's sum at 3 rows, of 32, and these added, 1.2 times. So each step is summed from zero, and added
-    # in the next: added at once, the compiler would make it one chain again.
+    # times that of MKL's sum at 3 rows. So each half of a step is summed from zero, the first halves and the second are
+    # added up apart: 1.02 times (1.13 in whole steps and one sum). Each is added in the next step: at once, the
+    # compiler would make it one chain again.
     IN_PIECES: tl.constexpr = PRECISION == "ieee" and rows_ptr.dtype.element_ty.primitive_bitwidth >= 32
+    zeros = tl.zeros((2, BLOCK_F, BLOCK_M) if IN_PIECES else (BLOCK_F, BLOCK_M), COMPUTE)
+    sums, piece = zeros, zeros
     for start in range(0, reduced_size, BLOCK_R):
         reduced = start + tl.arange(0, BLOCK_R)
-        x = tl.load(
-            rows_ptr + row_offset + reduced.to(tl.int64)[:, None] * stride_xr,
-            mask=(row < M)[None, :] & (reduced < reduced_size)[:, None],
-            other=0,
-        )
+        inside = (row < M)[None, :] & (reduced < reduced_size)[:, None]
+        x = tl.load(rows_ptr + row_offset + reduced.to(tl.int64)[:, None] * stride_xr, mask=inside, other=0)
         if TRANSPOSED:
             n, k = reduced, feature
             if ELEMENT:
@@ -357,16 +336,8 @@ def one_pass_kernel(
                 keep = drawn_columns(seed, threshold, start, end, BLOCK_R)[None, :]
         inside = (n < N)[:, None] & (k < K)[None, :]
         n, k = n.to(tl.int64)[:, None], k.to(tl.int64)[None, :]
-        mixed = mixed_tile(
-            weight_ptr,
-            target_ptr,
-            n * stride_wn + k * stride_wk,
-            n * stride_un + k * stride_uk,
-            inside,
-            keep,
-            scale,
-            False,
-        )
+        weight_offset, target_offset = n * stride_wn + k * stride_wk, n * stride_un + k * stride_uk
+        mixed = mixed_tile(weight_ptr, target_ptr, weight_offset, target_offset, inside, keep, scale, False)
         mixed = narrow(mixed, x.dtype)
         if TRANSPOSED:
             mixed = tl.trans(mixed)
@@ -374,60 +345,60 @@ def one_pass_kernel(
             mixed, x = widen(mixed, COMPUTE), widen(x, COMPUTE)
         if IN_PIECES:
             sums += piece
-            piece = tl.dot(mixed, x, zeros, input_precision=PRECISION, out_dtype=COMPUTE)
+            halves = tl.permute(mixed.reshape(BLOCK_F, 2, BLOCK_R // 2), (1, 0, 2))
+            x = x.reshape(2, BLOCK_R // 2, BLOCK_M)
+            piece = tl.dot(halves, x, zeros, input_precision=PRECISION, out_dtype=COMPUTE)
         else:
             sums = tl.dot(mixed, x, sums, input_precision=PRECISION, out_dtype=COMPUTE)
     if IN_PIECES:
-        sums += piece
+        sums = tl.sum(sums + piece, 0)
 
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + feature.to(tl.int64) * stride_b, mask=feature < features, other=0)
         sums += widen(bias, COMPUTE)[:, None]
-    tl.store(
-        output_ptr + row.to(tl.int64)[None, :] * features + feature[:, None],
-        narrow(sums, output_ptr.dtype.element_ty),
-        mask=(row < M)[None, :] & (feature < features)[:, None],
-    )
+    inside = (row < M)[None, :] & (feature < features)[:, None]
+    offset = row.to(tl.int64)[None, :] * features + feature[:, None]
+    tl.store(output_ptr + offset, narrow(sums, output_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=SETTINGS)
+@triton.jit(do_not_specialize=VARIABLE)
 def expand_kernel(
     compact_ptr,  # (C, N), any strides
     index_ptr,  # (C,) int32, ascending, then -1
     dense_ptr,  # (N, K), contiguous: written
-    scale_bits: tl.int64,
-    N,
-    K,
-    C,
-    stride_cc,
-    stride_cn,
+    scale_bits: tl.int64, N, K, C, stride_cc, stride_cn,
     row_count,  # of N, that a program writes
+    programs,  # those that write dW; others sum
+    summed_ptr,  # sums of parts of dY (parts, N), or None
+    sums_ptr,  # db (N,): written
+    summed_rows, summed_columns, part_rows, stride_sm, stride_sn,
     STEPS: tl.constexpr,  # bits of C
     COMPUTE: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SUM_ROWS: tl.constexpr, SUM_COLUMNS: tl.constexpr,
+):  # fmt: skip
     """dW[:, index] = compactᵀ · s, 0 elsewhere. Each entry is written once."""
-    scale = scale_bits.to(tl.float64, bitcast=True).to(COMPUTE)
-    column = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
-    # Binary search: slot is the number of indices below the column.
-    slot = tl.zeros((BLOCK_K,), tl.int32)
-    for step in tl.static_range(STEPS):
-        candidate = slot + (1 << (STEPS - 1 - step))
-        entry = tl.load(index_ptr + candidate - 1, mask=candidate <= C, other=-1)
-        slot = tl.where((entry >= 0) & (entry < column), candidate, slot)
-    kept = tl.load(index_ptr + slot, mask=slot < C, other=-1) == column
-    first_row = tl.program_id(1) * row_count
-    for row_start in range(first_row, min(first_row + row_count, N), BLOCK_N):
-        row = row_start + tl.arange(0, BLOCK_N)
-        compact = tl.load(
-            compact_ptr + slot.to(tl.int64)[:, None] * stride_cc + row.to(tl.int64)[None, :] * stride_cn,
-            mask=kept[:, None] & (row < N)[None, :],
-            other=0,
-        )
-        scaled = narrow(widen(compact, COMPUTE) * scale, dense_ptr.dtype.element_ty)
-        tl.store(
-            dense_ptr + row.to(tl.int64)[:, None] * K + column[None, :],
-            tl.trans(scaled),
-            mask=(row < N)[:, None] & (column < K)[None, :],
-        )
+    program = tl.program_id(0)
+    if program < programs:
+        scale = scale_bits.to(tl.float64, bitcast=True).to(COMPUTE)
+        column_blocks = tl.cdiv(K, BLOCK_K)
+        column = program % column_blocks * BLOCK_K + tl.arange(0, BLOCK_K)
+        # Binary search: slot is the number of indices below the column.
+        slot = tl.zeros((BLOCK_K,), tl.int32)
+        for step in tl.static_range(STEPS):
+            candidate = slot + (1 << (STEPS - 1 - step))
+            entry = tl.load(index_ptr + candidate - 1, mask=candidate <= C, other=-1)
+            slot = tl.where((entry >= 0) & (entry < column), candidate, slot)
+        kept = tl.load(index_ptr + slot, mask=slot < C, other=-1) == column
+        first_row = program // column_blocks * row_count
+        for row_start in range(first_row, min(first_row + row_count, N), BLOCK_N):
+            row = row_start + tl.arange(0, BLOCK_N)
+            offset = slot.to(tl.int64)[:, None] * stride_cc + row.to(tl.int64)[None, :] * stride_cn
+            compact = tl.load(compact_ptr + offset, mask=kept[:, None] & (row < N)[None, :], other=0)
+            scaled = narrow(widen(compact, COMPUTE) * scale, dense_ptr.dtype.element_ty)
+            offset = row.to(tl.int64)[:, None] * K + column[None, :]
+            tl.store(dense_ptr + offset, tl.trans(scaled), mask=(row < N)[:, None] & (column < K)[None, :])
+    else:
+        column_sums(
+            program - programs, summed_ptr, sums_ptr, summed_rows, summed_columns, part_rows, stride_sm, stride_sn,
+            COMPUTE, SUM_ROWS, SUM_COLUMNS,
+        )  # fmt: skip
