@@ -3,7 +3,8 @@
 //
 // A tile has 16 rows of 64 bytes. A product adds to 16 x 16 sums in fp32 those of 32 terms: of a left tile of 16 rows
 // with 32 terms each, and a right one, whose rows hold pairs of terms, each of 16 outputs. A step makes 32 x 32 sums
-// of two left and two right tiles. Like the library's, it takes subnormal numbers for 0.
+// of two left and two right tiles. Like the library's products on tiles, and unlike its sum for db, it takes subnormal
+// numbers for 0.
 
 namespace mixout_fast::cpu::avx512 {
 namespace {
@@ -352,6 +353,7 @@ private:
 
 void gather_or_halves(Matrix x, int64_t element_size, const int32_t* index, int64_t count, int64_t begin, int64_t end,
                       void* out) {
+  if (count == 0) return;
   if (element_size != 2 || x.column_stride != 1) return gather(x, element_size, index, count, begin, end, out);
   const KeptHalves kept(index, kept_count(index, count));
   uint16_t* taken = scratch<uint16_t>(Slot::weight, count + 32);
@@ -398,7 +400,7 @@ void stage_kept_tiles(const KeptX& kept_x, int64_t begin, int64_t end, void* out
       bfloat16* to = static_cast<bfloat16*>(out) + column / 32 * 32 * all_rows + first * tile_outputs +
                      column % 32 / 16 * (step_size / 2);
 #pragma GCC unroll 16
-      for (int64_t i = 0; i < 16; ++i) _mm512_store_ps(to + 32 * i, (__m512)tile[i]);
+      for (int64_t i = 0; i < 16; ++i) _mm512_storeu_ps(to + 32 * i, (__m512)tile[i]);
     }
   }
 }
@@ -450,7 +452,8 @@ void grad_weight_tiles(const KeptX& kept_x, const void* staged_x, Matrix dy, int
       }
     }
     // As the library's product, which is of their dtype.
-    for (int64_t i = 0; i < width * block; ++i) sums[i] = widen(narrow<bfloat16>(sums[i]));
+    for (int64_t j = 0; j < kept_x.count; ++j)
+      for (int64_t i = 0; i < rows; ++i) sums[j * block + i] = widen(narrow<bfloat16>(sums[j * block + i]));
     expand<float, Result>({sums, block, 1}, index, kept_x.count, columns, factor, 0, rows,
                           static_cast<Result*>(dw) + first * columns);
     for (int64_t j = 0; j < rows && db; ++j)

@@ -11,6 +11,7 @@
 #endif
 
 #include <algorithm>
+#include <cctype>
 #include <cstdlib>
 #include <optional>
 #include <string>
@@ -32,8 +33,10 @@ using torch::stable::Tensor;
 bool has_amx() {
 #if defined(__linux__)
   const char* variable = std::getenv("ONEDNN_MAX_CPU_ISA");
-  const std::string limit = variable ? variable : "DEFAULT";
-  if (limit != "DEFAULT" && limit.find("AMX") == std::string::npos) return false;
+  if (!variable || !*variable) variable = std::getenv("DNNL_MAX_CPU_ISA"); // its older name
+  std::string limit = variable ? variable : "";
+  for (char& letter : limit) letter = static_cast<char>(std::toupper(static_cast<unsigned char>(letter)));
+  if (!limit.empty() && limit != "DEFAULT" && limit.find("AMX") == std::string::npos) return false;
   uint32_t eax, ebx, ecx, edx;
   if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return false;
   const bool has_tiles = edx >> 22 & edx >> 24 & 1, has_compress = ecx >> 6 & 1;
