@@ -106,100 +106,84 @@ KeptBits kept_bits(const uint32_t* keep) {
   return {static_cast<uint16_t>(bits[0]), static_cast<uint16_t>(bits[1])};
 }
 
-// A Wide of 32 numbers that stand in order.
+MIXOUT_INLINE Vector<float> mix_kept(Vector<float> w, Vector<float> u, Vector<float> scale, __mmask16 keep) {
+  const Vector<float> difference = w - u, scaled = difference * scale;
+  return (Vector<float>)_mm512_mask_add_ps((__m512)u, keep, (__m512)u, (__m512)scaled);
+}
+
+// Rows of W and U are read one after the other, and fetched so many bytes ahead, which is how memory gives the most:
+// three times what it gives in columns of 32 through 32 rows.
+constexpr int64_t bytes_ahead = 4096;
+
+// `count` columns of a row of W' from `column` on, as by mix_entry, and 0 up to a whole number of 32. `kept` are those of
+// these columns, if there is one bit per column.
 template <typename Operand>
-MIXOUT_INLINE Wide load_ordered(const float* source) {
-  const Wide halves = load_wide(source);
-  if (!in_turn<Operand>) return halves;
-  const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-  const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
-  return {(Vector<float>)_mm512_permutex2var_ps((__m512)halves.first, even, (__m512)halves.second),
-          (Vector<float>)_mm512_permutex2var_ps((__m512)halves.first, odd, (__m512)halves.second)};
-}
-
-// 32 neighbouring columns of W and U, mixed as by mix_entry.
-template <typename Operand, bool has_target>
-struct Mixer {
-  const Operand *weight, *target;
-  int64_t weight_stride, target_stride;
-  Vector<float> scale;
-  __mmask16 first, second;
-
-  MIXOUT_INLINE static Vector<float> mix(Vector<float> w, Vector<float> u, Vector<float> scale, __mmask16 keep) {
-    const Vector<float> difference = w - u, scaled = difference * scale;
-    return (Vector<float>)_mm512_mask_add_ps((__m512)u, keep, (__m512)u, (__m512)scaled);
-  }
-  // The next row.
-  MIXOUT_INLINE Wide next() {
-    const Wide w = load_wide(weight), u = has_target ? load_wide(target) : Wide{};
-    weight += weight_stride;
-    target += target_stride;
-    return {mix(w.first, u.first, scale, first), mix(w.second, u.second, scale, second)};
-  }
-};
-
-// W' as a right step of 32 outputs and 32 terms. next() gives 32 entries of a row of W', and then of the next.
-template <bool forward, typename Operand, typename Next>
-MIXOUT_INLINE void mix_step(Next next, bfloat16* out) {
-  bfloat16* other = out + step_size / 2;
-  if constexpr (forward) {
-    // A row has the terms of an output, in pairs, which are transposed.
-    for (bfloat16* to : {out, other}) {
-      Vector<float> tile[16];
-#pragma GCC unroll 16
-      for (int64_t i = 0; i < 16; ++i) tile[i] = (Vector<float>)rounded_in_order<Operand>(next());
-      transpose<float>(tile);
-#pragma GCC unroll 16
-      for (int64_t i = 0; i < 16; ++i) _mm512_store_ps(to + 32 * i, (__m512)tile[i]);
-    }
-  } else {
-    // Two rows have pairs of terms of all outputs, which stay in the order of a Wide.
-    for (int64_t i = 0; i < 32; i += 2, out += 32, other += 32) {
-      const Wide even = next(), odd = next();
-      _mm512_store_si512(out, paired(rounded(even.first, odd.first)));
-      _mm512_store_si512(other, paired(rounded(even.second, odd.second)));
-    }
-  }
-}
-
-// A part of W' as right steps: panels of 32 outputs, one behind the other. `kept` are those of the part's columns, if
-// there is one bit per column. What is no whole step, or cannot be mixed by vectors, is mixed into `entries` first,
-// room for 32 rows.
-template <bool forward, typename Operand>
-void mix_steps(const Mixing& mixing, const KeptBits* kept, Part part, float* entries, bfloat16* out) {
-  const Matrix w = mixing.weight, u = mixing.target;
+void mix_row(const Mixing& mixing, const KeptBits* kept, int64_t row, int64_t column, int64_t count, bfloat16* out) {
+  const auto w = reinterpret_cast<const Operand*>(address<Operand>(mixing.weight, row, column));
+  const auto u = reinterpret_cast<const Operand*>(address<Operand>(mixing.target, row, column));
   const Vector<float> scale = broadcast(static_cast<float>(mixing.scale));
-  const int64_t first_row = forward ? part.output : part.term, rows = forward ? part.outputs : part.terms;
-  const int64_t first_column = forward ? part.term : part.output, columns = forward ? part.terms : part.outputs;
-  const int64_t width = round_up(columns, 32), panel_size = round_up(part.terms, tile_terms) * tile_outputs;
-  for (int64_t row = 0; row < rows; row += 32) {
-    const int64_t height = rows - row < 32 ? rows - row : 32;
-    const int64_t by_vectors = takes_vectors(mixing) && height == 32 ? columns / 32 * 32 : 0;
-    for (int64_t i = 0; i < 32 && by_vectors < columns; ++i) {
-      float* to = entries + i * width;
-      memset(to + by_vectors, 0, (width - by_vectors) * sizeof(float));
-      if (i < height)
-        mix_segment<Operand, bfloat16>(mixing, first_row + row + i, first_column + by_vectors, columns - by_vectors,
-                                       to + by_vectors);
+  const int64_t by_vectors = takes_vectors(mixing) ? count / 32 * 32 : 0;
+  constexpr int64_t size = sizeof(Operand);
+  const int64_t rows_ahead = (bytes_ahead - 1) / (count * size) + 1;
+  const char* next_w = reinterpret_cast<const char*>(w + rows_ahead * mixing.weight.row_stride);
+  const char* next_u = reinterpret_cast<const char*>(u + rows_ahead * mixing.target.row_stride);
+  const auto mix_vectors = [&](auto target_at) __attribute__((always_inline)) {
+    for (int64_t k = 0; k < by_vectors; k += 32) {
+      for (int64_t line = k * size; line < (k + 32) * size; line += 64) {
+        __builtin_prefetch(next_w + line);
+        __builtin_prefetch(next_u + line);
+      }
+      const KeptBits bits = kept[k / 32];
+      const Wide from = load_wide(w + k), to = target_at(k);
+      const Wide mixed{mix_kept(from.first, to.first, scale, bits.first),
+                       mix_kept(from.second, to.second, scale, bits.second)};
+      _mm512_store_si512(out + k, rounded_in_order<Operand>(mixed));
     }
+  };
+  if (mixing.target.data) mix_vectors([=](int64_t k) __attribute__((always_inline)) { return load_wide(u + k); });
+  else mix_vectors([](int64_t) __attribute__((always_inline)) { return Wide{}; });
+  if (by_vectors < count)
+    mix_segment<Operand, bfloat16>(mixing, row, column + by_vectors, count - by_vectors, out + by_vectors);
+  memset(out + count, 0, (round_up(count, 32) - count) * sizeof(bfloat16));
+}
+
+// 32 numbers each of two terms as pairs of 16 and of 16 outputs.
+MIXOUT_INLINE void store_pairs(__m512i even, __m512i odd, bfloat16* lower, bfloat16* upper) {
+  _mm512_store_si512(lower, paired(_mm512_inserti64x4(even, _mm512_castsi512_si256(odd), 1)));
+  _mm512_store_si512(upper, paired(_mm512_inserti64x4(odd, _mm512_extracti64x4_epi64(even, 1), 0)));
+}
+
+// A part of W' as right steps: panels of 32 outputs, one behind the other. Forward a row has the terms of an output, in
+// pairs, and 16 of them are transposed; else two rows have pairs of terms of all outputs. `rows` has room for these.
+constexpr int64_t rows_stride(int64_t columns) { return round_up(columns, 32) + 32; } // 16 of them not in one set of L1
+template <bool forward>
+constexpr int64_t rows_at_once = forward ? 16 : 2;
+
+template <bool forward, typename Operand>
+void mix_steps(const Mixing& mixing, const KeptBits* kept, Part part, bfloat16* rows, bfloat16* out) {
+  const int64_t first_row = forward ? part.output : part.term, height = forward ? part.outputs : part.terms;
+  const int64_t first_column = forward ? part.term : part.output, columns = forward ? part.terms : part.outputs;
+  const int64_t stride = rows_stride(columns), panel_size = round_up(part.terms, tile_terms) * tile_outputs;
+  for (int64_t row = 0; row < round_up(height, 32); row += rows_at_once<forward>) {
+    for (int64_t i = 0; i < rows_at_once<forward>; ++i)
+      if (row + i < height)
+        mix_row<Operand>(mixing, kept, first_row + row + i, first_column, columns, rows + i * stride);
+      else memset(rows + i * stride, 0, round_up(columns, 32) * sizeof(bfloat16));
     for (int64_t column = 0; column < columns; column += 32) {
       const int64_t output = forward ? row : column, term = forward ? column : row;
-      bfloat16* step = out + output / tile_outputs * panel_size + term * tile_outputs;
-      if (column >= by_vectors) {
-        const float* source = entries + column - width;
-        mix_step<forward, Operand>(
-            [&]() __attribute__((always_inline)) { return load_ordered<Operand>(source += width); }, step);
-        continue;
-      }
-      const KeptBits bits = kept[column / 32];
-      const auto from = reinterpret_cast<const Operand*>(address<Operand>(w, first_row + row, first_column + column));
-      if (u.data) {
-        const auto to = reinterpret_cast<const Operand*>(address<Operand>(u, first_row + row, first_column + column));
-        Mixer<Operand, true> mixer{from, to, w.row_stride, u.row_stride, scale, bits.first, bits.second};
-        mix_step<forward, Operand>([&]() __attribute__((always_inline)) { return mixer.next(); }, step);
+      bfloat16* step = out + output / tile_outputs * panel_size + term / tile_terms * step_size;
+      if constexpr (forward) {
+        step += output % tile_outputs / 16 * (step_size / 2);
+        Vector<float> tile[16];
+#pragma GCC unroll 16
+        for (int64_t i = 0; i < 16; ++i) tile[i] = (Vector<float>)_mm512_load_si512(rows + i * stride + column);
+        transpose<float>(tile);
+#pragma GCC unroll 16
+        for (int64_t i = 0; i < 16; ++i) _mm512_store_ps(step + 32 * i, (__m512)tile[i]);
       } else {
-        Mixer<Operand, false> mixer{from, nullptr, w.row_stride, 0, scale, bits.first, bits.second};
-        mix_step<forward, Operand>([&]() __attribute__((always_inline)) { return mixer.next(); }, step);
+        step += term % tile_terms * 16;
+        store_pairs(_mm512_load_si512(rows + column), _mm512_load_si512(rows + stride + column), step,
+                    step + step_size / 2);
       }
     }
   }
@@ -217,12 +201,8 @@ void copy_rows(Matrix x, int64_t row, int64_t m, int64_t term, int64_t terms, in
   }
 }
 
-// Sums on their way to y or dx, a row or two a step: the next tile is multiplied meanwhile. With that the next part of
-// W and U is fetched, so many lines a step.
-template <bool ordered>
+// Sums on their way to y or dx, a row or two a step: the next tile is multiplied meanwhile.
 struct Finishing {
-  Prefetch prefetch;
-  int64_t fetches = 0;
   const float* sums = nullptr;
   bfloat16* out = nullptr;
   int64_t stride = 0, rows = 0;
@@ -231,26 +211,25 @@ struct Finishing {
 
   MIXOUT_INLINE void row() {
     const __m512i values = rounded(load(sums) + offset.first, load(sums + 16) + offset.second);
-    _mm512_mask_storeu_epi16(out, inside, ordered ? values : paired(values));
+    _mm512_mask_storeu_epi16(out, inside, values);
     sums += tile_outputs;
     out += stride;
     --rows;
   }
   MIXOUT_INLINE void step() {
     for (int i = 0; i < 2 && rows; ++i) row();
-    for (int64_t i = 0; i < fetches; ++i) prefetch.step();
   }
   void finish() {
     while (rows) row();
   }
 };
 
-// Elements of W' that are mixed at once: of few rows as many as leave L2 to the next part of W and U, which is fetched
-// meanwhile. dx of few rows is summed in parts of so many terms, for W and U to be read in wide parts of their rows.
-constexpr int64_t few_rows_block = 64 * 1024, many_rows_block = 256 * 1024;
+// Elements of W' that are mixed at once. y of few rows takes small parts, for x to stay in L2 with them. dx of few rows is
+// summed in parts of so many terms, for W and U to be read in wide parts of their rows.
+constexpr int64_t few_rows_block = 64 * 1024, block_size = 256 * 1024;
 constexpr int64_t few_rows_terms = 256;
 
-// As multiply: W' is mixed in parts that stay in L2, which the rows of x or dy pass, while the next part is fetched.
+// As multiply: W' is mixed in parts that stay in L2, which the rows of x or dy pass.
 template <bool forward, typename Operand>
 void multiply_tiles(const Mixing& mixing, Matrix x, int64_t m, int64_t all_rows, int64_t begin, int64_t end,
                     const void* bias, void* result) {
@@ -258,49 +237,41 @@ void multiply_tiles(const Mixing& mixing, Matrix x, int64_t m, int64_t all_rows,
   const int64_t result_stride = forward ? mixing.rows : mixing.columns;
   const bool has_few_rows = all_rows <= few_rows;
   const int64_t all_terms = round_up(terms, tile_terms), all_outputs = round_up(end - begin, tile_outputs);
-  const int64_t block_terms = !forward && has_few_rows && all_terms > few_rows_terms ? few_rows_terms : all_terms;
-  const int64_t in_l2 = (has_few_rows ? few_rows_block : many_rows_block) / block_terms / tile_outputs * tile_outputs;
-  const int64_t most_outputs = in_l2 > tile_outputs ? in_l2 : tile_outputs;
+  const bool is_split = !forward && has_few_rows && all_terms > few_rows_terms;
+  const int64_t block_terms = is_split ? few_rows_terms : all_terms;
+  const int64_t in_l2 = (forward && has_few_rows ? few_rows_block : block_size) / block_terms;
+  const int64_t most_outputs = in_l2 > tile_outputs ? in_l2 / tile_outputs * tile_outputs : tile_outputs;
   const int64_t block_outputs = all_outputs < most_outputs ? all_outputs : most_outputs;
-  const bool is_split = all_terms > block_terms;
-  // Of a split sum all tiles, else two in turn.
-  const int64_t tile_size = 32 * tile_outputs;
-  float* tiles = scratch<float>(Slot::rows, (is_split ? (m + 31) / 32 * (all_outputs / tile_outputs) : 2) * tile_size);
-  bfloat16* right = scratch<bfloat16>(Slot::block, block_terms * block_outputs + 32 * block_terms +
-                                                       64 * (forward ? block_terms : block_outputs));
+  // Of a split sum all tiles of a block, else two in turn.
+  const int64_t tile_size = 32 * tile_outputs, panels = block_outputs / tile_outputs;
+  float* tiles = scratch<float>(Slot::rows, (is_split ? (m + 31) / 32 * panels : 2) * tile_size);
+  const int64_t rows_size = rows_at_once<forward> * rows_stride(forward ? block_terms : block_outputs);
+  bfloat16* right = scratch<bfloat16>(Slot::block, block_terms * block_outputs + 32 * block_terms + rows_size);
   bfloat16* copied = right + block_terms * block_outputs;
-  float* entries = reinterpret_cast<float*>(copied + 32 * block_terms);
+  bfloat16* mixed_rows = copied + 32 * block_terms;
   const int64_t first_column = forward ? 0 : begin, columns = forward ? terms : end - begin;
   // mix_segment needs the slot only where these are not used.
   KeptBits* kept = scratch<KeptBits>(Slot::target, columns / 32);
   for (int64_t i = 0; i < columns / 32 && mixing.mask.keep; ++i)
     kept[i] = kept_bits<Operand>(mixing.mask.keep + first_column + 32 * i);
 
-  const auto part_at = [=](int64_t output, int64_t term) -> Part {
-    const int64_t outputs_left = end - output, terms_left = terms - term;
-    return {output, outputs_left < block_outputs ? outputs_left : block_outputs, term,
-            terms_left < block_terms ? terms_left : block_terms};
-  };
   const TileRegisters registers;
-  Finishing<forward || !in_turn<Operand>> finishing;
+  Finishing finishing;
   int turn = 0;
-  for (int64_t term = 0; term < terms; term += block_terms)
-    for (int64_t first = begin; first < end; first += block_outputs) {
-      const Part part = part_at(first, term);
+  for (int64_t first = begin; first < end; first += block_outputs)
+    for (int64_t term = 0; term < terms; term += block_terms) {
+      const int64_t outputs_left = end - first, terms_left = terms - term;
+      const Part part = {first, outputs_left < block_outputs ? outputs_left : block_outputs, term,
+                         terms_left < block_terms ? terms_left : block_terms};
       const int64_t padded = round_up(part.terms, tile_terms);
-      mix_steps<forward, Operand>(mixing, kept + (forward ? term : first - begin) / 32, part, entries, right);
-      const bool is_last = first + block_outputs >= end;
-      finishing.prefetch = prefetch_of<forward, Operand>(mixing, is_last ? part_at(begin, term + block_terms)
-                                                                         : part_at(first + block_outputs, term));
-      const int64_t steps = (m + 31) / 32 * ((part.outputs + 31) / 32) * padded / tile_terms;
-      finishing.fetches = (finishing.prefetch.rows * finishing.prefetch.lines + steps - 1) / steps;
+      mix_steps<forward, Operand>(mixing, kept + (forward ? term : first - begin) / 32, part, mixed_rows, right);
       for (int64_t row = 0; row < m; row += 32) {
         const bool is_copied = row + 32 > m || padded != part.terms || x.column_stride != 1;
         if (is_copied) copy_rows(x, row, m, term, part.terms, padded, copied);
         const char* left = is_copied ? reinterpret_cast<const char*>(copied) : address<bfloat16>(x, row, term);
         const int64_t row_bytes = 2 * (is_copied ? padded : x.row_stride);
         for (int64_t output = first; output < first + part.outputs; output += tile_outputs) {
-          const int64_t tile = row / 32 * (all_outputs / tile_outputs) + (output - begin) / tile_outputs;
+          const int64_t tile = row / 32 * panels + (output - first) / tile_outputs;
           float* sums = tiles + (is_split ? tile : turn) * tile_size;
           turn ^= 1;
           multiply_steps(left, 16 * row_bytes, row_bytes, 64, right + (output - first) * padded, padded / tile_terms,
@@ -325,29 +296,35 @@ void multiply_tiles(const Mixing& mixing, Matrix x, int64_t m, int64_t all_rows,
   finishing.finish();
 }
 
-// As KeptColumns, of 16-bit elements.
-class KeptHalves {
+// As the others; nothing past the last kept column of a row is read.
+template <>
+class KeptColumns<bfloat16> {
 public:
-  KeptHalves(const int32_t* index, int64_t count) : vectors_(count ? index[count - 1] / 32 + 1 : 0) {
+  KeptColumns(const int32_t* index, int64_t count) : vectors_(count ? index[count - 1] / 32 + 1 : 0) {
     kept_ = scratch<uint32_t>(Slot::mask, vectors_);
     memset(kept_, 0, vectors_ * sizeof(uint32_t));
     for (int64_t j = 0; j < count; ++j) kept_[index[j] / 32] |= 1u << index[j] % 32;
     read_ = count ? ~0u >> (31 - index[count - 1] % 32) : 0;
   }
 
-  // Of `row` no more than up to the last of them is read; `out` has room for one vector more than they take.
-  MIXOUT_INLINE void take(const void* row, uint16_t* out) const {
-    const char* source = static_cast<const char*>(row);
+  MIXOUT_INLINE void take(const bfloat16* row, bfloat16* out) const {
     for (int64_t v = 0; v < vectors_; ++v) {
-      const __m512i values = _mm512_maskz_loadu_epi16(v + 1 < vectors_ ? ~0u : read_, source + 64 * v);
+      const __m512i values = _mm512_maskz_loadu_epi16(v + 1 < vectors_ ? ~0u : read_, row + 32 * v);
       _mm512_storeu_si512(out, _mm512_maskz_compress_epi16(kept_[v], values));
       out += __builtin_popcount(kept_[v]);
+    }
+  }
+  // Called from DenseRows, which is compiled for plain AVX-512.
+  void put(const bfloat16* columns, bfloat16* row) const {
+    for (int64_t v = 0; v < vectors_; ++v) {
+      _mm512_storeu_si512(row + 32 * v, _mm512_maskz_expand_epi16(kept_[v], _mm512_loadu_si512(columns)));
+      columns += __builtin_popcount(kept_[v]);
     }
   }
 
 private:
   int64_t vectors_;
-  uint32_t* kept_; // a bit per column
+  uint32_t* kept_; // a bit per column, a word per vector
   uint32_t read_;  // of the last vector
 };
 
@@ -355,12 +332,12 @@ void gather_or_halves(Matrix x, int64_t element_size, const int32_t* index, int6
                       void* out) {
   if (count == 0) return;
   if (element_size != 2 || x.column_stride != 1) return gather(x, element_size, index, count, begin, end, out);
-  const KeptHalves kept(index, kept_count(index, count));
-  uint16_t* taken = scratch<uint16_t>(Slot::weight, count + 32);
-  memset(taken, 0, count * sizeof(uint16_t));
+  const KeptColumns<bfloat16> kept(index, kept_count(index, count));
+  bfloat16* taken = scratch<bfloat16>(Slot::weight, count + 32);
+  memset(taken, 0, count * sizeof(bfloat16));
   for (int64_t row = begin; row < end; ++row) {
-    kept.take(static_cast<const uint16_t*>(x.data) + row * x.row_stride, taken);
-    memcpy(static_cast<uint16_t*>(out) + row * count, taken, count * sizeof(uint16_t));
+    kept.take(static_cast<const bfloat16*>(x.data) + row * x.row_stride, taken);
+    memcpy(static_cast<bfloat16*>(out) + row * count, taken, count * sizeof(bfloat16));
   }
 }
 
@@ -371,7 +348,7 @@ int64_t staged_columns(int64_t count) { return round_up(count + 1, tile_outputs)
 void stage_kept_tiles(const KeptX& kept_x, int64_t begin, int64_t end, void* out) {
   const auto [x, m, index, count] = kept_x;
   const int64_t width = staged_columns(count), all_rows = round_up(m, tile_terms);
-  const KeptHalves kept(index, index ? count : 0);
+  const KeptColumns<bfloat16> kept(index, index ? count : 0);
   const bfloat16 one{0x3F80};
   bfloat16* rows = scratch<bfloat16>(Slot::rows, tile_terms * (width + 32));
   for (int64_t first = begin; first < end; first += tile_terms) {
@@ -380,7 +357,7 @@ void stage_kept_tiles(const KeptX& kept_x, int64_t begin, int64_t end, void* out
       const int64_t there = first + i < m ? count : 0;
       const bfloat16* source = static_cast<const bfloat16*>(x.data) + (first + i) * x.row_stride;
       if (there && index && x.column_stride == 1) {
-        kept.take(source, reinterpret_cast<uint16_t*>(row));
+        kept.take(source, row);
       } else {
         for (int64_t j = 0; j < there; ++j) row[j] = source[(index ? index[j] : j) * x.column_stride];
       }
@@ -420,9 +397,38 @@ void stage_pairs(Matrix dy, int64_t m, int64_t row, int64_t steps, int64_t first
     for (int64_t column = 0; column < columns; column += tile_outputs) {
       const __m512i even = load_part(row + k, column), odd = load_part(row + k + 1, column);
       bfloat16* to = out + (column / tile_outputs * steps + k / 32) * step_size + k % 32 * 16;
-      _mm512_store_si512(to, paired(_mm512_inserti64x4(even, _mm512_castsi512_si256(odd), 1)));
-      _mm512_store_si512(to + step_size / 2, paired(_mm512_inserti64x4(odd, _mm512_extracti64x4_epi64(even, 1), 0)));
+      store_pairs(even, odd, to, to + step_size / 2);
     }
+}
+
+// 16 numbers, rounded to bf16 or not.
+MIXOUT_INLINE void store_as(bfloat16* out, Vector<float> values) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), (__m256i)_mm512_cvtneps_pbh((__m512)values));
+}
+MIXOUT_INLINE void store_as(float* out, Vector<float> values) { store(out, values); }
+
+// Rows of dW from their sums, [columns][stride]: rounded to bf16, as the library's product is, times `factor`, and put
+// between zeros.
+template <typename Result>
+void put_rows(const float* sums, int64_t stride, int64_t count, int64_t rows, float factor,
+              DenseRows<Result, Result>& dense, int64_t columns, Result* dw) {
+  const int64_t padded = round_up(count, 16) + 32;
+  Result* kept = scratch<Result>(Slot::block, 16 * padded);
+  for (int64_t first = 0; first < rows; first += 16) {
+    for (int64_t column = 0; column < count; column += 16) {
+      Vector<float> tile[16];
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < 16; ++i) tile[i] = load(sums + (column + i) * stride + first);
+      transpose<float>(tile);
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < 16; ++i) {
+        const __m256i halves = (__m256i)_mm512_cvtneps_pbh((__m512)tile[i]);
+        const auto sum = (Vector<float>)_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16);
+        store_as(kept + i * padded + column, sum * factor);
+      }
+    }
+    for (int64_t i = 0; i < 16 && first + i < rows; ++i) dense.put(kept + i * padded, dw + (first + i) * columns);
+  }
 }
 
 // As grad_weight: blocks of dW's rows, whose sums over all rows of x and dy are made in fp32 and then spread.
@@ -435,6 +441,7 @@ void grad_weight_tiles(const KeptX& kept_x, const void* staged_x, Matrix dy, int
   const bfloat16* left = static_cast<const bfloat16*>(staged_x);
   bfloat16* right = scratch<bfloat16>(Slot::rows, block * block_steps * tile_terms + 2 * width * block);
   float* sums = reinterpret_cast<float*>(right + block * block_steps * tile_terms);
+  DenseRows<Result, Result> dense(index, kept_x.count, columns);
   NoPrefetch nothing;
   for (int64_t first = begin; first < end; first += block) {
     const int64_t rows = end - first < block ? end - first : block;
@@ -451,11 +458,8 @@ void grad_weight_tiles(const KeptX& kept_x, const void* staged_x, Matrix dy, int
                            step > 0, sums + column * block + row, block, nothing);
       }
     }
-    // As the library's product, which is of their dtype.
-    for (int64_t j = 0; j < kept_x.count; ++j)
-      for (int64_t i = 0; i < rows; ++i) sums[j * block + i] = widen(narrow<bfloat16>(sums[j * block + i]));
-    expand<float, Result>({sums, block, 1}, index, kept_x.count, columns, factor, 0, rows,
-                          static_cast<Result*>(dw) + first * columns);
+    put_rows(sums, block, kept_x.count, rows, static_cast<float>(factor), dense, columns,
+             static_cast<Result*>(dw) + first * columns);
     for (int64_t j = 0; j < rows && db; ++j)
       static_cast<bfloat16*>(db)[first + j] = narrow<bfloat16>(sums[kept_x.count * block + j]);
   }
