@@ -111,36 +111,32 @@ MIXOUT_INLINE Vector<float> mix_kept(Vector<float> w, Vector<float> u, Vector<fl
   return (Vector<float>)_mm512_mask_add_ps((__m512)u, keep, (__m512)u, (__m512)scaled);
 }
 
-// Rows of W and U are read one after the other, and fetched so many bytes ahead, which is how memory gives the most:
-// three times what it gives in columns of 32 through 32 rows.
+// W and U are read row by row, and fetched so many bytes ahead, in whole rows: memory gives the most to few streams.
 constexpr int64_t bytes_ahead = 4096;
 
-// `count` columns of a row of W' from `column` on, as by mix_entry, and 0 up to a whole number of 32. `kept` are those of
-// these columns, if there is one bit per column.
+// `count` columns of a row of W' from `column` on, as by mix_entry, and 0 up to a whole number of 32. `kept` are those
+// of these columns, if there is one bit per column.
 template <typename Operand>
 void mix_row(const Mixing& mixing, const KeptBits* kept, int64_t row, int64_t column, int64_t count, bfloat16* out) {
-  const auto w = reinterpret_cast<const Operand*>(address<Operand>(mixing.weight, row, column));
-  const auto u = reinterpret_cast<const Operand*>(address<Operand>(mixing.target, row, column));
   const Vector<float> scale = broadcast(static_cast<float>(mixing.scale));
   const int64_t by_vectors = takes_vectors(mixing) ? count / 32 * 32 : 0;
   constexpr int64_t size = sizeof(Operand);
   const int64_t rows_ahead = (bytes_ahead - 1) / (count * size) + 1;
-  const char* next_w = reinterpret_cast<const char*>(w + rows_ahead * mixing.weight.row_stride);
-  const char* next_u = reinterpret_cast<const char*>(u + rows_ahead * mixing.target.row_stride);
+  const auto read = [=](const Matrix& matrix, int64_t k) __attribute__((always_inline)) {
+    const char* ahead = address<Operand>(matrix, row + rows_ahead, column + k);
+    for (int64_t byte = 0; byte < 32 * size; byte += 64) __builtin_prefetch(ahead + byte);
+    return load_wide(reinterpret_cast<const Operand*>(address<Operand>(matrix, row, column + k)));
+  };
   const auto mix_vectors = [&](auto target_at) __attribute__((always_inline)) {
     for (int64_t k = 0; k < by_vectors; k += 32) {
-      for (int64_t line = k * size; line < (k + 32) * size; line += 64) {
-        __builtin_prefetch(next_w + line);
-        __builtin_prefetch(next_u + line);
-      }
-      const KeptBits bits = kept[k / 32];
-      const Wide from = load_wide(w + k), to = target_at(k);
-      const Wide mixed{mix_kept(from.first, to.first, scale, bits.first),
-                       mix_kept(from.second, to.second, scale, bits.second)};
+      const Wide w = read(mixing.weight, k), u = target_at(k);
+      const Wide mixed{mix_kept(w.first, u.first, scale, kept[k / 32].first),
+                       mix_kept(w.second, u.second, scale, kept[k / 32].second)};
       _mm512_store_si512(out + k, rounded_in_order<Operand>(mixed));
     }
   };
-  if (mixing.target.data) mix_vectors([=](int64_t k) __attribute__((always_inline)) { return load_wide(u + k); });
+  if (mixing.target.data)
+    mix_vectors([&](int64_t k) __attribute__((always_inline)) { return read(mixing.target, k); });
   else mix_vectors([](int64_t) __attribute__((always_inline)) { return Wide{}; });
   if (by_vectors < count)
     mix_segment<Operand, bfloat16>(mixing, row, column + by_vectors, count - by_vectors, out + by_vectors);
@@ -155,7 +151,7 @@ MIXOUT_INLINE void store_pairs(__m512i even, __m512i odd, bfloat16* lower, bfloa
 
 // A part of W' as right steps: panels of 32 outputs, one behind the other. Forward a row has the terms of an output, in
 // pairs, and 16 of them are transposed; else two rows have pairs of terms of all outputs. `rows` has room for these.
-constexpr int64_t rows_stride(int64_t columns) { return round_up(columns, 32) + 32; } // 16 of them not in one set of L1
+constexpr int64_t rows_stride(int64_t columns) { return round_up(columns, 32) + 32; } // not all in one set of L1
 template <bool forward>
 constexpr int64_t rows_at_once = forward ? 16 : 2;
 
@@ -224,8 +220,8 @@ struct Finishing {
   }
 };
 
-// Elements of W' that are mixed at once. y of few rows takes small parts, for x to stay in L2 with them. dx of few rows is
-// summed in parts of so many terms, for W and U to be read in wide parts of their rows.
+// Elements of W' that are mixed at once. y of few rows takes small parts, for x to stay in L2 with them. dx of few rows
+// is summed in parts of so many terms, for W and U to be read in wide parts of their rows.
 constexpr int64_t few_rows_block = 64 * 1024, block_size = 256 * 1024;
 constexpr int64_t few_rows_terms = 256;
 
