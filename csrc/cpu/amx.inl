@@ -135,8 +135,7 @@ void mix_row(const Mixing& mixing, const KeptBits* kept, int64_t row, int64_t co
       _mm512_store_si512(out + k, rounded_in_order<Operand>(mixed));
     }
   };
-  if (mixing.target.data)
-    mix_vectors([&](int64_t k) __attribute__((always_inline)) { return read(mixing.target, k); });
+  if (mixing.target.data) mix_vectors([&](int64_t k) __attribute__((always_inline)) { return read(mixing.target, k); });
   else mix_vectors([](int64_t) __attribute__((always_inline)) { return Wide{}; });
   if (by_vectors < count)
     mix_segment<Operand, bfloat16>(mixing, row, column + by_vectors, count - by_vectors, out + by_vectors);
@@ -151,7 +150,7 @@ MIXOUT_INLINE void store_pairs(__m512i even, __m512i odd, bfloat16* lower, bfloa
 
 // A part of W' as right steps: panels of 32 outputs, one behind the other. Forward a row has the terms of an output, in
 // pairs, and 16 of them are transposed; else two rows have pairs of terms of all outputs. `rows` has room for these.
-constexpr int64_t rows_stride(int64_t columns) { return round_up(columns, 32) + 32; } // not all in one set of L1
+constexpr int64_t rows_stride(int64_t columns) { return round_up(columns, 64) + 32; } // not all in one set of L1
 template <bool forward>
 constexpr int64_t rows_at_once = forward ? 16 : 2;
 
@@ -224,6 +223,7 @@ struct Finishing {
 // is summed in parts of so many terms, for W and U to be read in wide parts of their rows.
 constexpr int64_t few_rows_block = 64 * 1024, block_size = 256 * 1024;
 constexpr int64_t few_rows_terms = 256;
+static_assert(block_size / few_rows_terms > tile_outputs); // no block's first sums replace the last ones on their way
 
 // As multiply: W' is mixed in parts that stay in L2, which the rows of x or dy pass.
 template <bool forward, typename Operand>
@@ -246,7 +246,6 @@ void multiply_tiles(const Mixing& mixing, Matrix x, int64_t m, int64_t all_rows,
   bfloat16* copied = right + block_terms * block_outputs;
   bfloat16* mixed_rows = copied + 32 * block_terms;
   const int64_t first_column = forward ? 0 : begin, columns = forward ? terms : end - begin;
-  // mix_segment needs the slot only where these are not used.
   KeptBits* kept = scratch<KeptBits>(Slot::target, columns / 32);
   for (int64_t i = 0; i < columns / 32 && mixing.mask.keep; ++i)
     kept[i] = kept_bits<Operand>(mixing.mask.keep + first_column + 32 * i);
@@ -260,7 +259,7 @@ void multiply_tiles(const Mixing& mixing, Matrix x, int64_t m, int64_t all_rows,
       const Part part = {first, outputs_left < block_outputs ? outputs_left : block_outputs, term,
                          terms_left < block_terms ? terms_left : block_terms};
       const int64_t padded = round_up(part.terms, tile_terms);
-      mix_steps<forward, Operand>(mixing, kept + (forward ? term : first - begin) / 32, part, mixed_rows, right);
+      mix_steps<forward, Operand>(mixing, forward ? kept : kept + (first - begin) / 32, part, mixed_rows, right);
       for (int64_t row = 0; row < m; row += 32) {
         const bool is_copied = row + 32 > m || padded != part.terms || x.column_stride != 1;
         if (is_copied) copy_rows(x, row, m, term, part.terms, padded, copied);
@@ -292,7 +291,8 @@ void multiply_tiles(const Mixing& mixing, Matrix x, int64_t m, int64_t all_rows,
   finishing.finish();
 }
 
-// As the others; nothing past the last kept column of a row is read.
+// As the general one. `columns` and `out` have room for one vector more than they take; of a row nothing past the last
+// kept column is read.
 template <>
 class KeptColumns<bfloat16> {
 public:
@@ -403,13 +403,13 @@ MIXOUT_INLINE void store_as(bfloat16* out, Vector<float> values) {
 }
 MIXOUT_INLINE void store_as(float* out, Vector<float> values) { store(out, values); }
 
-// Rows of dW from their sums, [columns][stride]: rounded to bf16, as the library's product is, times `factor`, and put
-// between zeros.
+// Rows of dW from their sums, [columns][stride]: rounded to bf16, as the library's product is, and after the factor to
+// dW's dtype, and put between zeros.
 template <typename Result>
 void put_rows(const float* sums, int64_t stride, int64_t count, int64_t rows, float factor,
               DenseRows<Result, Result>& dense, int64_t columns, Result* dw) {
   const int64_t padded = round_up(count, 16) + 32;
-  Result* kept = scratch<Result>(Slot::block, 16 * padded);
+  Result* kept_rows = scratch<Result>(Slot::block, 16 * padded);
   for (int64_t first = 0; first < rows; first += 16) {
     for (int64_t column = 0; column < count; column += 16) {
       Vector<float> tile[16];
@@ -419,11 +419,11 @@ void put_rows(const float* sums, int64_t stride, int64_t count, int64_t rows, fl
 #pragma GCC unroll 16
       for (int64_t i = 0; i < 16; ++i) {
         const __m256i halves = (__m256i)_mm512_cvtneps_pbh((__m512)tile[i]);
-        const auto sum = (Vector<float>)_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16);
-        store_as(kept + i * padded + column, sum * factor);
+        const auto product = (Vector<float>)_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16);
+        store_as(kept_rows + i * padded + column, product * factor);
       }
     }
-    for (int64_t i = 0; i < 16 && first + i < rows; ++i) dense.put(kept + i * padded, dw + (first + i) * columns);
+    for (int64_t i = 0; i < 16 && first + i < rows; ++i) dense.put(kept_rows + i * padded, dw + (first + i) * columns);
   }
 }
 

@@ -122,7 +122,7 @@ constexpr int64_t summed_at_once(int64_t rows, int64_t outputs) {
   return sizeof(T) == 8 ? 192 : 384;
 }
 
-// Per-thread memory that only grows; it holds blocks of a product, and of few rows whole operands.
+// Per-thread memory of each type that only grows; it holds blocks of a product, and of few rows whole operands.
 enum class Slot { mask, weight, target, rows, block };
 template <typename T>
 T* scratch(Slot slot, int64_t count) {
