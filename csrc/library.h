@@ -37,18 +37,19 @@ inline int64_t capacity_of(int64_t count, double p) {
   return std::min({count, bound, capacity_limit});
 }
 
-// The products, through the dispatcher: the same kernels that Python's F.linear and mm reach.
+// The products, through the dispatcher: the same kernels that Python's F.linear and mm reach. The macro by the name
+// that torch 2.11 has too.
 inline torch::stable::Tensor library_linear(const torch::stable::Tensor& input, const torch::stable::Tensor& weight,
                                             const std::optional<torch::stable::Tensor>& bias) {
   std::array<StableIValue, 3> stack{torch::stable::detail::from(input), torch::stable::detail::from(weight),
                                     torch::stable::detail::from(bias)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
   return torch::stable::detail::to<torch::stable::Tensor>(stack[0]);
 }
 
 inline torch::stable::Tensor library_mm(const torch::stable::Tensor& a, const torch::stable::Tensor& b) {
   std::array<StableIValue, 2> stack{torch::stable::detail::from(a), torch::stable::detail::from(b)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "", stack.data(), TORCH_ABI_VERSION));
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "", stack.data(), TORCH_ABI_VERSION));
   return torch::stable::detail::to<torch::stable::Tensor>(stack[0]);
 }
 

@@ -45,7 +45,7 @@ void* current_stream(int32_t device) {
   }();
   STD_TORCH_CHECK(function, "CUDA tensors, but this PyTorch has no libtorch_cuda.so with a current stream");
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(function(device, &stream));
+  TORCH_ERROR_CODE_CHECK(function(device, &stream));
   return stream;
 }
 
