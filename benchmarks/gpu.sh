@@ -69,6 +69,11 @@ sanitizer() { # sanitizer TOOL BACKEND OPTIONS…
     "$python" -m benchmarks.sanitized "$2"
 }
 
+finish() { # how each step went
+  printf '%s\n' "" "${summary[@]}" | tee -a "$log"
+  exit $status
+}
+
 printf '\n==== %s, %s\n' "$part" "$(date -u +%FT%TZ)" >>"$log"
 processors=$(nproc)
 libraries=(mixout_fast/_C.so)
@@ -79,7 +84,7 @@ ls "${libraries[@]}" >/dev/null 2>&1 ||
 step "backends" 60 "$python" -c "from mixout_fast import __main__, backends
 __main__.main([])
 backends.select('$device', '$device')  # raises where it cannot serve"
-[ $status = 0 ] || exit 1
+[ $status = 0 ] || finish
 
 if [ "$part" != checks ]; then
   tests "kernel tests" 90 tests/test_cuda_kernels.py
@@ -105,5 +110,4 @@ if [ "$part" != figures ]; then
   sanitizer memcheck triton
 fi
 
-printf '%s\n' "" "${summary[@]}" | tee -a "$log"
-exit $status
+finish
