@@ -176,7 +176,7 @@ def test_eval_and_p_zero_are_the_linear(linear, backend):
 
 
 @masks
-def test_p_one_is_the_target(mask, linear, backend):
+def test_p_one_is_the_target(mask, linear, backend, mixes_first):
     layer = mixed_layer(linear, 1.0, mask=mask, backend=backend)
     x = torch.randn(300, 17, device=linear.weight.device)
     output, dx, dw, _ = gradients(layer, x)
@@ -185,7 +185,7 @@ def test_p_one_is_the_target(mask, linear, backend):
     assert not dw.any()
 
 
-def test_p_may_be_reassigned(linear, backend):
+def test_p_may_be_reassigned(linear, backend, mixes_first):
     layer = mixed_layer(linear, 0.0, backend=backend)
     layer.p = 1.0
     x = torch.randn(300, 17, device=linear.weight.device)
@@ -198,7 +198,7 @@ def test_no_target_is_a_target_of_zero(linear, backend):
     assert_same_step(layer, zero, torch.randn(3, 17, device=linear.weight.device))
 
 
-def test_the_first_forward_of_a_pretrained_model_is_its_own(linear, backend):
+def test_the_first_forward_of_a_pretrained_model_is_its_own(linear, backend, mixes_first):
     layer = MixLinear.from_linear(linear, 0.9, backend=backend)
     x = torch.randn(300, 17, device=linear.weight.device)
     testing.assert_same_bits("y", layer(x), linear(x), layer)
