@@ -12,8 +12,8 @@ from mixout_fast import mix_linear, testing
 from mixout_fast.backends import cpu
 
 STATM = Path("/proc/self/statm")
-OWN_PRODUCTS = (torch.float32, torch.float64)
-if cpu.LOAD_ERROR is None and cpu.instruction_set() == "amx":
+OWN_PRODUCTS = (torch.float32, torch.float64)  # on some processors of few rows alone
+if cpu.LOAD_ERROR is None and torch.bfloat16 in cpu.own_products():
     OWN_PRODUCTS += (torch.bfloat16,)
 
 pytestmark = pytest.mark.skipif(cpu.LOAD_ERROR is not None, reason=str(cpu.LOAD_ERROR))
@@ -68,7 +68,7 @@ def test_results_do_not_depend_on_the_threads(shape, dtype, seed):
 @pytest.mark.parametrize("dtype", OWN_PRODUCTS, ids=str)
 def test_products_whose_rows_are_shared_do_not_depend_on_the_threads(shape, dtype, seed, monkeypatch):
     """Many threads with few outputs share the rows too. Our own products alone: the library's depend on the threads."""
-    own = testing.RESULTS if cpu.instruction_set() in ("amx", "avx512") else ("y", "dX")
+    own = testing.RESULTS if dtype in cpu.own_products() else ("y", "dX")
     monkeypatch.setattr(cpu, "ONE_PASS_ROWS", dict.fromkeys(cpu.ONE_PASS_ROWS, (sys.maxsize, sys.maxsize)))
     assert_same_for_any_threads(testing.random_case(*shape, p=0.7, dtype=dtype, seed=seed), own)
 
@@ -111,7 +111,8 @@ def test_one_column_of_any_stride_is_not_copied(seed):
 
 
 NARROWER = {
-    "avx512": {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"},
+    "avx512_bf16": {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"},
+    "avx512": {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE"},
     "avx2": {"ATEN_CPU_CAPABILITY": "avx2"},
     "baseline": {"ATEN_CPU_CAPABILITY": "default"},
 }

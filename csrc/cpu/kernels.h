@@ -58,7 +58,7 @@ struct Kernels {
                  int64_t end, void* out);
 
   // dW without the library's product, where it is the faster, else null: with AVX-512, all of one dtype, fp32 or fp64,
-  // and with AMX where x and dy are bf16. Rows [begin, end) of the kept columns of x into `staged`, which has room for
+  // and with AVX512_BF16 or AMX where x and dy are bf16. Rows [begin, end) of the kept columns of x into `staged`, which has room for
   // round_up(rows, staged_unit) of round_up(count + 1, staged_unit); staged_unit divides begin.
   void (*stage_kept)(const KeptX& kept_x, int64_t begin, int64_t end, void* staged) = nullptr;
   // Rows [begin, end) of dW (outputs, columns) from all of them staged and dy (m, outputs), the columns numbered index
@@ -107,7 +107,8 @@ extern const InstructionSet instruction_set;
 }
 namespace avx512 {
 extern const InstructionSet instruction_set;
-extern const InstructionSet with_amx; // bf16 products on its tiles
+extern const InstructionSet with_bf16; // bf16 products by AVX512_BF16
+extern const InstructionSet with_amx;  // bf16 products on its tiles
 } // namespace avx512
 #endif
 

@@ -27,7 +27,7 @@
 #else
 #pragma GCC target("avx512bf16,avx512vbmi2,amx-tile,amx-bf16")
 #endif
-#include "amx.inl"
+#include "bf16.inl"
 #if defined(__clang__)
 #pragma clang attribute pop
 #else

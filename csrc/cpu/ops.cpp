@@ -4,10 +4,12 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
-#if defined(__x86_64__) && defined(__linux__)
+#if defined(__x86_64__)
 #include <cpuid.h>
+#if defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
+#endif
 #endif
 
 #include <algorithm>
@@ -28,25 +30,29 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 #if defined(__x86_64__)
-// Whether bf16 products can run on AMX tiles: oneDNN's own variable does not forbid it, and the system lets this
-// process have the tiles' registers, for which it must be asked.
-bool has_amx() {
-#if defined(__linux__)
+// Of those with AVX-512 the widest that this processor has for bf16 products, or a narrower one by oneDNN's own variable.
+const InstructionSet& choose_avx512() {
   const char* variable = std::getenv("ONEDNN_MAX_CPU_ISA");
   if (!variable || !*variable) variable = std::getenv("DNNL_MAX_CPU_ISA"); // its older name
   std::string limit = variable ? variable : "";
   for (char& letter : limit) letter = static_cast<char>(std::toupper(static_cast<unsigned char>(letter)));
-  if (!limit.empty() && limit != "DEFAULT" && limit.find("AMX") == std::string::npos) return false;
+  const auto allows = [&](std::initializer_list<const char*> parts_of_names) {
+    return limit.empty() || limit == "DEFAULT" || limit == "ALL" ||
+           std::any_of(parts_of_names.begin(), parts_of_names.end(),
+                       [&](const char* part) { return limit.find(part) != std::string::npos; });
+  };
   uint32_t eax, ebx, ecx, edx;
-  if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return false;
+  if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return avx512::instruction_set;
   const bool has_tiles = edx >> 22 & edx >> 24 & 1, has_compress = ecx >> 6 & 1;
-  if (!__get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx)) return false;
+  if (!__get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx)) return avx512::instruction_set;
   const bool has_bf16 = eax >> 5 & 1;
+  if (!has_bf16 || !has_compress || !allows({"BF16", "FP16", "AMX", "AVX10"})) return avx512::instruction_set;
+#if defined(__linux__)
+  // The system lets a process have the tiles' registers if it asks.
   constexpr int request = 0x1023, tile_data = 18; // ARCH_REQ_XCOMP_PERM, which headers older than Linux 5.16 lack
-  return has_tiles && has_compress && has_bf16 && syscall(SYS_arch_prctl, request, tile_data) == 0;
-#else
-  return false;
+  if (has_tiles && allows({"AMX"}) && syscall(SYS_arch_prctl, request, tile_data) == 0) return avx512::with_amx;
 #endif
+  return avx512::with_bf16;
 }
 #endif
 
@@ -58,7 +64,7 @@ const InstructionSet& choose_instruction_set() {
   const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (has_avx512 && limit == "avx512") return has_amx() ? avx512::with_amx : avx512::instruction_set;
+  if (has_avx512 && limit == "avx512") return choose_avx512();
   if (has_avx2 && limit != "default") return avx2::instruction_set;
 #endif
   return baseline::instruction_set;

@@ -44,8 +44,16 @@ def unavailable(device_type: str) -> str | None:
 
 
 def instruction_set() -> str:
-    """The instruction set that the kernels run with: amx (AVX-512, bf16 on AMX tiles), avx512, avx2 or baseline."""
+    """What the kernels run with: amx or avx512_bf16 (AVX-512, bf16 products by AMX or AVX512_BF16), avx512, avx2 or
+    baseline."""
     return torch.ops.mixout_fast.cpu_instruction_set()
+
+
+def own_products() -> tuple[torch.dtype, ...]:
+    """The dtypes whose products of any size are the kernels' own."""
+    own = {"avx512": (torch.float32, torch.float64)}
+    own["avx512_bf16"] = own["amx"] = (*own["avx512"], torch.bfloat16)
+    return own.get(instruction_set(), ())
 
 
 def is_one_pass(dtype: torch.dtype, rows: int) -> tuple[bool, bool]:
@@ -135,5 +143,4 @@ def _register_fakes() -> None:
 # At import and not at first use: torch.compile traces `unavailable`, and cannot trace a search of the file system.
 LOAD_ERROR = _load_error()
 if LOAD_ERROR is None:
-    own = {"amx": (torch.float32, torch.float64, torch.bfloat16), "avx512": (torch.float32, torch.float64)}
-    ONE_PASS_ROWS |= dict.fromkeys(own.get(instruction_set(), ()), (sys.maxsize, sys.maxsize))
+    ONE_PASS_ROWS |= dict.fromkeys(own_products(), (sys.maxsize, sys.maxsize))

@@ -1,17 +1,17 @@
-// bf16 products on AMX tiles, included behind kernels.inl in the region and namespace of AVX-512. Elsewhere bf16 is
-// mixed first and multiplied by the library.
+// bf16 products of our own, included behind kernels.inl in the region and namespace of AVX-512. Elsewhere bf16 is mixed
+// first and multiplied by the library.
 //
-// A tile has 16 rows of 64 bytes. A product adds to 16 x 16 sums in fp32 those of 32 terms: of a left tile of 16 rows
-// with 32 terms each, and a right one, whose rows hold pairs of terms, each of 16 outputs. A step makes 32 x 32 sums
-// of two left and two right tiles. Like the library's products on tiles, and unlike its sum for db, it takes subnormal
-// numbers for 0.
+// A product is made in steps, each of which adds to 32 x 32 sums in fp32 those of 32 terms: of left rows with 32 terms
+// each, and of a right operand, whose rows hold pairs of terms, each of 16 outputs. A unit multiplies: AMX tiles, or
+// vectors with AVX512_BF16. Like the library's products on them, and unlike its sum for db, both take subnormal numbers
+// for 0.
 
 namespace mixout_fast::cpu::avx512 {
 namespace {
 
 constexpr int64_t tile_terms = 32;
 constexpr int64_t tile_outputs = 32;
-constexpr int64_t step_size = tile_terms * tile_outputs; // elements of two tiles, 1 KB each
+constexpr int64_t step_size = tile_terms * tile_outputs; // elements: two halves of 16 outputs (left: rows), 1 KB each
 
 struct TileLayout {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
@@ -21,47 +21,98 @@ struct TileLayout {
 // Not on the stack: GCC 12's _tile_loadconfig does not tell that it reads more than 8 bytes.
 alignas(64) constexpr TileLayout tile_layout;
 
-struct TileRegisters {
-  TileRegisters() { _tile_loadconfig(&tile_layout); }
-  ~TileRegisters() { _tile_release(); }
+// A left operand of 32 rows: 16 so many bytes apart, and 16 more behind; a step of terms behind a step.
+struct LeftRows {
+  const char* data;
+  int64_t row_bytes, half_bytes, step_bytes;
 };
 
-// sums (32, 32), so many floats apart, of left rows so many bytes apart and right steps; added to what is there where
-// `adds`. beside.step() is called once a step of terms.
-template <typename Beside>
-MIXOUT_INLINE void multiply_steps(const char* left, int64_t tile_bytes, int64_t row_bytes, int64_t step_bytes,
-                                  const bfloat16* right, int64_t steps, bool adds, float* sums, int64_t stride,
-                                  Beside& beside) {
-  __asm__ volatile("" ::: "memory"); // GCC 12's _tile_loadd does not tell that it reads memory
-  const int64_t sums_bytes = stride * sizeof(float);
-  float* lower = sums + 16 * stride;
-  if (adds) {
-    _tile_loadd(0, sums, sums_bytes);
-    _tile_loadd(1, sums + 16, sums_bytes);
-    _tile_loadd(2, lower, sums_bytes);
-    _tile_loadd(3, lower + 16, sums_bytes);
-  } else {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
+// A tile has 16 rows of 64 bytes: a step takes two left and two right ones.
+struct Tiles {
+  Tiles() { _tile_loadconfig(&tile_layout); }
+  ~Tiles() { _tile_release(); }
+
+  // sums (32, 32), so many floats apart, of left rows and right steps; added to what is there where `adds`.
+  // beside.step() is called once a step of terms.
+  template <typename Beside>
+  MIXOUT_INLINE void multiply(LeftRows rows, int64_t, const bfloat16* right, int64_t steps, bool adds, float* sums,
+                              int64_t stride, Beside& beside) const {
+    __asm__ volatile("" ::: "memory"); // GCC 12's _tile_loadd does not tell that it reads memory
+    const char* left = rows.data;
+    const int64_t sums_bytes = stride * sizeof(float);
+    float* lower = sums + 16 * stride;
+    if (adds) {
+      _tile_loadd(0, sums, sums_bytes);
+      _tile_loadd(1, sums + 16, sums_bytes);
+      _tile_loadd(2, lower, sums_bytes);
+      _tile_loadd(3, lower + 16, sums_bytes);
+    } else {
+      _tile_zero(0);
+      _tile_zero(1);
+      _tile_zero(2);
+      _tile_zero(3);
+    }
+    for (int64_t step = 0; step < steps; ++step, left += rows.step_bytes, right += step_size) {
+      beside.step();
+      _tile_loadd(6, right, 64);
+      _tile_loadd(4, left, rows.row_bytes);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_loadd(7, right + step_size / 2, 64);
+      _tile_dpbf16ps(1, 4, 7);
+      _tile_loadd(5, left + rows.half_bytes, rows.row_bytes);
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
+    }
+    _tile_stored(0, sums, sums_bytes);
+    _tile_stored(1, sums + 16, sums_bytes);
+    _tile_stored(2, lower, sums_bytes);
+    _tile_stored(3, lower + 16, sums_bytes);
   }
-  for (int64_t step = 0; step < steps; ++step, left += step_bytes, right += step_size) {
-    beside.step();
-    _tile_loadd(6, right, 64);
-    _tile_loadd(4, left, row_bytes);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_loadd(7, right + step_size / 2, 64);
-    _tile_dpbf16ps(1, 4, 7);
-    _tile_loadd(5, left + tile_bytes, row_bytes);
-    _tile_dpbf16ps(2, 5, 6);
-    _tile_dpbf16ps(3, 5, 7);
+};
+
+// 8 x 2 sums, two vectors of the right operand, and pairs of the left one broadcast to all lanes.
+struct Vectors {
+  // As Tiles, of the first `height` rows, rounded up to 8.
+  template <typename Beside>
+  MIXOUT_INLINE void multiply(LeftRows rows, int64_t height, const bfloat16* right, int64_t steps, bool adds,
+                              float* sums, int64_t stride, Beside& beside) const {
+    for (int64_t row = 0; row < height; row += 8)
+      multiply_rows(rows.data + row / 16 * rows.half_bytes + row % 16 * rows.row_bytes, rows.row_bytes, rows.step_bytes,
+                    right, steps, adds, sums + row * stride, stride, beside);
   }
-  _tile_stored(0, sums, sums_bytes);
-  _tile_stored(1, sums + 16, sums_bytes);
-  _tile_stored(2, lower, sums_bytes);
-  _tile_stored(3, lower + 16, sums_bytes);
-}
+
+private:
+  template <typename Beside>
+  static void multiply_rows(const char* left, int64_t row_bytes, int64_t step_bytes, const bfloat16* right,
+                            int64_t steps, bool adds, float* sums, int64_t stride, Beside& beside) {
+    __m512 sum[8][2];
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i)
+#pragma GCC unroll 2
+      for (int v = 0; v < 2; ++v)
+        sum[i][v] = adds ? _mm512_loadu_ps(sums + i * stride + 16 * v) : _mm512_setzero_ps();
+    for (int64_t step = 0; step < steps; ++step, left += step_bytes, right += step_size) {
+      beside.step();
+#pragma GCC unroll 2
+      for (int pair = 0; pair < 16; ++pair) {
+        const auto first = (__m512bh)_mm512_loadu_si512(right + 32 * pair);
+        const auto second = (__m512bh)_mm512_loadu_si512(right + step_size / 2 + 32 * pair);
+#pragma GCC unroll 8
+        for (int i = 0; i < 8; ++i) {
+          int32_t terms;
+          memcpy(&terms, left + i * row_bytes + 4 * pair, sizeof(terms));
+          const auto both = (__m512bh)_mm512_set1_epi32(terms);
+          sum[i][0] = _mm512_dpbf16_ps(sum[i][0], both, first);
+          sum[i][1] = _mm512_dpbf16_ps(sum[i][1], both, second);
+        }
+      }
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i)
+#pragma GCC unroll 2
+      for (int v = 0; v < 2; ++v) _mm512_storeu_ps(sums + i * stride + 16 * v, sum[i][v]);
+  }
+};
 
 // 32 numbers in two vectors: of bf16 those of even and of odd place, of fp32 the first and the last 16.
 struct Wide {
@@ -226,7 +277,7 @@ constexpr int64_t few_rows_terms = 256;
 static_assert(block_size / few_rows_terms > tile_outputs); // no block's first sums replace the last ones on their way
 
 // As multiply: W' is mixed in parts that stay in L2, which the rows of x or dy pass.
-template <bool forward, typename Operand>
+template <typename Unit, bool forward, typename Operand>
 void multiply_tiles(const Mixing& mixing, Matrix x, int64_t m, int64_t all_rows, int64_t begin, int64_t end,
                     const void* bias, void* result) {
   const int64_t terms = forward ? mixing.columns : mixing.rows;
@@ -250,7 +301,7 @@ void multiply_tiles(const Mixing& mixing, Matrix x, int64_t m, int64_t all_rows,
   for (int64_t i = 0; i < columns / 32 && mixing.mask.keep; ++i)
     kept[i] = kept_bits<Operand>(mixing.mask.keep + first_column + 32 * i);
 
-  const TileRegisters registers;
+  const Unit unit;
   Finishing finishing;
   int turn = 0;
   for (int64_t first = begin; first < end; first += block_outputs)
@@ -265,12 +316,14 @@ void multiply_tiles(const Mixing& mixing, Matrix x, int64_t m, int64_t all_rows,
         if (is_copied) copy_rows(x, row, m, term, part.terms, padded, copied);
         const char* left = is_copied ? reinterpret_cast<const char*>(copied) : address<bfloat16>(x, row, term);
         const int64_t row_bytes = 2 * (is_copied ? padded : x.row_stride);
+        const LeftRows rows{left, row_bytes, 16 * row_bytes, 64};
+        const int64_t height = m - row < 32 ? m - row : 32;
         for (int64_t output = first; output < first + part.outputs; output += tile_outputs) {
           const int64_t tile = row / 32 * panels + (output - first) / tile_outputs;
           float* sums = tiles + (is_split ? tile : turn) * tile_size;
           turn ^= 1;
-          multiply_steps(left, 16 * row_bytes, row_bytes, 64, right + (output - first) * padded, padded / tile_terms,
-                         term > 0, sums, tile_outputs, finishing);
+          unit.multiply(rows, height, right + (output - first) * padded, padded / tile_terms, term > 0, sums,
+                        tile_outputs, finishing);
           finishing.finish();
           if (term + block_terms < terms) continue;
           const __mmask32 inside = end - output < 32 ? (1u << (end - output)) - 1 : ~0u;
@@ -284,7 +337,7 @@ void multiply_tiles(const Mixing& mixing, Matrix x, int64_t m, int64_t all_rows,
           finishing.sums = sums;
           finishing.out = static_cast<bfloat16*>(result) + row * result_stride + output;
           finishing.stride = result_stride;
-          finishing.rows = m - row < 32 ? m - row : 32;
+          finishing.rows = height;
         }
       }
     }
@@ -428,7 +481,7 @@ void put_rows(const float* sums, int64_t stride, int64_t count, int64_t rows, fl
 }
 
 // As grad_weight: blocks of dW's rows, whose sums over all rows of x and dy are made in fp32 and then spread.
-template <typename Result>
+template <typename Unit, typename Result>
 void grad_weight_tiles(const KeptX& kept_x, const void* staged_x, Matrix dy, int64_t, const int32_t* index,
                        int64_t columns, double factor, int64_t begin, int64_t end, void* dw, void* db) {
   constexpr int64_t block = 128, most_steps = 64;
@@ -443,15 +496,16 @@ void grad_weight_tiles(const KeptX& kept_x, const void* staged_x, Matrix dy, int
     const int64_t rows = end - first < block ? end - first : block;
     if (steps == 0) memset(sums, 0, width * block * sizeof(float));
     {
-      const TileRegisters registers;
+      const Unit unit;
       for (int64_t step = 0; step < steps; step += block_steps) {
         const int64_t count = steps - step < block_steps ? steps - step : block_steps;
         stage_pairs(dy, kept_x.rows, step * tile_terms, count, first, rows, right);
         for (int64_t column = 0; column < width; column += tile_outputs)
           for (int64_t row = 0; row < rows; row += tile_outputs)
-            multiply_steps(reinterpret_cast<const char*>(left + (column / tile_outputs * steps + step) * step_size),
-                           step_size, 64, 2 * step_size, right + row / tile_outputs * count * step_size, count,
-                           step > 0, sums + column * block + row, block, nothing);
+            unit.multiply({reinterpret_cast<const char*>(left + (column / tile_outputs * steps + step) * step_size), 64,
+                           step_size, 2 * step_size},
+                          32, right + row / tile_outputs * count * step_size, count, step > 0,
+                          sums + column * block + row, block, nothing);
       }
     }
     put_rows(sums, block, kept_x.count, rows, static_cast<float>(factor), dense, columns,
@@ -461,32 +515,34 @@ void grad_weight_tiles(const KeptX& kept_x, const void* staged_x, Matrix dy, int
   }
 }
 
-template <typename Operand, typename Result>
-constexpr Kernels with_tiles() {
+template <typename Unit, typename Operand, typename Result>
+constexpr Kernels with_unit() {
   Kernels kernels = kernels_for<Operand, Result>;
   if constexpr (std::is_same_v<Result, bfloat16>) {
-    kernels.linear = multiply_tiles<true, Operand>;
-    kernels.grad_input = multiply_tiles<false, Operand>;
+    kernels.linear = multiply_tiles<Unit, true, Operand>;
+    kernels.grad_input = multiply_tiles<Unit, false, Operand>;
   }
   if constexpr (std::is_same_v<Operand, bfloat16>) {
     kernels.stage_kept = stage_kept_tiles;
-    kernels.grad_weight = grad_weight_tiles<Result>;
+    kernels.grad_weight = grad_weight_tiles<Unit, Result>;
   }
   return kernels;
 }
 
-template <typename Operand, typename Result>
-constexpr Kernels kernels_with_tiles = with_tiles<Operand, Result>();
+template <typename Unit, typename Operand, typename Result>
+constexpr Kernels kernels_with_unit = with_unit<Unit, Operand, Result>();
 
-const Kernels* kernels_or_tiles(Dtype operand, Dtype result) {
-  if (operand == Dtype::bf16 && result == Dtype::bf16) return &kernels_with_tiles<bfloat16, bfloat16>;
-  if (operand == Dtype::bf16 && result == Dtype::f32) return &kernels_with_tiles<bfloat16, float>;
-  if (operand == Dtype::f32 && result == Dtype::bf16) return &kernels_with_tiles<float, bfloat16>;
+template <typename Unit>
+const Kernels* kernels_with(Dtype operand, Dtype result) {
+  if (operand == Dtype::bf16 && result == Dtype::bf16) return &kernels_with_unit<Unit, bfloat16, bfloat16>;
+  if (operand == Dtype::bf16 && result == Dtype::f32) return &kernels_with_unit<Unit, bfloat16, float>;
+  if (operand == Dtype::f32 && result == Dtype::bf16) return &kernels_with_unit<Unit, float, bfloat16>;
   return kernels(operand, result);
 }
 
 } // namespace
 
-extern const InstructionSet with_amx = {"amx", draw, gather_or_halves, kernels_or_tiles};
+extern const InstructionSet with_bf16 = {"avx512_bf16", draw, gather_or_halves, kernels_with<Vectors>};
+extern const InstructionSet with_amx = {"amx", draw, gather_or_halves, kernels_with<Tiles>};
 
 } // namespace mixout_fast::cpu::avx512
