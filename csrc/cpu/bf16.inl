@@ -93,7 +93,7 @@ private:
         sum[i][v] = adds ? _mm512_loadu_ps(sums + i * stride + 16 * v) : _mm512_setzero_ps();
     for (int64_t step = 0; step < steps; ++step, left += step_bytes, right += step_size) {
       beside.step();
-#pragma GCC unroll 2
+#pragma GCC unroll 4
       for (int pair = 0; pair < 16; ++pair) {
         const auto first = (__m512bh)_mm512_loadu_si512(right + 32 * pair);
         const auto second = (__m512bh)_mm512_loadu_si512(right + step_size / 2 + 32 * pair);
