@@ -37,12 +37,13 @@ def test_error_is_at_most_twice_the_librarys(shape, dtype, seed):
 
 @pytest.mark.parametrize("dtype", OWN_PRODUCTS, ids=str)
 @pytest.mark.parametrize("shape, p", (((20000, 14, 64), 0.1), ((20000, 96, 17), 0.9), ((200000, 8, 20), 0.3)), ids=str)
-def test_error_of_many_rows(shape, p, dtype, seed):
+@pytest.mark.parametrize("name", ("cpu", "reference"))
+def test_error_of_many_rows(shape, p, dtype, name, seed):
     """dW of few outputs or few kept columns, and db, are sums of many pieces, which grow with a dY that has a mean."""
     cases = [testing.random_case(*shape, p=p, dtype=dtype, seed=seed + i) for i in range(2)]
     for case in cases:
         case.grad_output.add_(1)
-    testing.check_error(cases, "cpu")
+    testing.check_error(cases, name)
 
 
 def assert_same_for_any_threads(case, names):
@@ -68,7 +69,7 @@ def test_results_do_not_depend_on_the_threads(shape, dtype, seed):
 @pytest.mark.parametrize("dtype", OWN_PRODUCTS, ids=str)
 def test_products_whose_rows_are_shared_do_not_depend_on_the_threads(shape, dtype, seed, monkeypatch):
     """Many threads with few outputs share the rows too. Our own products alone: the library's depend on the threads."""
-    own = testing.RESULTS if dtype in cpu.own_products() else ("y", "dX")
+    own = ("y", "dX") if cpu.instruction_set() in ("avx2", "baseline") else testing.RESULTS
     monkeypatch.setattr(cpu, "ONE_PASS_ROWS", dict.fromkeys(cpu.ONE_PASS_ROWS, (sys.maxsize, sys.maxsize)))
     assert_same_for_any_threads(testing.random_case(*shape, p=0.7, dtype=dtype, seed=seed), own)
 
@@ -116,6 +117,13 @@ NARROWER = {
     "avx2": {"ATEN_CPU_CAPABILITY": "avx2"},
     "baseline": {"ATEN_CPU_CAPABILITY": "default"},
 }
+
+
+@pytest.mark.parametrize("name", NARROWER)
+def test_narrower_instruction_sets_are_as_exact(name, seed):
+    command = [sys.executable, "-m", "pytest", "-q", "-k", "test_error_", f"--seed={seed}", __file__]
+    run = subprocess.run(command, env={**os.environ, **NARROWER[name]}, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout
 
 
 @pytest.mark.parametrize("name", NARROWER)
