@@ -18,9 +18,9 @@ PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 PHILOX_WEYL = (0x9E3779B9, 0xBB67AE85)
 LOW32 = 0xFFFFFFFF
 
-# Below this many outputs or kept columns grad_weight sums in fp64: MKL's products of a vector and few columns sum one by
-# one, up to 2.5 times the error of its full product with 255 rows and 1 output, 10 times on AMD's processors with 20000
-# rows and 10 kept columns.
+# Below this many outputs or kept columns grad_weight sums in fp64: MKL's products of a vector and few columns sum one
+# by one, up to 2.5 times the error of its full product with 255 rows and 1 output, 10 times on AMD's processors with
+# 20000 rows and 10 kept columns.
 THIN_OUTPUT = 16
 
 

@@ -89,8 +89,7 @@ private:
 #pragma GCC unroll 8
     for (int i = 0; i < 8; ++i)
 #pragma GCC unroll 2
-      for (int v = 0; v < 2; ++v)
-        sum[i][v] = adds ? _mm512_loadu_ps(sums + i * stride + 16 * v) : _mm512_setzero_ps();
+      for (int v = 0; v < 2; ++v) sum[i][v] = adds ? _mm512_loadu_ps(sums + i * stride + 16 * v) : _mm512_setzero_ps();
     for (int64_t step = 0; step < steps; ++step, left += step_bytes, right += step_size) {
       beside.step();
 #pragma GCC unroll 4

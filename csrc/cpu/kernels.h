@@ -58,8 +58,8 @@ struct Kernels {
                  int64_t end, void* out);
 
   // dW without the library's product, where it is the faster, else null: with AVX-512, all of one dtype, fp32 or fp64,
-  // and with AVX512_BF16 or AMX where x and dy are bf16. Rows [begin, end) of the kept columns of x into `staged`, which has room for
-  // round_up(rows, staged_unit) of round_up(count + 1, staged_unit); staged_unit divides begin.
+  // and with AVX512_BF16 or AMX where x and dy are bf16. Rows [begin, end) of the kept columns of x into `staged`,
+  // which has room for round_up(rows, staged_unit) of round_up(count + 1, staged_unit); staged_unit divides begin.
   void (*stage_kept)(const KeptX& kept_x, int64_t begin, int64_t end, void* staged) = nullptr;
   // Rows [begin, end) of dW (outputs, columns) from all of them staged and dy (m, outputs), the columns numbered index
   // times factor, the others 0; and of db, the sums of dy, unless it is null.

@@ -75,8 +75,8 @@ MIXOUT_INLINE Vector<uint64_t> multiply_low_halves(Vector<uint64_t> a, uint32_t 
 MIXOUT_INLINE void stream_vector(const void* source, void* destination) {
   _mm256_stream_si256(static_cast<__m256i*>(destination), _mm256_load_si256(static_cast<const __m256i*>(source)));
 }
-// 6 x 2 sums, 2 operands and a broadcast in 16 registers. With 4 x 3, which take all 16, the compiler loads an operand for
-// every product instead: y at 2048x768x768 13.4 and not 11.2 ms on AMD's Zen 4, where MKL's alone takes 12.1.
+// 6 x 2 sums, 2 operands and a broadcast in 16 registers. With 4 x 3, which take all 16, the compiler loads an operand
+// for every product instead: y at 2048x768x768 13.4 and not 11.2 ms on AMD's Zen 4, where MKL's alone takes 12.1.
 constexpr int tile_rows = 6, panel_vectors = 2;
 #else
 template <typename T>
@@ -115,9 +115,9 @@ struct TransposedTiles {
   static constexpr int64_t row_stride = 1, term_stride = tile_rows;
 };
 // How many terms are summed one by one, for an error near the library's: MKL sums blocks of 192 in fp64, in fp32 of 384
-// on Intel's processors and of 192 on AMD's, where ours of 384 had 1.4 times its error. Up to 16 rows or outputs it sums
-// in as many parts as its vectors have lanes. By the whole product and not a thread's part: the sums must not depend on
-// the threads.
+// on Intel's processors and of 192 on AMD's, where ours of 384 had 1.4 times its error. Up to 16 rows or outputs it
+// sums in as many parts as its vectors have lanes. By the whole product and not a thread's part: the sums must not
+// depend on the threads.
 constexpr int64_t piece_terms = 192, short_piece = 32;
 constexpr int64_t summed_at_once(int64_t rows, int64_t outputs) {
   return rows <= 16 || outputs <= 16 ? short_piece : piece_terms;

@@ -30,7 +30,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 #if defined(__x86_64__)
-// Of those with AVX-512 the widest that this processor has for bf16 products, or a narrower one by oneDNN's own variable.
+// With what this processor has for bf16 products, or with less by oneDNN's own variable.
 const InstructionSet& choose_avx512() {
   const char* variable = std::getenv("ONEDNN_MAX_CPU_ISA");
   if (!variable || !*variable) variable = std::getenv("DNNL_MAX_CPU_ISA"); // its older name
