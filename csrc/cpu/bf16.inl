@@ -9,9 +9,9 @@
 namespace mixout_fast::cpu::avx512 {
 namespace {
 
-constexpr int64_t tile_terms = 32;
-constexpr int64_t tile_outputs = 32;
-constexpr int64_t step_size = tile_terms * tile_outputs; // elements: two halves of 16 outputs (left: rows), 1 KB each
+constexpr int64_t step_terms = 32;
+constexpr int64_t step_outputs = 32;
+constexpr int64_t step_size = step_terms * step_outputs; // elements: two halves of 16 outputs (left: rows), 1 KB each
 
 struct TileLayout {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
@@ -22,6 +22,10 @@ struct TileLayout {
 alignas(64) constexpr TileLayout tile_layout;
 
 // A left operand of 32 rows: 16 so many bytes apart, and 16 more behind; a step of terms behind a step.
+//
+// A unit's multiply(left, height, right, steps, adds, sums, stride, beside) makes sums (32, 32), so many floats apart,
+// of left rows and right steps, added to what is there where `adds`; of the rows at least the first `height`. It calls
+// beside.step() at least once a step.
 struct LeftRows {
   const char* data;
   int64_t row_bytes, half_bytes, step_bytes;
@@ -32,11 +36,9 @@ struct Tiles {
   Tiles() { _tile_loadconfig(&tile_layout); }
   ~Tiles() { _tile_release(); }
 
-  // sums (32, 32), so many floats apart, of left rows and right steps; added to what is there where `adds`.
-  // beside.step() is called once a step of terms.
   template <typename Beside>
-  MIXOUT_INLINE void multiply(LeftRows rows, int64_t, const bfloat16* right, int64_t steps, bool adds, float* sums,
-                              int64_t stride, Beside& beside) const {
+  MIXOUT_INLINE void multiply(LeftRows rows, int64_t /*height*/, const bfloat16* right, int64_t steps, bool adds,
+                              float* sums, int64_t stride, Beside& beside) const {
     __asm__ volatile("" ::: "memory"); // GCC 12's _tile_loadd does not tell that it reads memory
     const char* left = rows.data;
     const int64_t sums_bytes = stride * sizeof(float);
@@ -72,11 +74,10 @@ struct Tiles {
 
 // 8 x 2 sums, two vectors of the right operand, and pairs of the left one broadcast to all lanes.
 struct Vectors {
-  // As Tiles, of the first `height` rows, rounded up to 8.
   template <typename Beside>
   MIXOUT_INLINE void multiply(LeftRows rows, int64_t height, const bfloat16* right, int64_t steps, bool adds,
                               float* sums, int64_t stride, Beside& beside) const {
-    for (int64_t row = 0; row < height; row += 8)
+    for (int64_t row = 0; row < 32 && row < height; row += 8)
       multiply_rows(rows.data + row / 16 * rows.half_bytes + row % 16 * rows.row_bytes, rows.row_bytes, rows.step_bytes,
                     right, steps, adds, sums + row * stride, stride, beside);
   }
@@ -208,7 +209,7 @@ template <bool forward, typename Operand>
 void mix_steps(const Mixing& mixing, const KeptBits* kept, Part part, bfloat16* rows, bfloat16* out) {
   const int64_t first_row = forward ? part.output : part.term, height = forward ? part.outputs : part.terms;
   const int64_t first_column = forward ? part.term : part.output, columns = forward ? part.terms : part.outputs;
-  const int64_t stride = rows_stride(columns), panel_size = round_up(part.terms, tile_terms) * tile_outputs;
+  const int64_t stride = rows_stride(columns), panel_size = round_up(part.terms, step_terms) * step_outputs;
   for (int64_t row = 0; row < round_up(height, 32); row += rows_at_once<forward>) {
     for (int64_t i = 0; i < rows_at_once<forward>; ++i)
       if (row + i < height)
@@ -216,9 +217,9 @@ void mix_steps(const Mixing& mixing, const KeptBits* kept, Part part, bfloat16* 
       else memset(rows + i * stride, 0, round_up(columns, 32) * sizeof(bfloat16));
     for (int64_t column = 0; column < columns; column += 32) {
       const int64_t output = forward ? row : column, term = forward ? column : row;
-      bfloat16* step = out + output / tile_outputs * panel_size + term / tile_terms * step_size;
+      bfloat16* step = out + output / step_outputs * panel_size + term / step_terms * step_size;
       if constexpr (forward) {
-        step += output % tile_outputs / 16 * (step_size / 2);
+        step += output % step_outputs / 16 * (step_size / 2);
         Vector<float> tile[16];
 #pragma GCC unroll 16
         for (int64_t i = 0; i < 16; ++i) tile[i] = (Vector<float>)_mm512_load_si512(rows + i * stride + column);
@@ -226,7 +227,7 @@ void mix_steps(const Mixing& mixing, const KeptBits* kept, Part part, bfloat16* 
 #pragma GCC unroll 16
         for (int64_t i = 0; i < 16; ++i) _mm512_store_ps(step + 32 * i, (__m512)tile[i]);
       } else {
-        step += term % tile_terms * 16;
+        step += term % step_terms * 16;
         store_pairs(_mm512_load_si512(rows + column), _mm512_load_si512(rows + stride + column), step,
                     step + step_size / 2);
       }
@@ -257,7 +258,7 @@ struct Finishing {
   MIXOUT_INLINE void row() {
     const __m512i values = rounded(load(sums) + offset.first, load(sums + 16) + offset.second);
     _mm512_mask_storeu_epi16(out, inside, values);
-    sums += tile_outputs;
+    sums += step_outputs;
     out += stride;
     --rows;
   }
@@ -273,23 +274,23 @@ struct Finishing {
 // is summed in parts of so many terms, for W and U to be read in wide parts of their rows.
 constexpr int64_t few_rows_block = 64 * 1024, block_size = 256 * 1024;
 constexpr int64_t few_rows_terms = 256;
-static_assert(block_size / few_rows_terms > tile_outputs); // no block's first sums replace the last ones on their way
+static_assert(block_size / few_rows_terms > step_outputs); // no block's first sums replace the last ones on their way
 
 // As multiply: W' is mixed in parts that stay in L2, which the rows of x or dy pass.
 template <typename Unit, bool forward, typename Operand>
-void multiply_tiles(const Mixing& mixing, Matrix x, int64_t m, int64_t all_rows, int64_t begin, int64_t end,
-                    const void* bias, void* result) {
+void multiply_in_steps(const Mixing& mixing, Matrix x, int64_t m, int64_t all_rows, int64_t begin, int64_t end,
+                       const void* bias, void* result) {
   const int64_t terms = forward ? mixing.columns : mixing.rows;
   const int64_t result_stride = forward ? mixing.rows : mixing.columns;
   const bool has_few_rows = all_rows <= few_rows;
-  const int64_t all_terms = round_up(terms, tile_terms), all_outputs = round_up(end - begin, tile_outputs);
+  const int64_t all_terms = round_up(terms, step_terms), all_outputs = round_up(end - begin, step_outputs);
   const bool is_split = !forward && has_few_rows && all_terms > few_rows_terms;
   const int64_t block_terms = is_split ? few_rows_terms : all_terms;
   const int64_t in_l2 = (forward && has_few_rows ? few_rows_block : block_size) / block_terms;
-  const int64_t most_outputs = in_l2 > tile_outputs ? in_l2 / tile_outputs * tile_outputs : tile_outputs;
+  const int64_t most_outputs = in_l2 > step_outputs ? in_l2 / step_outputs * step_outputs : step_outputs;
   const int64_t block_outputs = all_outputs < most_outputs ? all_outputs : most_outputs;
   // Of a split sum all tiles of a block, else two in turn.
-  const int64_t tile_size = 32 * tile_outputs, panels = block_outputs / tile_outputs;
+  const int64_t tile_size = 32 * step_outputs, panels = block_outputs / step_outputs;
   float* tiles = scratch<float>(Slot::rows, (is_split ? (m + 31) / 32 * panels : 2) * tile_size);
   const int64_t rows_size = rows_at_once<forward> * rows_stride(forward ? block_terms : block_outputs);
   bfloat16* right = scratch<bfloat16>(Slot::block, block_terms * block_outputs + 32 * block_terms + rows_size);
@@ -308,7 +309,7 @@ void multiply_tiles(const Mixing& mixing, Matrix x, int64_t m, int64_t all_rows,
       const int64_t outputs_left = end - first, terms_left = terms - term;
       const Part part = {first, outputs_left < block_outputs ? outputs_left : block_outputs, term,
                          terms_left < block_terms ? terms_left : block_terms};
-      const int64_t padded = round_up(part.terms, tile_terms);
+      const int64_t padded = round_up(part.terms, step_terms);
       mix_steps<forward, Operand>(mixing, forward ? kept : kept + (first - begin) / 32, part, mixed_rows, right);
       for (int64_t row = 0; row < m; row += 32) {
         const bool is_copied = row + 32 > m || padded != part.terms || x.column_stride != 1;
@@ -317,12 +318,12 @@ void multiply_tiles(const Mixing& mixing, Matrix x, int64_t m, int64_t all_rows,
         const int64_t row_bytes = 2 * (is_copied ? padded : x.row_stride);
         const LeftRows rows{left, row_bytes, 16 * row_bytes, 64};
         const int64_t height = m - row < 32 ? m - row : 32;
-        for (int64_t output = first; output < first + part.outputs; output += tile_outputs) {
-          const int64_t tile = row / 32 * panels + (output - first) / tile_outputs;
+        for (int64_t output = first; output < first + part.outputs; output += step_outputs) {
+          const int64_t tile = row / 32 * panels + (output - first) / step_outputs;
           float* sums = tiles + (is_split ? tile : turn) * tile_size;
           turn ^= 1;
-          unit.multiply(rows, height, right + (output - first) * padded, padded / tile_terms, term > 0, sums,
-                        tile_outputs, finishing);
+          unit.multiply(rows, height, right + (output - first) * padded, padded / step_terms, term > 0, sums,
+                        step_outputs, finishing);
           finishing.finish();
           if (term + block_terms < terms) continue;
           const __mmask32 inside = end - output < 32 ? (1u << (end - output)) - 1 : ~0u;
@@ -390,17 +391,17 @@ void gather_or_halves(Matrix x, int64_t element_size, const int32_t* index, int6
 }
 
 // The weight's gradient is a product over the rows of x and dy. The kept columns of x, and behind them a column of
-// ones, which makes db, are left tiles: panels of 32 columns, [rows / 32] steps of two tiles.
-int64_t staged_columns(int64_t count) { return round_up(count + 1, tile_outputs); }
+// ones, which makes db, are the left operand: panels of 32 columns, [rows / 32] steps.
+int64_t staged_columns(int64_t count) { return round_up(count + 1, step_outputs); }
 
-void stage_kept_tiles(const KeptX& kept_x, int64_t begin, int64_t end, void* out) {
+void stage_kept_steps(const KeptX& kept_x, int64_t begin, int64_t end, void* out) {
   const auto [x, m, index, count] = kept_x;
-  const int64_t width = staged_columns(count), all_rows = round_up(m, tile_terms);
+  const int64_t width = staged_columns(count), all_rows = round_up(m, step_terms);
   const KeptColumns<bfloat16> kept(index, index ? count : 0);
   const bfloat16 one{0x3F80};
-  bfloat16* rows = scratch<bfloat16>(Slot::rows, tile_terms * (width + 32));
-  for (int64_t first = begin; first < end; first += tile_terms) {
-    for (int64_t i = 0; i < tile_terms; ++i) {
+  bfloat16* rows = scratch<bfloat16>(Slot::rows, step_terms * (width + 32));
+  for (int64_t first = begin; first < end; first += step_terms) {
+    for (int64_t i = 0; i < step_terms; ++i) {
       bfloat16* row = rows + i * (width + 32);
       const int64_t there = first + i < m ? count : 0;
       const bfloat16* source = static_cast<const bfloat16*>(x.data) + (first + i) * x.row_stride;
@@ -422,7 +423,7 @@ void stage_kept_tiles(const KeptX& kept_x, int64_t begin, int64_t end, void* out
         tile[i] = (Vector<float>)paired(_mm512_inserti64x4(_mm512_castsi256_si512(even), odd, 1));
       }
       transpose<float>(tile);
-      bfloat16* to = static_cast<bfloat16*>(out) + column / 32 * 32 * all_rows + first * tile_outputs +
+      bfloat16* to = static_cast<bfloat16*>(out) + column / 32 * 32 * all_rows + first * step_outputs +
                      column % 32 / 16 * (step_size / 2);
 #pragma GCC unroll 16
       for (int64_t i = 0; i < 16; ++i) _mm512_storeu_ps(to + 32 * i, (__m512)tile[i]);
@@ -442,9 +443,9 @@ void stage_pairs(Matrix dy, int64_t m, int64_t row, int64_t steps, int64_t first
     return _mm512_load_si512(values);
   };
   for (int64_t k = 0; k < 32 * steps; k += 2)
-    for (int64_t column = 0; column < columns; column += tile_outputs) {
+    for (int64_t column = 0; column < columns; column += step_outputs) {
       const __m512i even = load_part(row + k, column), odd = load_part(row + k + 1, column);
-      bfloat16* to = out + (column / tile_outputs * steps + k / 32) * step_size + k % 32 * 16;
+      bfloat16* to = out + (column / step_outputs * steps + k / 32) * step_size + k % 32 * 16;
       store_pairs(even, odd, to, to + step_size / 2);
     }
 }
@@ -481,14 +482,14 @@ void put_rows(const float* sums, int64_t stride, int64_t count, int64_t rows, fl
 
 // As grad_weight: blocks of dW's rows, whose sums over all rows of x and dy are made in fp32 and then spread.
 template <typename Unit, typename Result>
-void grad_weight_tiles(const KeptX& kept_x, const void* staged_x, Matrix dy, int64_t, const int32_t* index,
-                       int64_t columns, double factor, int64_t begin, int64_t end, void* dw, void* db) {
+void grad_weight_in_steps(const KeptX& kept_x, const void* staged_x, Matrix dy, int64_t, const int32_t* index,
+                          int64_t columns, double factor, int64_t begin, int64_t end, void* dw, void* db) {
   constexpr int64_t block = 128, most_steps = 64;
-  const int64_t steps = round_up(kept_x.rows, tile_terms) / tile_terms, width = staged_columns(kept_x.count);
+  const int64_t steps = round_up(kept_x.rows, step_terms) / step_terms, width = staged_columns(kept_x.count);
   const int64_t block_steps = steps < most_steps ? steps : most_steps;
   const bfloat16* left = static_cast<const bfloat16*>(staged_x);
-  bfloat16* right = scratch<bfloat16>(Slot::rows, block * block_steps * tile_terms + 2 * width * block);
-  float* sums = reinterpret_cast<float*>(right + block * block_steps * tile_terms);
+  bfloat16* right = scratch<bfloat16>(Slot::rows, block * block_steps * step_terms + 2 * width * block);
+  float* sums = reinterpret_cast<float*>(right + block * block_steps * step_terms);
   DenseRows<Result, Result> dense(index, kept_x.count, columns);
   NoPrefetch nothing;
   for (int64_t first = begin; first < end; first += block) {
@@ -498,13 +499,14 @@ void grad_weight_tiles(const KeptX& kept_x, const void* staged_x, Matrix dy, int
       const Unit unit;
       for (int64_t step = 0; step < steps; step += block_steps) {
         const int64_t count = steps - step < block_steps ? steps - step : block_steps;
-        stage_pairs(dy, kept_x.rows, step * tile_terms, count, first, rows, right);
-        for (int64_t column = 0; column < width; column += tile_outputs)
-          for (int64_t row = 0; row < rows; row += tile_outputs)
-            unit.multiply({reinterpret_cast<const char*>(left + (column / tile_outputs * steps + step) * step_size), 64,
-                           step_size, 2 * step_size},
-                          32, right + row / tile_outputs * count * step_size, count, step > 0,
-                          sums + column * block + row, block, nothing);
+        stage_pairs(dy, kept_x.rows, step * step_terms, count, first, rows, right);
+        for (int64_t column = 0; column < width; column += step_outputs) {
+          const bfloat16* panel = left + (column / step_outputs * steps + step) * step_size;
+          const LeftRows columns_of_x{reinterpret_cast<const char*>(panel), 64, step_size, 2 * step_size};
+          for (int64_t row = 0; row < rows; row += step_outputs)
+            unit.multiply(columns_of_x, kept_x.count + 1 - column, right + row / step_outputs * count * step_size,
+                          count, step > 0, sums + column * block + row, block, nothing);
+        }
       }
     }
     put_rows(sums, block, kept_x.count, rows, static_cast<float>(factor), dense, columns,
@@ -518,12 +520,12 @@ template <typename Unit, typename Operand, typename Result>
 constexpr Kernels with_unit() {
   Kernels kernels = kernels_for<Operand, Result>;
   if constexpr (std::is_same_v<Result, bfloat16>) {
-    kernels.linear = multiply_tiles<Unit, true, Operand>;
-    kernels.grad_input = multiply_tiles<Unit, false, Operand>;
+    kernels.linear = multiply_in_steps<Unit, true, Operand>;
+    kernels.grad_input = multiply_in_steps<Unit, false, Operand>;
   }
   if constexpr (std::is_same_v<Operand, bfloat16>) {
-    kernels.stage_kept = stage_kept_tiles;
-    kernels.grad_weight = grad_weight_tiles<Unit, Result>;
+    kernels.stage_kept = stage_kept_steps;
+    kernels.grad_weight = grad_weight_in_steps<Unit, Result>;
   }
   return kernels;
 }

@@ -4,12 +4,10 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
-#if defined(__x86_64__)
+#if defined(__x86_64__) && defined(__linux__)
 #include <cpuid.h>
-#if defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
-#endif
 #endif
 
 #include <algorithm>
@@ -41,13 +39,11 @@ const InstructionSet& choose_avx512() {
            std::any_of(parts_of_names.begin(), parts_of_names.end(),
                        [&](const char* part) { return limit.find(part) != std::string::npos; });
   };
-  uint32_t eax, ebx, ecx, edx;
-  if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return avx512::instruction_set;
-  const bool has_tiles = edx >> 22 & edx >> 24 & 1, has_compress = ecx >> 6 & 1;
-  if (!__get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx)) return avx512::instruction_set;
-  const bool has_bf16 = eax >> 5 & 1;
-  if (!has_bf16 || !has_compress || !allows({"BF16", "FP16", "AMX", "AVX10"})) return avx512::instruction_set;
+  const bool has_bf16 = __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi2");
+  if (!has_bf16 || !allows({"BF16", "FP16", "AMX", "AVX10"})) return avx512::instruction_set;
 #if defined(__linux__)
+  uint32_t eax, ebx, ecx, edx;
+  const bool has_tiles = __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && edx >> 22 & edx >> 24 & 1;
   // The system lets a process have the tiles' registers if it asks.
   constexpr int request = 0x1023, tile_data = 18; // ARCH_REQ_XCOMP_PERM, which headers older than Linux 5.16 lack
   if (has_tiles && allows({"AMX"}) && syscall(SYS_arch_prctl, request, tile_data) == 0) return avx512::with_amx;
@@ -286,14 +282,23 @@ Output linear(const Tensor& input, const Tensor& weight, const std::optional<Ten
   return {library_linear(input, mixed(weight, mixing, dtype, gathered_bytes, gather), bias), index, columns};
 }
 
-// As THIN_OUTPUT in mixout_fast/reference.py.
-constexpr int64_t thin_product = 16;
+// Kept columns of x, of fewer than 16 some, filled up with zeros: see THIN_OUTPUT in mixout_fast/reference.py.
+Tensor filled_up(const Tensor& columns) {
+  constexpr int64_t width = 16;
+  const int64_t m = columns.size(0), count = columns.size(1);
+  if (count == 0 || count >= width) return columns;
+  Tensor filled = allocate({m, width}, columns.scalar_type());
+  int32_t index[width];
+  for (int64_t j = 0; j < width; ++j) index[j] = j < count ? static_cast<int32_t>(j) : -1;
+  instruction_set().gather(matrix_of(columns), columns.element_size(), index, width, 0, m, filled.mutable_data_ptr());
+  return filled;
+}
 
 // Of an input mask: the product of the kept columns of x with dY by the library, then spread into the dense dW.
-Tensor expanded(const Tensor& columns, const Tensor& grad, const Tensor& index, const Tensor& weight, double factor,
-                bool in_fp64) {
+Tensor expanded(const Tensor& kept_columns, const Tensor& grad, const Tensor& index, const Tensor& weight,
+                double factor, bool in_fp64) {
   const int64_t outputs = weight.size(0), in_features = weight.size(1);
-  in_fp64 |= columns.size(1) < thin_product;
+  const Tensor columns = in_fp64 ? kept_columns : filled_up(kept_columns);
   // (C, N) where few columns of many rows are kept: fp32 at 2048x768x768, p = 0.9, takes 1.25 ms so and 1.48 the other
   // way, with the expansion, bf16's product 0.36 and 0.53. (N, C) else, level from there on: it expands without a
   // transpose.

@@ -51,8 +51,12 @@ def instruction_set() -> str:
 
 def own_products() -> tuple[torch.dtype, ...]:
     """The dtypes of which y and dX of any size are the kernels' own products."""
-    own = {"avx2": (torch.float32,), "avx512": (torch.float32, torch.float64)}
-    own["avx512_bf16"] = own["amx"] = (*own["avx512"], torch.bfloat16)
+    own = {
+        "avx2": (torch.float32,),
+        "avx512": (torch.float32, torch.float64),
+        "avx512_bf16": (torch.float32, torch.float64, torch.bfloat16),
+        "amx": (torch.float32, torch.float64, torch.bfloat16),
+    }
     return own.get(instruction_set(), ())
 
 
