@@ -72,7 +72,8 @@ struct Tiles {
   }
 };
 
-// 8 x 2 sums, two vectors of the right operand, and pairs of the left one broadcast to all lanes.
+// 8 x 2 sums, two vectors of the right operand, and pairs of the left one broadcast to all lanes. Its beside.step() is
+// called once for every 8 rows.
 struct Vectors {
   template <typename Beside>
   MIXOUT_INLINE void multiply(LeftRows rows, int64_t height, const bfloat16* right, int64_t steps, bool adds,
@@ -93,6 +94,7 @@ private:
       for (int v = 0; v < 2; ++v) sum[i][v] = adds ? _mm512_loadu_ps(sums + i * stride + 16 * v) : _mm512_setzero_ps();
     for (int64_t step = 0; step < steps; ++step, left += step_bytes, right += step_size) {
       beside.step();
+// Of Zen 4's time two at once take 1 to 2 % more, sixteen 2 to 3 %.
 #pragma GCC unroll 4
       for (int pair = 0; pair < 16; ++pair) {
         const auto first = (__m512bh)_mm512_loadu_si512(right + 32 * pair);

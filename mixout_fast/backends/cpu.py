@@ -16,7 +16,8 @@ from mixout_fast.reference import capacity
 # and 0.85, 0.84 and 0.94, 0.95 and 0.98; fp64 0.78 and 0.83, 0.92 and 0.92, 0.99 and 0.98. With AVX2, of which MKL
 # makes use too (Zen 4), fp32 at 768x768 takes 0.50 and 0.52 with 128, 0.82 and 0.86 with 512, 0.95 and 0.99 with 2048;
 # at 1024x4096 0.66 and 0.69 with 128, 0.80 and 0.94 with 1024; fp64 at 768x768 0.96 and 0.88, 0.89 and 0.99, 1.06 and
-# 1.10. bf16 where only the library's products use AMX 1.01 and 0.86 with 16, 1.19 and 1.03 with 32; fp16 (Intel) 0.85
+# 1.10; no processor of Intel's with AVX2 alone was at hand, and fp32's numbers below, for those without AVX2, are a
+# guess. bf16 where only the library's products use AMX 1.01 and 0.86 with 16, 1.19 and 1.03 with 32; fp16 (Intel) 0.85
 # and 0.96 with 64, 0.97 and 1.04 with 128.
 ONE_PASS_ROWS = {
     torch.float32: (256, 0),
