@@ -108,7 +108,7 @@ def launches(quick: bool) -> list[Launch]:
                 record(f"mix, {mask}, sum", backend.prologue, weight, weight, None, grad, *mixing)
                 for rows, precision in itertools.product((16, 32, 64), ("ieee", "tf32")):
                     x = torch.empty(rows, in_features, dtype=compute)
-                    forward, backward = backend.is_one_pass(compute, rows)
+                    forward, backward = backend.is_one_pass(compute, rows, out_features)
                     with mock.patch.object(backend, "_precision", lambda precision=precision: precision):
                         if forward:
                             record(f"y, {mask}", backend.product, x, weight, weight, weight[0], *draw, False)

@@ -81,23 +81,19 @@ inline torch::stable::Tensor sum_of_rows(const torch::stable::Tensor& matrix) {
   return torch::stable::sum(matrix, torch::headeronly::IntHeaderOnlyArrayRef(&over_rows, 1));
 }
 
+// As in mixout_fast/reference.py.
+constexpr int64_t thin_output = 16;
+
 // dW of x (M, K) in one full product. mask_grad(matrix, dtype) is mask * matrix * factor. The mask of an input, one
-// entry per column, may stand before the product or behind it: on the smaller matrix.
+// entry per column, may stand before the product or behind it: on the smaller matrix, where x's product with the factor
+// is not rounded to 16 bits.
 template <typename MaskGrad>
 torch::stable::Tensor full_product(const torch::stable::Tensor& x, const torch::stable::Tensor& grad,
                                    const torch::stable::Tensor& weight, bool is_input_mask, const MaskGrad& mask_grad) {
   const torch::stable::Tensor by_outputs = torch::stable::transpose(grad, 0, 1);
-  if (is_input_mask && x.numel() < weight.numel()) return library_mm(by_outputs, mask_grad(x, x.scalar_type()));
+  if (is_input_mask && x.numel() < weight.numel() && x.element_size() > 2)
+    return library_mm(by_outputs, mask_grad(x, x.scalar_type()));
   return mask_grad(library_mm(by_outputs, x), weight.scalar_type());
-}
-
-// dW (N, K) in the kept columns of x (M, C), as (C, N).
-inline torch::stable::Tensor compact_product(const torch::stable::Tensor& columns, const torch::stable::Tensor& grad,
-                                             bool in_fp64) {
-  using torch::headeronly::ScalarType;
-  if (!in_fp64) return library_mm(torch::stable::transpose(columns, 0, 1), grad);
-  const torch::stable::Tensor wide = torch::stable::transpose(torch::stable::to(columns, ScalarType::Double), 0, 1);
-  return torch::stable::to(library_mm(wide, torch::stable::to(grad, ScalarType::Double)), columns.scalar_type());
 }
 
 // As the kernels' own enumeration, which they have without a header of torch.

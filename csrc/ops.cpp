@@ -4,7 +4,7 @@
 //
 // linear_backward gives dX, dW and db, where needed, of grad (..., N). dW is made of the kept index and columns, or
 // where there is an input, of that: by full_product, or gathered first (where a kernel multiplies: as it is staged).
-// one_pass is of dX, in_fp64 the compact sum of dW.
+// one_pass is of dX.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(mixout_fast, m) {
@@ -14,6 +14,6 @@ STABLE_TORCH_LIBRARY(mixout_fast, m) {
         " bool one_pass, bool gathers, bool fixed_size) -> (Tensor, Tensor?, Tensor?)");
   m.def("linear_backward(Tensor grad, Tensor? input, Tensor? index, Tensor? columns, Tensor weight, Tensor? target,"
         " Tensor seed, bool needs_input, bool needs_weight, bool needs_bias, float p, bool per_column,"
-        " float factor, bool one_pass, bool full_product, bool in_fp64) -> (Tensor?, Tensor?, Tensor?)");
+        " float factor, bool one_pass, bool full_product) -> (Tensor?, Tensor?, Tensor?)");
   m.def("cpu_instruction_set() -> str");
 }

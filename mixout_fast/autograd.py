@@ -19,12 +19,15 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from mixout_fast import reference
 
 
-def keeps_compact_copy(in_features: int, p: float) -> bool:
+def keeps_compact_copy(out_features: int, in_features: int, p: float) -> bool:
     """Whether forward saves X[:, kept] (a copy) rather than x (a reference).
 
     A reference is free wherever x is alive for another reason and shared by siblings that read the same x; a copy of
-    at most half of x is smaller even when two siblings hold one each. Time is the same: the gather only moves.
+    at most half of x is smaller even when two siblings hold one each. Time is the same: the gather only moves. dW of few
+    outputs is made of x.
     """
+    if out_features < reference.THIN_OUTPUT:
+        return False
     # More than half of x are kept at p <= 0.5; to compute how many takes 14 us from cold caches.
     return p > 0.5 and 2 * reference.capacity(in_features, p) <= in_features
 
@@ -68,7 +71,7 @@ class MixLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, input, weight, target, bias, seed, p, mask, factor, backend):
         trains_weight = ctx.needs_input_grad[1]
-        copies = mask == "input" and trains_weight and keeps_compact_copy(weight.shape[1], p)
+        copies = mask == "input" and trains_weight and keeps_compact_copy(*weight.shape, p)
         static = torch.compiler.is_compiling()
         wide = widened(target, weight)
         output, index, columns = backend.linear(input, weight, wide, bias, seed, p, mask, copies, static)

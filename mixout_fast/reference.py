@@ -18,7 +18,8 @@ PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 PHILOX_WEYL = (0x9E3779B9, 0xBB67AE85)
 LOW32 = 0xFFFFFFFF
 
-# Below this many outputs grad_weight sums in fp64: MKL's products of a vector and few columns sum one by one, up to
+# dW of fewer outputs is made of all columns of x and then masked. Fewer operations would save nothing, for such a product
+# waits for x, and it would have to be summed otherwise: MKL's products of a vector and few columns sum one by one, up to
 # 2.5 times the error of its full product (255 rows, 1 output). Fewer kept columns are filled up with zeros: of 3 to 10
 # its sums have 2 to 5 times that error with 2000 rows, 4 to 12 times with 20000 (AMD's processors, a dY of mean 1).
 THIN_OUTPUT = 16
@@ -148,12 +149,9 @@ def grad_weight(
     columns: Tensor, grad: Tensor, index: Tensor, in_features: int, factor: float, dtype: torch.dtype
 ) -> Tensor:
     """The dense weight gradient (N, K) of an input mask: (columnsᵀ grad)ᵀ · factor in the kept columns, 0 elsewhere."""
-    if grad.shape[1] < THIN_OUTPUT:
-        compact = columns.double().t().mm(grad.double()).to(columns.dtype)
-    else:
-        kept = columns.shape[1]
-        filled = torch.nn.functional.pad(columns, (0, THIN_OUTPUT - kept)) if 0 < kept < THIN_OUTPUT else columns
-        compact = filled.t().mm(grad)[:kept]
+    kept = columns.shape[1]
+    filled = torch.nn.functional.pad(columns, (0, THIN_OUTPUT - kept)) if 0 < kept < THIN_OUTPUT else columns
+    compact = filled.t().mm(grad)[:kept]
     scaled = (compact.to(compute_dtype(compact.dtype)) * factor).to(dtype)
     slots = torch.where(index < 0, in_features, index).long()
     rows = scaled.new_zeros(in_features + 1, compact.shape[1]).index_copy(0, slots, scaled)
@@ -184,7 +182,7 @@ def gradients(
     dX = dW = db = None
     if needs[0]:
         dX = grad_input(rows, weight, target, seed, p, mask).view(*grad.shape[:-1], in_features)
-    if needs[1] and mask == "element":
+    if needs[1] and (mask == "element" or (input is not None and out_features < THIN_OUTPUT)):
         dW = mask_grad(rows.t().mm(input.reshape(-1, in_features)), seed, p, mask, factor, weight.dtype)
     elif needs[1]:
         if input is not None:

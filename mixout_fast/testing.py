@@ -589,7 +589,9 @@ def _assert_likely(what, how, probability, where):
 def is_one_pass(case: Case, backend: str | None) -> tuple[bool, bool]:
     """Whether the backend mixes and multiplies in one pass, whose summation order is its own, for y and for dX."""
     module = _module(backend, case)
-    return module.is_one_pass(case.compute, len(case.rows)) if hasattr(module, "is_one_pass") else (False, False)
+    if not hasattr(module, "is_one_pass"):
+        return False, False
+    return module.is_one_pass(case.compute, len(case.rows), len(case.weight))
 
 
 def _module(backend: str | None, case: Case) -> ModuleType:

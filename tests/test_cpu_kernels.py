@@ -95,7 +95,7 @@ def test_operators_refuse_a_p_that_is_none(p, seed):
 def test_backward_refuses_to_make_dw_of_nothing(index, seed):
     operands = torch.ones(8, 3), None, index, None, torch.ones(3, 5), None, torch.tensor(seed)
     with pytest.raises(RuntimeError, match="dW is made of"):
-        torch.ops.mixout_fast.linear_backward(*operands, True, True, True, 0.5, True, 2.0, True, False, False)
+        torch.ops.mixout_fast.linear_backward(*operands, True, True, True, 0.5, True, 2.0, True, False)
 
 
 @pytest.mark.skipif(not STATM.exists(), reason="reads this process's memory from /proc")

@@ -123,20 +123,22 @@ def launches_noted():
 
 @pytest.mark.parametrize("bias", (True, False))
 @pytest.mark.parametrize(
-    # At p = 0.9 forward saves X[:, kept], at 0.1 x. 128 rows are mixed first, 16 take one pass.
-    ("mask", "p", "rows", "forward", "backward", "of_bias"),
+    # At p = 0.9 forward saves X[:, kept], at 0.1 and of few outputs x. 128 rows are mixed first, 16 take one pass.
+    ("mask", "p", "rows", "out_features", "forward", "backward", "of_bias"),
     (
-        ("input", 0.9, 128, "prologue mm", "prologue mm mm expand", ""),
-        ("input", 0.1, 128, "prologue mm", "prologue mm mm expand", ""),
-        ("input", 0.9, 16, "prologue one_pass", "one_pass mm expand", "sum"),
-        ("input", 0.1, 16, "one_pass", "prologue one_pass mm expand", ""),
-        ("element", 0.9, 128, "element mm", "element mm mm element", ""),
-        ("element", 0.9, 16, "one_pass", "one_pass mm element", "sum"),
+        ("input", 0.9, 128, 32, "prologue mm", "prologue mm mm expand", ""),
+        ("input", 0.1, 128, 32, "prologue mm", "prologue mm mm expand", ""),
+        ("input", 0.9, 128, 8, "prologue mm", "prologue mm mm prologue", ""),
+        ("input", 0.9, 16, 32, "prologue one_pass", "one_pass mm expand", "sum"),
+        ("input", 0.1, 16, 32, "one_pass", "prologue one_pass mm expand", ""),
+        ("input", 0.9, 16, 8, "one_pass", "one_pass mm prologue", "sum"),
+        ("element", 0.9, 128, 32, "element mm", "element mm mm element", ""),
+        ("element", 0.9, 16, 32, "one_pass", "one_pass mm element", "sum"),
     ),
 )
-def test_launches_of_a_layer(mask, p, rows, forward, backward, of_bias, bias, served, seed):
+def test_launches_of_a_layer(mask, p, rows, out_features, forward, backward, of_bias, bias, served, seed):
     """At most 2 forward and 4 backward, the library's among them."""
-    case = testing.random_case(rows, 64, 32, p=p, mask=mask, bias=bias, device=served, seed=seed)
+    case = testing.random_case(rows, 64, out_features, p=p, mask=mask, bias=bias, device=served, seed=seed)
     leaves = [t.requires_grad_() for t in (case.input, case.weight, case.bias) if t is not None]
     with launches_noted() as seen:
         output = mix_linear(

@@ -282,9 +282,9 @@ Output linear(const Tensor& input, const Tensor& weight, const std::optional<Ten
   return {library_linear(input, mixed(weight, mixing, dtype, gathered_bytes, gather), bias), index, columns};
 }
 
-// Kept columns of x, of fewer than 16 some, filled up with zeros: see THIN_OUTPUT in mixout_fast/reference.py.
+// Kept columns of x, of few some, filled up with zeros: see THIN_OUTPUT in mixout_fast/reference.py.
 Tensor filled_up(const Tensor& columns) {
-  constexpr int64_t width = 16;
+  constexpr int64_t width = thin_output;
   const int64_t m = columns.size(0), count = columns.size(1);
   if (count == 0 || count >= width) return columns;
   Tensor filled = allocate({m, width}, columns.scalar_type());
@@ -296,15 +296,15 @@ Tensor filled_up(const Tensor& columns) {
 
 // Of an input mask: the product of the kept columns of x with dY by the library, then spread into the dense dW.
 Tensor expanded(const Tensor& kept_columns, const Tensor& grad, const Tensor& index, const Tensor& weight,
-                double factor, bool in_fp64) {
+                double factor) {
   const int64_t outputs = weight.size(0), in_features = weight.size(1);
-  const Tensor columns = in_fp64 ? kept_columns : filled_up(kept_columns);
+  const Tensor columns = filled_up(kept_columns);
   // (C, N) where few columns of many rows are kept: fp32 at 2048x768x768, p = 0.9, takes 1.25 ms so and 1.48 the other
   // way, with the expansion, bf16's product 0.36 and 0.53. (N, C) else, level from there on: it expands without a
   // transpose.
-  const bool by_columns = in_fp64 || (columns.size(0) > 256 && 2 * columns.size(1) < in_features);
-  Tensor compact =
-      by_columns ? compact_product(columns, grad, in_fp64) : library_mm(torch::stable::transpose(grad, 0, 1), columns);
+  const bool by_columns = columns.size(0) > 256 && 2 * columns.size(1) < in_features;
+  Tensor compact = by_columns ? library_mm(torch::stable::transpose(columns, 0, 1), grad)
+                              : library_mm(torch::stable::transpose(grad, 0, 1), columns);
   if (!by_columns) compact = torch::stable::transpose(compact, 0, 1);
   const Kernels& kernels = kernels_of(compact.scalar_type(), weight.scalar_type());
   const Matrix matrix = matrix_of(compact);
@@ -322,7 +322,7 @@ Gradients linear_backward(const Tensor& grad_output, const std::optional<Tensor>
                           const std::optional<Tensor>& kept_index, const std::optional<Tensor>& kept_columns,
                           const Tensor& weight, const std::optional<Tensor>& target, const Tensor& seed,
                           bool needs_input, bool needs_weight, bool needs_bias, double p, bool per_column,
-                          double factor, bool in_one_pass, bool in_full_product, bool in_fp64) {
+                          double factor, bool in_one_pass, bool in_full_product) {
   const int64_t outputs = weight.size(0), in_features = weight.size(1);
   const ScalarType dtype = grad_output.scalar_type();
   const DrawnMask drawn(seed, p, per_column, in_features);
@@ -334,7 +334,7 @@ Gradients linear_backward(const Tensor& grad_output, const std::optional<Tensor>
   if (needs_weight && input) x = rows_of(*input, in_features);
 
   const Kernels& of_weight = kernels_of(dtype, weight.scalar_type());
-  const bool in_kernel = needs_weight && per_column && of_weight.grad_weight && !in_fp64;
+  const bool in_kernel = needs_weight && per_column && of_weight.grad_weight && outputs >= thin_output;
   const bool is_full = x && in_full_product && !in_kernel, gathers = x && !is_full && !in_kernel;
   // The kept columns: of x, or as forward gathered them.
   std::optional<Tensor> index = kept_index, columns = kept_columns;
@@ -383,7 +383,7 @@ Gradients linear_backward(const Tensor& grad_output, const std::optional<Tensor>
     grad_weight = full_product(*x, grad, weight, per_column, [&](const Tensor& matrix, ScalarType result) {
       return masked(matrix, drawn, factor, result);
     });
-  else if (needs_weight) grad_weight = expanded(*columns, grad, *index, weight, factor, in_fp64);
+  else if (needs_weight) grad_weight = expanded(*columns, grad, *index, weight, factor);
   if (needs_bias) grad_bias = sum_of_rows(grad);
   return {grad_input, grad_weight, grad_bias};
 }

@@ -5,8 +5,7 @@
 // A mask is given by a 0-d int64 seed, p, and whether it has one entry per column (an input mask) or per element.
 //
 // linear_backward gives dX, dW and db, where needed, of grad (..., N). dW is made of the kept index and columns, or
-// where there is an input, of that: by full_product, or gathered first. one_pass is of dX, in_fp64 the compact sum of
-// dW.
+// where there is an input, of that: by full_product, or gathered first. one_pass is of dX.
 #include <dlfcn.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
@@ -208,8 +207,8 @@ Output linear(const Tensor& input, const Tensor& weight, const std::optional<Ten
 // Of an input mask: the product of the kept columns of x with dY by the library, then spread into the dense dW; in the
 // same launch the sums of their parts.
 Tensor expanded(const Tensor& columns, const Tensor& grad, const Tensor& index, const Tensor& weight, double factor,
-                bool in_fp64, const ColumnSums& sums, Launch launch) {
-  const Tensor compact = compact_product(columns, grad, in_fp64);
+                const ColumnSums& sums, Launch launch) {
+  const Tensor compact = library_mm(torch::stable::transpose(columns, 0, 1), grad);
   Tensor out = like_weight(weight, weight.scalar_type());
   check(launch_expand(dtype_of(compact), dtype_of(out), matrix_of(compact),
                       static_cast<const int32_t*>(index.const_data_ptr()), index.numel(), weight.size(0),
@@ -221,7 +220,7 @@ Gradients linear_backward(const Tensor& grad_output, const std::optional<Tensor>
                           const std::optional<Tensor>& kept_index, const std::optional<Tensor>& kept_columns,
                           const Tensor& weight, const std::optional<Tensor>& target, const Tensor& seed,
                           bool needs_input, bool needs_weight, bool needs_bias, double p, bool per_column,
-                          double factor, bool one_pass, bool in_full_product, bool in_fp64, bool tf32) {
+                          double factor, bool one_pass, bool in_full_product, bool tf32) {
   const OnDevice device(weight);
   const ScalarType dtype = grad_output.scalar_type();
   const Mixing mixing = mixing_of(weight, target, seed, p, per_column);
@@ -259,7 +258,7 @@ Gradients linear_backward(const Tensor& grad_output, const std::optional<Tensor>
     });
   else if (needs_weight)
     grad_weight = expanded(gathered ? gathered->columns : *kept_columns, grad, gathered ? gathered->index : *kept_index,
-                           weight, factor, in_fp64, sums, device.launch);
+                           weight, factor, sums, device.launch);
   return {grad_input, grad_weight, grad_bias};
 }
 
@@ -273,7 +272,7 @@ STABLE_TORCH_LIBRARY(mixout_fast_cuda, m) {
         " bool one_pass, bool tf32, bool gathers) -> (Tensor, Tensor?, Tensor?)");
   m.def("linear_backward(Tensor grad, Tensor? input, Tensor? index, Tensor? columns, Tensor weight, Tensor? target,"
         " Tensor seed, bool needs_input, bool needs_weight, bool needs_bias, float p, bool per_column,"
-        " float factor, bool one_pass, bool full_product, bool in_fp64, bool tf32) -> (Tensor?, Tensor?, Tensor?)");
+        " float factor, bool one_pass, bool full_product, bool tf32) -> (Tensor?, Tensor?, Tensor?)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mixout_fast_cuda, CompositeExplicitAutograd, m) {

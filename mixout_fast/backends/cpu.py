@@ -26,6 +26,12 @@ ONE_PASS_ROWS = {
     torch.float16: (128, 64),
 }
 
+# The same of few outputs (reference.THIN_OUTPUT), of dX and of y in bf16, which wait for memory. With AVX512_BF16, one
+# pass / two, of 2 and 15 outputs from 768: dX of 256 rows in fp32 0.30 and 0.49, in bf16 1.26 and 1.04; of 1024 rows 1.6
+# and 1.1, 2.8 and 1.8; y of bf16 with 256 rows 0.84 and 0.78, with 1024 1.23 and 1.03. y of fp32 takes 1.39 and 0.31
+# with 1024 rows.
+THIN_ROWS = 256
+
 
 def _load_error() -> str | None:
     libraries = sorted(Path(__file__).parent.parent.glob("_C*.so"))
@@ -61,23 +67,27 @@ def own_products() -> tuple[torch.dtype, ...]:
     return own.get(instruction_set(), ())
 
 
-def is_one_pass(dtype: torch.dtype, rows: int) -> tuple[bool, bool]:
-    """Whether y, and whether dX, of so many rows is computed in one pass."""
+def is_one_pass(dtype: torch.dtype, rows: int, out_features: int) -> tuple[bool, bool]:
+    """Whether y, and whether dX, of so many rows and outputs is computed in one pass."""
     forward, backward = ONE_PASS_ROWS[dtype]
+    if out_features < reference.THIN_OUTPUT:
+        backward = min(backward, THIN_ROWS)
+        if dtype == torch.bfloat16:
+            forward = min(forward, THIN_ROWS)
     return rows <= forward, rows <= backward
 
 
-def takes_full_product(dtype: torch.dtype, p: float) -> bool:
+def takes_full_product(dtype: torch.dtype, p: float, out_features: int) -> bool:
     """Whether dW of an input mask from one full product, dYᵀ (m ⊙ X · s) or m ⊙ (dYᵀ X) · s, beats the compact one.
 
-    It matters where the library computes dW: with AVX-512 in fp32 and fp64 only that of fewer than 16 outputs.
-    With a dY that is not finite the former makes dropped columns NaN, as it makes the kept ones. The compact product
-    saves p of the operations, and x is gathered first.
+    Of few outputs it does (reference.THIN_OUTPUT); of more it matters where the library computes dW, which with AVX-512
+    it does not in fp32 and fp64. With a dY that is not finite the former makes dropped columns NaN, as it makes the
+    kept ones. The compact product saves p of the operations, and x is gathered first.
 
     Measured on 2 cores, fp32, dW from x, full / compact: 128x768x768 at p = 0.1 and 0.3: 1.0, 1.3; 2048x768x768: 0.94
     and 1.3; 1024x1024x4096: 0.90 and 1.2. Not for bf16 and fp16, where rounding X · s costs accuracy.
     """
-    return p <= 0.15 and dtype in (torch.float32, torch.float64)
+    return out_features < reference.THIN_OUTPUT or (p <= 0.15 and dtype in (torch.float32, torch.float64))
 
 
 def mix(weight: Tensor, target: Tensor | None, seed: Tensor, p: float, mask: str, dtype: torch.dtype) -> Tensor:
@@ -102,7 +112,8 @@ def linear(
     gathers: bool,
     static: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    one_pass, _ = is_one_pass(input.dtype, input.numel() // weight.shape[1])
+    out_features, in_features = weight.shape
+    one_pass, _ = is_one_pass(input.dtype, input.numel() // in_features, out_features)
     bias = None if bias is None else bias.contiguous()
     return torch.ops.mixout_fast.linear.default(
         input, weight, target, bias, seed, p, mask == "input", one_pass, gathers, static
@@ -124,12 +135,11 @@ def gradients(
     static: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     out_features = weight.shape[0]
-    _, one_pass = is_one_pass(grad.dtype, grad.numel() // out_features)
-    in_full = mask == "element" or takes_full_product(grad.dtype, p)
-    in_fp64 = out_features < reference.THIN_OUTPUT
+    _, one_pass = is_one_pass(grad.dtype, grad.numel() // out_features, out_features)
+    in_full = mask == "element" or takes_full_product(grad.dtype, p, out_features)
     return torch.ops.mixout_fast.linear_backward.default(
         grad, input, index, columns, weight, target, seed, *needs,
-        p, mask == "input", factor, one_pass, in_full, in_fp64,
+        p, mask == "input", factor, one_pass, in_full,
     )  # fmt: skip
 
 

@@ -63,8 +63,8 @@ def _asked_of_the_gpu() -> str | None:
     return f"this GPU and driver do not run its CUDA library: {reason}" if reason else None
 
 
-def is_one_pass(dtype: torch.dtype, rows: int) -> tuple[bool, bool]:
-    """Whether y, and whether dX, of so many rows is computed in one pass.
+def is_one_pass(dtype: torch.dtype, rows: int, out_features: int) -> tuple[bool, bool]:
+    """Whether y, and whether dX, of so many rows and outputs is computed in one pass.
 
     The operators mix first all the same where an operand's columns are not neighbours in memory or are more than 2^18.
     """
@@ -72,14 +72,16 @@ def is_one_pass(dtype: torch.dtype, rows: int) -> tuple[bool, bool]:
     return rows <= forward, rows <= backward
 
 
-def takes_full_product(dtype: torch.dtype, p: float, in_features: int) -> bool:
+def takes_full_product(dtype: torch.dtype, p: float, out_features: int, in_features: int) -> bool:
     """Whether dW of an input mask from one full product, dYᵀ (m ⊙ X · s) or m ⊙ (dYᵀ X) · s, beats the compact one.
 
-    With a dY that is not finite the former makes dropped columns NaN, as it makes the kept ones. It is taken where the
-    static size is in_features, so that the compact product saves nothing; not for bf16 and fp16, where rounding X · s
-    costs accuracy. Where it saves a little nothing was measured: no GPU.
+    With a dY that is not finite the former makes dropped columns NaN, as it makes the kept ones. It is taken of few
+    outputs (reference.THIN_OUTPUT), and where the static size is in_features, so that the compact product saves nothing;
+    the latter not for bf16 and fp16, where rounding X · s costs accuracy. Where it saves a little nothing was measured:
+    no GPU.
     """
-    return capacity(in_features, p) == in_features and dtype in (torch.float32, torch.float64)
+    saves_nothing = capacity(in_features, p) == in_features and dtype in (torch.float32, torch.float64)
+    return out_features < reference.THIN_OUTPUT or saves_nothing
 
 
 def mix(weight: Tensor, target: Tensor | None, seed: Tensor, p: float, mask: str, dtype: torch.dtype) -> Tensor:
@@ -104,7 +106,8 @@ def linear(
     gathers: bool,
     static: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    one_pass, _ = is_one_pass(input.dtype, input.numel() // weight.shape[1])
+    out_features, in_features = weight.shape
+    one_pass, _ = is_one_pass(input.dtype, input.numel() // in_features, out_features)
     tf32 = one_pass and input.dtype == torch.float32 and _allows_tf32()
     return torch.ops.mixout_fast_cuda.linear.default(
         input, weight, target, bias, seed, p, mask == "input", one_pass, tf32, gathers
@@ -126,13 +129,12 @@ def gradients(
     static: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     out_features, in_features = weight.shape
-    _, one_pass = is_one_pass(grad.dtype, grad.numel() // out_features)
-    in_full = mask == "element" or takes_full_product(grad.dtype, p, in_features)
-    in_fp64 = out_features < reference.THIN_OUTPUT
+    _, one_pass = is_one_pass(grad.dtype, grad.numel() // out_features, out_features)
+    in_full = mask == "element" or takes_full_product(grad.dtype, p, out_features, in_features)
     tf32 = one_pass and grad.dtype == torch.float32 and _allows_tf32()
     return torch.ops.mixout_fast_cuda.linear_backward.default(
         grad, input, index, columns, weight, target, seed, *needs,
-        p, mask == "input", factor, one_pass, in_full, in_fp64, tf32,
+        p, mask == "input", factor, one_pass, in_full, tf32,
     )  # fmt: skip
 
 

@@ -10,6 +10,7 @@ Launches per call of the layer, at most 2 forward and 4 backward, the library's 
     element mask, in one pass  one pass               one pass, product, prologue, the sum of dY
 
     *, **: to gather, where forward saves X[:, kept], or saved x
+    An input mask of few outputs (reference.THIN_OUTPUT) has dW from one full product, as an element mask has.
 
 A prologue writes, of these, what is wanted: W', or of dW' its masked and scaled form; kept indices and X[:, kept]; sums
 of parts of dY's columns, which the launch that writes dW adds up to db.
@@ -88,8 +89,8 @@ def unavailable(device_type: str) -> str | None:
     return "it serves CUDA and ROCm devices (and CPUs through Triton's interpreter, under TRITON_INTERPRET=1)"
 
 
-def is_one_pass(dtype: torch.dtype, rows: int) -> tuple[bool, bool]:
-    """Whether y, and whether dX, of so many rows is computed in one pass."""
+def is_one_pass(dtype: torch.dtype, rows: int, out_features: int) -> tuple[bool, bool]:
+    """Whether y, and whether dX, of so many rows and outputs is computed in one pass."""
     forward, backward = ONE_PASS_ROWS[dtype]
     return rows <= forward, rows <= backward
 
@@ -107,7 +108,7 @@ def linear(
     gathers: bool, static: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     rows = input.reshape(-1, weight.shape[1])
-    one_pass, _ = is_one_pass(input.dtype, rows.shape[0])
+    one_pass, _ = is_one_pass(input.dtype, rows.shape[0], weight.shape[0])
     index = columns = None
     if gathers or not one_pass:
         operands = (None, None) if one_pass else (weight, target)
@@ -124,18 +125,18 @@ def gradients(
     target: Tensor | None, seed: Tensor, p: float, mask: str, factor: float, needs: tuple[bool, bool, bool],
     static: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """As reference's. The library's products stand one after another, dW's of an input mask is always the compact one.
+    """As reference's. The library's products stand one after another, dW's of an input mask is the compact one.
 
-    A full one would save the gather where p · rows is small. Not measured.
+    A full one would save the gather where p · rows is small. Not measured. Of few outputs there is no other.
     """
     needs_input, needs_weight, needs_bias = needs
     out_features, in_features = weight.shape
     rows, draw = grad.reshape(-1, out_features), (seed, p, mask)
     x = input.reshape(-1, in_features) if needs_weight and input is not None else None
-    _, one_pass = is_one_pass(grad.dtype, rows.shape[0])
-    thin = mask == "input" and out_features < reference.THIN_OUTPUT
-    mixes, gathers = needs_input and not one_pass, mask == "input" and x is not None
-    in_parts = needs_bias and needs_weight and not thin and (mixes or gathers)
+    _, one_pass = is_one_pass(grad.dtype, *rows.shape)
+    in_full = mask == "element" or out_features < reference.THIN_OUTPUT
+    mixes, gathers = needs_input and not one_pass, x is not None and not in_full
+    in_parts = needs_bias and needs_weight and (mixes or gathers)
     dX = dW = db = parts = None
     if mixes or gathers:
         operands = (weight, target) if mixes else (None, None)
@@ -145,12 +146,10 @@ def gradients(
     if needs_input:
         dX = rows.mm(mixed) if mixes else product(rows, weight, target, None, *draw, True)
         dX = dX.view(*grad.shape[:-1], in_features)
-    if needs_weight and thin:
-        dW = reference.grad_weight(columns, rows, index, in_features, factor, weight.dtype)
-    elif needs_weight and mask == "input":
-        dW, db = expanded(columns.t().mm(rows), index, parts, in_features, factor, weight.dtype)
-    elif needs_weight:
+    if x is not None and in_full:
         dW, _, _, db = prologue(rows.t().mm(x), None, None, parts, *draw, factor, True, weight.dtype)
+    elif needs_weight:
+        dW, db = expanded(columns.t().mm(rows), index, parts, in_features, factor, weight.dtype)
     if needs_bias and not in_parts:
         db = rows.sum(0)
     return dX, dW, db
