@@ -23,8 +23,8 @@ def keeps_compact_copy(out_features: int, in_features: int, p: float) -> bool:
     """Whether forward saves X[:, kept] (a copy) rather than x (a reference).
 
     A reference is free wherever x is alive for another reason and shared by siblings that read the same x; a copy of
-    at most half of x is smaller even when two siblings hold one each. Time is the same: the gather only moves. dW of few
-    outputs is made of x.
+    at most half of x is smaller even when two siblings hold one each. Time is the same: the gather only moves. Of few
+    outputs dW is made of all of x.
     """
     if out_features < reference.THIN_OUTPUT:
         return False

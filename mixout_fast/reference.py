@@ -18,10 +18,10 @@ PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 PHILOX_WEYL = (0x9E3779B9, 0xBB67AE85)
 LOW32 = 0xFFFFFFFF
 
-# dW of fewer outputs is made of all columns of x and then masked. Fewer operations would save nothing, for such a product
-# waits for x, and it would have to be summed otherwise: MKL's products of a vector and few columns sum one by one, up to
-# 2.5 times the error of its full product (255 rows, 1 output). Fewer kept columns are filled up with zeros: of 3 to 10
-# its sums have 2 to 5 times that error with 2000 rows, 4 to 12 times with 20000 (AMD's processors, a dY of mean 1).
+# dW of fewer outputs is made of all columns of x and then masked. Such a product waits for x, so that fewer operations
+# save nothing; and MKL sums that of few outputs and few columns one by one, with up to 2.5 times the error of its full
+# product (255 rows, 1 output). Fewer kept columns are filled up with zeros: of 3 to 10 its sums have 2 to 5 times that
+# error with 2000 rows, 4 to 12 times with 20000 (AMD's processors, a dY of mean 1).
 THIN_OUTPUT = 16
 
 

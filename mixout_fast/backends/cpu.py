@@ -26,10 +26,10 @@ ONE_PASS_ROWS = {
     torch.float16: (128, 64),
 }
 
-# The same of few outputs (reference.THIN_OUTPUT), of dX and of y in bf16, which wait for memory. With AVX512_BF16, one
-# pass / two, of 2 and 15 outputs from 768: dX of 256 rows in fp32 0.30 and 0.49, in bf16 1.26 and 1.04; of 1024 rows 1.6
-# and 1.1, 2.8 and 1.8; y of bf16 with 256 rows 0.84 and 0.78, with 1024 1.23 and 1.03. y of fp32 takes 1.39 and 0.31
-# with 1024 rows.
+# The same of few outputs (reference.THIN_OUTPUT), for dX and for y in bf16, which wait for memory. Zen 4, one pass / two,
+# 2 and 15 outputs of 768 features: dX of 256 rows in fp32 0.30 and 0.49, in bf16 1.26 and 1.04; of 1024 rows 1.6 and
+# 1.1, in bf16 2.8 and 1.8; y of bf16 with 256 rows 0.84 and 0.78, with 1024 1.23 and 1.03. y of fp32 with 1024 rows 1.39
+# and 0.31.
 THIN_ROWS = 256
 
 

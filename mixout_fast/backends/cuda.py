@@ -75,10 +75,10 @@ def is_one_pass(dtype: torch.dtype, rows: int, out_features: int) -> tuple[bool,
 def takes_full_product(dtype: torch.dtype, p: float, out_features: int, in_features: int) -> bool:
     """Whether dW of an input mask from one full product, dYᵀ (m ⊙ X · s) or m ⊙ (dYᵀ X) · s, beats the compact one.
 
-    With a dY that is not finite the former makes dropped columns NaN, as it makes the kept ones. It is taken of few
-    outputs (reference.THIN_OUTPUT), and where the static size is in_features, so that the compact product saves nothing;
-    the latter not for bf16 and fp16, where rounding X · s costs accuracy. Where it saves a little nothing was measured:
-    no GPU.
+    With a dY that is not finite the former makes dropped columns NaN, as it makes the kept ones. It is taken for few
+    outputs (reference.THIN_OUTPUT), and where the static size is in_features, so that the compact product saves
+    nothing; the latter not for bf16 and fp16, where rounding X · s costs accuracy. Where it saves a little nothing was
+    measured: no GPU.
     """
     saves_nothing = capacity(in_features, p) == in_features and dtype in (torch.float32, torch.float64)
     return out_features < reference.THIN_OUTPUT or saves_nothing
