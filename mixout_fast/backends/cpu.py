@@ -26,10 +26,10 @@ ONE_PASS_ROWS = {
     torch.float16: (128, 64),
 }
 
-# The same of few outputs (reference.THIN_OUTPUT), for dX and for y in bf16, which wait for memory. Zen 4, one pass / two,
-# 2 and 15 outputs of 768 features: dX of 256 rows in fp32 0.30 and 0.49, in bf16 1.26 and 1.04; of 1024 rows 1.6 and
-# 1.1, in bf16 2.8 and 1.8; y of bf16 with 256 rows 0.84 and 0.78, with 1024 1.23 and 1.03. y of fp32 with 1024 rows 1.39
-# and 0.31.
+# The same of few outputs, for dX of fewer than 32 and for y in bf16 of fewer than 16: they wait for memory. Zen 4, one
+# pass / two, of 2, 15 and 24 outputs from 768 features: dX of 256 rows in fp32 0.30, 0.49, 0.51, in bf16 1.26, 1.04,
+# 0.89; of 1024 rows in fp32 1.6, 1.1, 1.3, in bf16 2.8, 1.8, 1.25; y in bf16 of 256 rows 0.84, 0.78, 0.62, of 1024
+# 1.23, 1.03, 0.78.
 THIN_ROWS = 256
 
 
@@ -70,10 +70,10 @@ def own_products() -> tuple[torch.dtype, ...]:
 def is_one_pass(dtype: torch.dtype, rows: int, out_features: int) -> tuple[bool, bool]:
     """Whether y, and whether dX, of so many rows and outputs is computed in one pass."""
     forward, backward = ONE_PASS_ROWS[dtype]
-    if out_features < reference.THIN_OUTPUT:
+    if out_features < 32:
         backward = min(backward, THIN_ROWS)
-        if dtype == torch.bfloat16:
-            forward = min(forward, THIN_ROWS)
+    if out_features < 16 and dtype == torch.bfloat16:
+        forward = min(forward, THIN_ROWS)
     return rows <= forward, rows <= backward
 
 
