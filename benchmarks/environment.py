@@ -51,6 +51,11 @@ def device_name(device_type: str) -> str:
     return torch.cuda.get_device_name() if device_type == "cuda" else cpu_model()
 
 
+def this_machine() -> set[str]:
+    """The names of its devices."""
+    return {device_name(device_type) for device_type in ("cpu", "cuda")[: 1 + torch.cuda.is_available()]}
+
+
 def cpu_model() -> str:
     if os.path.exists("/proc/cpuinfo"):
         for line in Path("/proc/cpuinfo").read_text().splitlines():

@@ -1,6 +1,7 @@
 """Tables and pictures of what benchmarks.run and benchmarks.finetune measured: `python -m benchmarks.report`.
 
-Prints every figure, says which limits are missed and by how much, and draws a picture per file of results. With
+Prints every figure of this machine, or with --all, and where this one has none, of all that have results; says which
+limits are missed and by how much, draws a picture per file of results, and ends with the main figures in words. With
 --readme, the measured parts of README.md and docs/performance.md, which stand between comments, are made anew.
 """
 
@@ -13,7 +14,7 @@ from pathlib import Path
 from statistics import fmean
 
 from benchmarks.contenders import TITLES, Shape
-from benchmarks.environment import ROOT
+from benchmarks.environment import ROOT, this_machine
 from benchmarks.layer import TARGET_P, TARGET_SAVED, TARGETS
 from benchmarks.model import BASELINE
 from benchmarks.records import RESULTS, Records, is_disturbed
@@ -36,11 +37,14 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="FOLDER", help="default benchmarks/results")
     parser.add_argument("--quick", action="store_true", help="of the --quick runs' results")
-    parser.add_argument("--readme", action="store_true", help="put the tables into README.md and docs/")
+    parser.add_argument("--all", action="store_true", help="other machines' results too")
+    parser.add_argument("--readme", action="store_true", help="put all machines' tables into README.md and docs/")
     options = parser.parse_args(arguments)
     results = {suite: load(options.results, suite, options.quick) for suite in SUITES}
     if not any(results.values()):
         sys.exit(f"no results in {options.results}: python -m benchmarks.run measures")
+    if not (options.all or options.readme):
+        results = of_this_machine(results)
     for records in results["layer"]:
         print(f"{caption(records)}\n\n{LEGEND}\n\n{layer_details(records)}\n\n{limits_section(records)}\n")
         if is_gpu(records):
@@ -55,6 +59,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{caption(records)}\n\n{memory_table(records)}\n")
     for records in (*results["layer"], *results["memory"]):
         draw(records)
+    print(f"\n{in_short(results)}")
     if options.readme:
         terms = "\n\n".join(map(terms_part, results["terms"]))
         parts = {"README.md": readme_parts(results, options.results), "docs/performance.md": {"terms": terms}}
@@ -68,6 +73,15 @@ def load(folder: Path, suite: str, quick: bool = False) -> list[Records]:
     """The suite's results, machine by machine."""
     paths = sorted(path for path in folder.glob(f"{suite}-*.jsonl") if path.stem.endswith("-quick") == quick)
     return [records for records in map(Records, paths) if records.cells]
+
+
+def of_this_machine(results: dict[str, list[Records]]) -> dict[str, list[Records]]:
+    """The results of this processor and this GPU; all where there are none."""
+    own = {
+        suite: [records for records in of_suite if records.environment["device"] in this_machine()]
+        for suite, of_suite in results.items()
+    }
+    return own if any(own.values()) else results
 
 
 def measured(records: Records) -> list[dict]:
@@ -287,6 +301,48 @@ def memory_row(cell: dict, methods: list[str]) -> list[str]:
     figures = [cell["contenders"].get(name) for name in methods]
     texts = [f"{f['saved_bytes'] / 1e6:.0f} / {f['peak_bytes'] / 1e6:.0f}" if f else "-" for f in figures]
     return [cell["cell"]["model"], cell["cell"]["precision"], *texts]
+
+
+def in_short(results: dict[str, list[Records]]) -> str:
+    """The main figures, each at its largest p, in words."""
+    lines = []
+    for suite, describe in (("layer", layer_in_short), ("model", model_in_short), ("memory", memory_in_short)):
+        for records in results[suite]:
+            cells = measured(records)
+            lines += [f"{records.environment['device']}: {text}" for text in describe(cells)]
+    return "\n".join(lines)
+
+
+def layer_in_short(cells: list[dict]) -> Iterator[str]:
+    largest = max((cell["cell"]["p"] for cell in cells), default=0)
+    for dtype in dict.fromkeys(cell["cell"]["dtype"] for cell in cells):
+        at_p = [cell for cell in cells if cell["cell"]["p"] == largest and cell["cell"]["dtype"] == dtype]
+        spans = [
+            f"{min(ratios):.2f} to {max(ratios):.2f} of {title}'s time"
+            for name, title in (("linear", "nn.Linear"), ("dropout", "nn.Dropout + nn.Linear"))
+            if (ratios := [step_ratio(cell, name) for cell in at_p])
+        ]
+        yield f"a training step of a layer with mixout({largest:g}) takes {' and '.join(spans)} ({dtype})"
+
+
+def model_in_short(cells: list[dict]) -> Iterator[str]:
+    for cell in cells:
+        name, (method, ratios) = cell["cell"], largest_mixout(cell["ratios"])
+        time = f"{ratios['step']['median']:.2f} of {BASELINE}'s time ({name['precision']}, {name['mode']})"
+        yield f"a finetuning step of {name['model']} with {method} takes {time}"
+
+
+def memory_in_short(cells: list[dict]) -> Iterator[str]:
+    for cell in cells:
+        method, figures = largest_mixout(cell["contenders"])
+        share = figures["saved_bytes"] / cell["contenders"][BASELINE]["saved_bytes"]
+        yield f"{cell['cell']['model']} with {method} saves {share:.2f} of {BASELINE}'s bytes for backward"
+
+
+def largest_mixout(by_method: dict[str, dict]) -> tuple[str, dict]:
+    """The one of the methods mixout(p) whose p is the largest, by its name."""
+    name = max((name for name in by_method if name.startswith("mixout(")), key=lambda name: float(name[7:-1]))
+    return name, by_method[name]
 
 
 def draw(records: Records) -> None:

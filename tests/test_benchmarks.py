@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import contenders, data, layer, model, paths, report, run, timing
+from benchmarks import contenders, data, environment, layer, model, paths, report, run, timing
 from benchmarks.agreement import check_ours
 from benchmarks.bert import POSITIONS, SEGMENTS, SIZES, VOCABULARY, Classifier, rte_like_batch
 from benchmarks.contenders import PublishedMixout, Shape, problem
@@ -376,6 +376,34 @@ def test_the_readme_gets_its_tables_and_no_others(measure_layer, tmp_path, monke
     assert (tmp_path / "README.md").read_text() == written, "the same results, the same README"
     with pytest.raises(ValueError, match="measured: tables"):
         report.with_parts(written, {"tables": ""})
+
+
+def test_the_report_is_of_this_machine_unless_all_are_asked_for(measure_layer, capsys):
+    path = measure_layer("results").path
+    device = environment.device_name("cpu")
+    path.with_name("layer-other.jsonl").write_text(path.read_text().replace(device, "Another Processor"))
+    for arguments, machines in (([], {device}), (["--all"], {device, "Another Processor"})):
+        assert report.main(["--results", str(path.parent), *arguments]) == 0
+        printed = capsys.readouterr().out
+        assert set(re.findall(r"^\*\*(.*), \d+ threads\*\*", printed, re.MULTILINE)) == machines
+        for machine in machines:
+            assert f"{machine}: a training step of a layer with mixout(0.9) takes" in printed
+    path.unlink()
+    assert report.main(["--results", str(path.parent)]) == 0
+    assert "Another Processor" in capsys.readouterr().out, "where this machine has no results"
+
+
+def test_the_largest_p_is_told_in_words():
+    step = {"step": {"median": 0.5}}
+    cell = {"cell": {"model": "tiny", "precision": "fp32", "mode": "eager"}}
+    ratios = {"none": step, "mixout(0.9)": {"step": {"median": 0.25}}, "mixout(0.75)": step, "published(1)": step}
+    assert list(report.model_in_short([cell | {"ratios": ratios}])) == [
+        "a finetuning step of tiny with mixout(0.9) takes 0.25 of dropout(0.1)'s time (fp32, eager)"
+    ]
+    saved = {"dropout(0.1)": 8, "mixout(0.9)": 2, "mixout(0.1)": 4}
+    contenders = {method: {"saved_bytes": bytes} for method, bytes in saved.items()}
+    (text,) = report.memory_in_short([cell | {"contenders": contenders}])
+    assert text == "tiny with mixout(0.9) saves 0.25 of dropout(0.1)'s bytes for backward"
 
 
 def test_failed_and_missed_cells_are_named(tmp_path):
