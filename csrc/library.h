@@ -87,13 +87,14 @@ constexpr int64_t thin_output = 16;
 // dW of x (M, K) in one full product. mask_grad(matrix, dtype) is mask * matrix * factor. The mask of an input, one
 // entry per column, may stand before the product or behind it: on the smaller matrix, where x's product with the factor
 // is not rounded to 16 bits.
-template <typename MaskGrad>
+template <typename Product, typename MaskGrad>
 torch::stable::Tensor full_product(const torch::stable::Tensor& x, const torch::stable::Tensor& grad,
-                                   const torch::stable::Tensor& weight, bool is_input_mask, const MaskGrad& mask_grad) {
+                                   const torch::stable::Tensor& weight, bool is_input_mask, const Product& product,
+                                   const MaskGrad& mask_grad) {
   const torch::stable::Tensor by_outputs = torch::stable::transpose(grad, 0, 1);
   if (is_input_mask && x.numel() < weight.numel() && x.element_size() > 2)
-    return library_mm(by_outputs, mask_grad(x, x.scalar_type()));
-  return mask_grad(library_mm(by_outputs, x), weight.scalar_type());
+    return product(by_outputs, mask_grad(x, x.scalar_type()));
+  return mask_grad(product(by_outputs, x), weight.scalar_type());
 }
 
 // As the kernels' own enumeration, which they have without a header of torch.

@@ -16,4 +16,5 @@ STABLE_TORCH_LIBRARY(mixout_fast, m) {
         " Tensor seed, bool needs_input, bool needs_weight, bool needs_bias, float p, bool per_column,"
         " float factor, bool one_pass, bool full_product) -> (Tensor?, Tensor?, Tensor?)");
   m.def("cpu_instruction_set() -> str");
+  m.def("cpu_multiplies_in_fp32(ScalarType dtype) -> bool");
 }

@@ -459,11 +459,24 @@ def check_exact(case: Case, backend: str | None) -> None:
 
 def check_output(case: Case, backend: str | None) -> None:
     """Where W' is mixed first, y and dX are F.linear(x, W', b) and mm(dY, W') of the reference's W', bit for bit."""
-    ours, theirs = run(case, backend), library(case)
-    for name, one_pass in zip(("y", "dX"), is_one_pass(case, backend), strict=True):
+    ours = run(case, backend)
+    dtype = product_dtype(case, backend)
+    mixed = reference.mix(case.weight, case.target, case.seed, case.p, case.mask, case.compute).to(dtype)
+    x, bias = (None if tensor is None else tensor.to(case.compute).to(dtype) for tensor in (case.input, case.bias))
+    dY = case.grad_output.reshape(-1, len(mixed)).to(dtype)
+    y, dX = torch.nn.functional.linear(x, mixed, bias), dY.mm(mixed).view(case.input.shape)
+    for name, theirs, one_pass in zip(("y", "dX"), (y, dX), is_one_pass(case, backend), strict=True):
         if not one_pass:
             # dX is of x's dtype, which is not the compute dtype under autocast.
-            assert_same_bits(f"{name} (mixed first)", ours[name], theirs[name].to(ours[name].dtype), case)
+            want = theirs.to(case.compute).to(ours[name].dtype)
+            assert_same_bits(f"{name} (mixed first)", ours[name], want, case)
+
+
+def product_dtype(case: Case, backend: str | None) -> torch.dtype:
+    """The dtype of the operands of the library's products: the compute dtype, or fp32 where the backend widens them."""
+    module = _module(backend, case)
+    widens = hasattr(module, "multiplies_in_fp32") and module.multiplies_in_fp32(case.compute)
+    return torch.float32 if widens else case.compute
 
 
 def check_repeatable(case: Case, backend: str | None) -> None:

@@ -15,8 +15,8 @@ from mixout_fast.backends import cpu
 STATM = Path("/proc/self/statm")
 CPUINFO = Path("/proc/cpuinfo")
 OWN_PRODUCTS = (torch.float32, torch.float64)  # fp64 with AVX2 and both with less of few rows alone
-if cpu.LOAD_ERROR is None and torch.bfloat16 in cpu.own_products():
-    OWN_PRODUCTS += (torch.bfloat16,)
+if cpu.LOAD_ERROR is None:
+    OWN_PRODUCTS = tuple(dict.fromkeys((*OWN_PRODUCTS, *cpu.own_products())))
 
 pytestmark = pytest.mark.skipif(cpu.LOAD_ERROR is not None, reason=str(cpu.LOAD_ERROR))
 

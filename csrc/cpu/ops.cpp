@@ -4,10 +4,12 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
-#if defined(__x86_64__) && defined(__linux__)
+#if defined(__x86_64__)
 #include <cpuid.h>
+#if defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
+#endif
 #endif
 
 #include <algorithm>
@@ -28,25 +30,34 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 #if defined(__x86_64__)
-// With what this processor has for bf16 products, or with less by oneDNN's own variable.
-const InstructionSet& choose_avx512() {
+// Whether oneDNN's own variable leaves it one of the instruction sets whose names have one of these parts.
+bool onednn_may_use(std::initializer_list<const char*> parts_of_names) {
   const char* variable = std::getenv("ONEDNN_MAX_CPU_ISA");
   if (!variable || !*variable) variable = std::getenv("DNNL_MAX_CPU_ISA"); // its older name
   std::string limit = variable ? variable : "";
   for (char& letter : limit) letter = static_cast<char>(std::toupper(static_cast<unsigned char>(letter)));
-  const auto allows = [&](std::initializer_list<const char*> parts_of_names) {
-    return limit.empty() || limit == "DEFAULT" || limit == "ALL" ||
-           std::any_of(parts_of_names.begin(), parts_of_names.end(),
-                       [&](const char* part) { return limit.find(part) != std::string::npos; });
-  };
-  const bool has_bf16 = __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi2");
-  if (!has_bf16 || !allows({"BF16", "FP16", "AMX", "AVX10"})) return avx512::instruction_set;
-#if defined(__linux__)
+  return limit.empty() || limit == "DEFAULT" || limit == "ALL" ||
+         std::any_of(parts_of_names.begin(), parts_of_names.end(),
+                     [&](const char* part) { return limit.find(part) != std::string::npos; });
+}
+
+// Of the processor's features those that GCC 11 has no names for.
+bool has_feature(int bit) {
   uint32_t eax, ebx, ecx, edx;
-  const bool has_tiles = __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && edx >> 22 & edx >> 24 & 1;
+  return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && edx >> bit & 1;
+}
+constexpr int amx_bf16 = 22, avx512_fp16 = 23, amx_tile = 24;
+
+// With what this processor has for bf16 products.
+const InstructionSet& choose_avx512() {
+  const bool has_bf16 = __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi2");
+  if (!has_bf16 || !onednn_may_use({"BF16", "FP16", "AMX", "AVX10"})) return avx512::instruction_set;
+#if defined(__linux__)
   // The system lets a process have the tiles' registers if it asks.
   constexpr int request = 0x1023, tile_data = 18; // ARCH_REQ_XCOMP_PERM, which headers older than Linux 5.16 lack
-  if (has_tiles && allows({"AMX"}) && syscall(SYS_arch_prctl, request, tile_data) == 0) return avx512::with_amx;
+  if (has_feature(amx_bf16) && has_feature(amx_tile) && onednn_may_use({"AMX"}) &&
+      syscall(SYS_arch_prctl, request, tile_data) == 0)
+    return avx512::with_amx;
 #endif
   return avx512::with_bf16;
 }
@@ -71,14 +82,51 @@ const InstructionSet& instruction_set() {
   return chosen;
 }
 
-const Kernels& kernels_of(ScalarType operand, ScalarType result) {
-  const Kernels* kernels = instruction_set().kernels(kernel_dtype<Dtype>(operand), kernel_dtype<Dtype>(result));
-  STD_TORCH_CHECK(kernels, "dtype: a result may be of the operand's dtype, or float32 with bfloat16 or float16");
-  return *kernels;
+// Whether the library has no instructions for products of a 16-bit dtype, which it then takes many times as long for as
+// for those of fp32.
+bool multiplies_in_fp32(ScalarType dtype) {
+#if defined(__x86_64__)
+  const InstructionSet* chosen = &instruction_set();
+  const bool has_bf16 = chosen == &avx512::with_bf16 || chosen == &avx512::with_amx;
+  static const bool has_fp16 = has_bf16 && has_feature(avx512_fp16) && onednn_may_use({"FP16", "AMX", "AVX10"});
+  return (dtype == ScalarType::BFloat16 && !has_bf16) || (dtype == ScalarType::Half && !has_fp16);
+#else
+  return false;
+#endif
 }
 
 Tensor allocate(std::initializer_list<int64_t> sizes, ScalarType type) {
   return torch::stable::empty(torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()), type);
+}
+
+// a b + bias of matrices in fp32, rounded once to their own dtype. By the variant that writes to a given result:
+// autocast would narrow the operands of the other again.
+Tensor product_in_fp32(const Tensor& a, const Tensor& b, const std::optional<Tensor>& bias) {
+  using torch::stable::detail::from;
+  const auto widened = [](const Tensor& tensor) { return torch::stable::to(tensor, ScalarType::Float); };
+  std::optional<Tensor> wide_bias;
+  if (bias) wide_bias = widened(*bias);
+  std::array<StableIValue, 4> stack{from(widened(a)), from(torch::stable::transpose(widened(b), 0, 1)), from(wide_bias),
+                                    from(allocate({a.size(0), b.size(1)}, ScalarType::Float))};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "out", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::to(torch::stable::detail::to<Tensor>(stack[0]), a.scalar_type());
+}
+
+// The library's products, in the dtype that is the faster.
+Tensor product(const Tensor& a, const Tensor& b) {
+  return multiplies_in_fp32(a.scalar_type()) ? product_in_fp32(a, b, std::nullopt) : library_mm(a, b);
+}
+
+Tensor product(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias) {
+  if (!multiplies_in_fp32(input.scalar_type())) return library_linear(input, weight, bias);
+  const Tensor by_outputs = torch::stable::transpose(weight, 0, 1);
+  return shaped_as(input, product_in_fp32(rows_of(input, weight.size(1)), by_outputs, bias));
+}
+
+const Kernels& kernels_of(ScalarType operand, ScalarType result) {
+  const Kernels* kernels = instruction_set().kernels(kernel_dtype<Dtype>(operand), kernel_dtype<Dtype>(result));
+  STD_TORCH_CHECK(kernels, "dtype: a result may be of the operand's dtype, or float32 with bfloat16 or float16");
+  return *kernels;
 }
 
 // (N, K), or (N, K, R) seen as (N, K * R).
@@ -238,6 +286,8 @@ Tensor one_pass(const Tensor& rows, const Mixing& mixing, int64_t outputs, const
   const Tensor left = rows.stride(1) == 1 || m <= few_rows ? rows : torch::stable::contiguous(rows);
   const Matrix x = matrix_of(left);
   const int64_t bytes = 2 * mixing.rows * mixing.columns * size + bytes_of(rows) + bytes_of(out);
+  // Where 16-bit rows are widened, of so many at a time: they and their sums are held in fp32.
+  const int64_t rows_at_once = multiplies_in_fp32(rows.scalar_type()) ? 512 : m;
   in_slices(bytes + bytes_beside, [&](Slice slice) {
     beside(slice);
     if (m == 0) return;
@@ -246,10 +296,13 @@ Tensor one_pass(const Tensor& rows, const Mixing& mixing, int64_t outputs, const
     for (int64_t i = slice.begin; i < slice.end; ++i) {
       const Slice of_rows{i % row_parts, i % row_parts + 1, row_parts};
       const Slice of_outputs{i / row_parts, i / row_parts + 1, slice.slices / row_parts};
-      const int64_t first = of_rows.first(m);
-      const Matrix part{static_cast<const char*>(x.data) + first * x.row_stride * size, x.row_stride, x.column_stride};
-      kernel(mixing, part, of_rows.last(m) - first, m, of_outputs.first_output(outputs),
-             of_outputs.last_output(outputs), bias_data, data + first * outputs * size);
+      const int64_t last = of_rows.last(m);
+      for (int64_t first = of_rows.first(m); first < last; first += rows_at_once) {
+        const char* row = static_cast<const char*>(x.data) + first * x.row_stride * size;
+        kernel(mixing, {row, x.row_stride, x.column_stride}, std::min(rows_at_once, last - first), m,
+               of_outputs.first_output(outputs), of_outputs.last_output(outputs), bias_data,
+               data + first * outputs * size);
+      }
     }
   });
   return out;
@@ -279,7 +332,7 @@ Output linear(const Tensor& input, const Tensor& weight, const std::optional<Ten
     const Tensor output = one_pass(rows, mixing, mixing.rows, bias, kernels.linear, gathered_bytes, gather);
     return {shaped_as(input, output), index, columns};
   }
-  return {library_linear(input, mixed(weight, mixing, dtype, gathered_bytes, gather), bias), index, columns};
+  return {product(input, mixed(weight, mixing, dtype, gathered_bytes, gather), bias), index, columns};
 }
 
 // Kept columns of x, of few some, filled up with zeros: see THIN_OUTPUT in mixout_fast/reference.py.
@@ -303,8 +356,8 @@ Tensor expanded(const Tensor& kept_columns, const Tensor& grad, const Tensor& in
   // way, with the expansion, bf16's product 0.36 and 0.53. (N, C) else, level from there on: it expands without a
   // transpose.
   const bool by_columns = columns.size(0) > 256 && 2 * columns.size(1) < in_features;
-  Tensor compact = by_columns ? library_mm(torch::stable::transpose(columns, 0, 1), grad)
-                              : library_mm(torch::stable::transpose(grad, 0, 1), columns);
+  Tensor compact = by_columns ? product(torch::stable::transpose(columns, 0, 1), grad)
+                              : product(torch::stable::transpose(grad, 0, 1), columns);
   if (!by_columns) compact = torch::stable::transpose(compact, 0, 1);
   const Kernels& kernels = kernels_of(compact.scalar_type(), weight.scalar_type());
   const Matrix matrix = matrix_of(compact);
@@ -361,10 +414,10 @@ Gradients linear_backward(const Tensor& grad_output, const std::optional<Tensor>
   std::optional<Tensor> grad_input, grad_weight, grad_bias;
   if (needs_input) {
     const Kernels& kernels = kernels_of(weight.scalar_type(), dtype);
-    const Tensor product =
+    const Tensor matrix =
         in_one_pass ? one_pass(grad, mixing, in_features, std::nullopt, kernels.grad_input, bytes_beside, beside)
-                    : library_mm(grad, mixed(weight, mixing, dtype, bytes_beside, beside));
-    grad_input = shaped_as(grad_output, product);
+                    : product(grad, mixed(weight, mixing, dtype, bytes_beside, beside));
+    grad_input = shaped_as(grad_output, matrix);
   } else {
     in_slices(bytes_beside, beside);
   }
@@ -380,9 +433,9 @@ Gradients linear_backward(const Tensor& grad_output, const std::optional<Tensor>
     return {grad_input, grad_weight, grad_bias};
   }
   if (is_full)
-    grad_weight = full_product(*x, grad, weight, per_column, [&](const Tensor& matrix, ScalarType result) {
-      return masked(matrix, drawn, factor, result);
-    });
+    grad_weight = full_product(
+        *x, grad, weight, per_column, [](const Tensor& a, const Tensor& b) { return product(a, b); },
+        [&](const Tensor& matrix, ScalarType result) { return masked(matrix, drawn, factor, result); });
   else if (needs_weight) grad_weight = expanded(*columns, grad, *index, weight, factor);
   if (needs_bias) grad_bias = sum_of_rows(grad);
   return {grad_input, grad_weight, grad_bias};
@@ -401,6 +454,7 @@ STABLE_TORCH_LIBRARY_IMPL(mixout_fast, CPU, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(mixout_fast, CompositeExplicitAutograd, m) {
   m.impl("cpu_instruction_set", TORCH_BOX(&instruction_set_name));
+  m.impl("cpu_multiplies_in_fp32", TORCH_BOX(&multiplies_in_fp32));
 }
 
 } // namespace mixout_fast::cpu

@@ -253,7 +253,7 @@ Gradients linear_backward(const Tensor& grad_output, const std::optional<Tensor>
   if (gathered && !mixes) check(launch_gather(dtype_of(dtype), mixing.mask, gather, sums, device.launch));
 
   if (x && in_full_product)
-    grad_weight = full_product(*x, grad, weight, per_column, [&](const Tensor& matrix, ScalarType result) {
+    grad_weight = full_product(*x, grad, weight, per_column, library_mm, [&](const Tensor& matrix, ScalarType result) {
       return masked(matrix, seed, p, per_column, factor, result, sums, device.launch);
     });
   else if (needs_weight)
