@@ -129,8 +129,9 @@ def test_weight_equal_to_target_changes_nothing(make, shape, backend, path):
         mixed = backends.BACKENDS[backend].mix(case.weight, case.target, case.seed, p, case.mask, case.compute)
         testing.assert_same_bits("W' of W == U", mixed, case.weight.to(case.compute), case)
         if path == "mixed_first":
-            plain = (t.to(case.compute) for t in (case.input, case.weight, case.bias))
-            testing.assert_same_bits("y of W == U", testing.run(case, backend)["y"], F.linear(*plain), case)
+            dtype = testing.product_dtype(case, backend)
+            plain = F.linear(*(t.to(case.compute).to(dtype) for t in (case.input, case.weight, case.bias)))
+            testing.assert_same_bits("y of W == U", testing.run(case, backend)["y"], plain.to(case.compute), case)
 
 
 @masks
