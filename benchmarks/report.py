@@ -314,14 +314,13 @@ def in_short(results: dict[str, list[Records]]) -> str:
 
 
 def layer_in_short(cells: list[dict]) -> Iterator[str]:
-    largest = max((cell["cell"]["p"] for cell in cells), default=0)
     for dtype in dict.fromkeys(cell["cell"]["dtype"] for cell in cells):
-        at_p = [cell for cell in cells if cell["cell"]["p"] == largest and cell["cell"]["dtype"] == dtype]
-        spans = [
-            f"{min(ratios):.2f} to {max(ratios):.2f} of {title}'s time"
-            for name, title in (("linear", "nn.Linear"), ("dropout", "nn.Dropout + nn.Linear"))
-            if (ratios := [step_ratio(cell, name) for cell in at_p])
-        ]
+        of_dtype = [cell for cell in cells if cell["cell"]["dtype"] == dtype]
+        largest = max(cell["cell"]["p"] for cell in of_dtype)
+        spans = []
+        for name, title in (("linear", "nn.Linear"), ("dropout", "nn.Dropout + nn.Linear")):
+            ratios = [step_ratio(cell, name) for cell in of_dtype if cell["cell"]["p"] == largest]
+            spans.append(f"{min(ratios):.2f} to {max(ratios):.2f} of {title}'s time")
         yield f"a training step of a layer with mixout({largest:g}) takes {' and '.join(spans)} ({dtype})"
 
 

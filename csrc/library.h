@@ -47,9 +47,12 @@ inline torch::stable::Tensor library_linear(const torch::stable::Tensor& input, 
   return torch::stable::detail::to<torch::stable::Tensor>(stack[0]);
 }
 
+// By the variant that writes to a given result, which autocast leaves alone.
 inline torch::stable::Tensor library_mm(const torch::stable::Tensor& a, const torch::stable::Tensor& b) {
-  std::array<StableIValue, 2> stack{torch::stable::detail::from(a), torch::stable::detail::from(b)};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "", stack.data(), TORCH_ABI_VERSION));
+  const torch::stable::Tensor out = torch::stable::new_empty(a, {a.size(0), b.size(1)});
+  std::array<StableIValue, 3> stack{torch::stable::detail::from(a), torch::stable::detail::from(b),
+                                    torch::stable::detail::from(out)};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
   return torch::stable::detail::to<torch::stable::Tensor>(stack[0]);
 }
 
@@ -83,19 +86,6 @@ inline torch::stable::Tensor sum_of_rows(const torch::stable::Tensor& matrix) {
 
 // As in mixout_fast/reference.py.
 constexpr int64_t thin_output = 16;
-
-// dW of x (M, K) in one full product. mask_grad(matrix, dtype) is mask * matrix * factor. The mask of an input, one
-// entry per column, may stand before the product or behind it: on the smaller matrix, where x's product with the factor
-// is not rounded to 16 bits.
-template <typename Product, typename MaskGrad>
-torch::stable::Tensor full_product(const torch::stable::Tensor& x, const torch::stable::Tensor& grad,
-                                   const torch::stable::Tensor& weight, bool is_input_mask, const Product& product,
-                                   const MaskGrad& mask_grad) {
-  const torch::stable::Tensor by_outputs = torch::stable::transpose(grad, 0, 1);
-  if (is_input_mask && x.numel() < weight.numel() && x.element_size() > 2)
-    return product(by_outputs, mask_grad(x, x.scalar_type()));
-  return mask_grad(product(by_outputs, x), weight.scalar_type());
-}
 
 // As the kernels' own enumeration, which they have without a header of torch.
 template <typename Dtype>

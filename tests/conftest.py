@@ -91,7 +91,8 @@ def path(request, backend, monkeypatch):
     if hasattr(module, "ONE_PASS_ROWS"):
         rows = sys.maxsize if request.param == "one_pass" else -1
         monkeypatch.setattr(module, "ONE_PASS_ROWS", dict.fromkeys(module.ONE_PASS_ROWS, (rows, rows)))
-        monkeypatch.setattr(module, "THIN_ROWS", sys.maxsize, raising=False)
+    if hasattr(module, "THIN_ROWS"):
+        monkeypatch.setattr(module, "THIN_ROWS", dict.fromkeys(module.THIN_ROWS, (sys.maxsize, sys.maxsize)))
     return request.param
 
 

@@ -159,8 +159,12 @@ def test_weight_gradient_of_few_outputs_is_the_librarys_masked(p, dtype, device,
     testing.assert_same_bits("dW", testing.run(case, backend)["dW"], want, case)
 
 
-def test_dropped_columns_of_the_gradient_are_positive_zero(device, backend, seed):
-    case = testing.random_case(255, 255, 17, p=0.9, device=device, seed=seed)
+@pytest.mark.parametrize("shape", ((255, 255, 17), (255, 255, 8), (1, 64, 8)), ids=str)
+@pytest.mark.parametrize("p", (0.1, 0.9))
+def test_dropped_columns_of_the_gradient_are_positive_zero(p, shape, device, backend, seed):
+    """Of a dY that is not finite, too."""
+    case = testing.random_case(*shape, p=p, device=device, seed=seed)
+    case.grad_output[0, 1] = torch.inf
     dW = testing.run(case, backend)["dW"]
     dropped = ~reference.keep_mask(case.seed, case.weight.shape, case.p, "input").view(-1)
     testing.assert_same_bits("dropped columns", dW[:, dropped], torch.zeros_like(dW[:, dropped]), case)

@@ -84,11 +84,11 @@ const InstructionSet& instruction_set() {
 
 // Whether the library has no instructions for products of a 16-bit dtype, which it then takes many times as long for as
 // for those of fp32.
-bool multiplies_in_fp32(ScalarType dtype) {
+bool multiplies_in_fp32([[maybe_unused]] ScalarType dtype) {
 #if defined(__x86_64__)
-  const InstructionSet* chosen = &instruction_set();
-  const bool has_bf16 = chosen == &avx512::with_bf16 || chosen == &avx512::with_amx;
-  static const bool has_fp16 = has_bf16 && has_feature(avx512_fp16) && onednn_may_use({"FP16", "AMX", "AVX10"});
+  static const bool has_bf16 =
+      __builtin_cpu_supports("avx512bf16") && onednn_may_use({"BF16", "FP16", "AMX", "AVX10"});
+  static const bool has_fp16 = has_feature(avx512_fp16) && onednn_may_use({"FP16", "AMX", "AVX10"});
   return (dtype == ScalarType::BFloat16 && !has_bf16) || (dtype == ScalarType::Half && !has_fp16);
 #else
   return false;
@@ -433,9 +433,7 @@ Gradients linear_backward(const Tensor& grad_output, const std::optional<Tensor>
     return {grad_input, grad_weight, grad_bias};
   }
   if (is_full)
-    grad_weight = full_product(
-        *x, grad, weight, per_column, [](const Tensor& a, const Tensor& b) { return product(a, b); },
-        [&](const Tensor& matrix, ScalarType result) { return masked(matrix, drawn, factor, result); });
+    grad_weight = masked(product(torch::stable::transpose(grad, 0, 1), *x), drawn, factor, weight.scalar_type());
   else if (needs_weight) grad_weight = expanded(*columns, grad, *index, weight, factor);
   if (needs_bias) grad_bias = sum_of_rows(grad);
   return {grad_input, grad_weight, grad_bias};

@@ -5,7 +5,7 @@
 // A mask is given by a 0-d int64 seed, p, and whether it has one entry per column (an input mask) or per element.
 //
 // linear_backward gives dX, dW and db, where needed, of grad (..., N). dW is made of the kept index and columns, or
-// where there is an input, of that: by full_product, or gathered first. one_pass is of dX.
+// where there is an input, of that: in one full product, or gathered first. one_pass is of dX.
 #include <dlfcn.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
@@ -253,9 +253,8 @@ Gradients linear_backward(const Tensor& grad_output, const std::optional<Tensor>
   if (gathered && !mixes) check(launch_gather(dtype_of(dtype), mixing.mask, gather, sums, device.launch));
 
   if (x && in_full_product)
-    grad_weight = full_product(*x, grad, weight, per_column, library_mm, [&](const Tensor& matrix, ScalarType result) {
-      return masked(matrix, seed, p, per_column, factor, result, sums, device.launch);
-    });
+    grad_weight = masked(library_mm(torch::stable::transpose(grad, 0, 1), *x), seed, p, per_column, factor,
+                         weight.scalar_type(), sums, device.launch);
   else if (needs_weight)
     grad_weight = expanded(gathered ? gathered->columns : *kept_columns, grad, gathered ? gathered->index : *kept_index,
                            weight, factor, sums, device.launch);

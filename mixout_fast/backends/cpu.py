@@ -11,7 +11,7 @@ from mixout_fast.backends import operators
 from mixout_fast.reference import capacity
 
 # Rows up to which a product in one pass over W and U beats mixing and then multiplying with the library: (y, dX).
-# own_products have no such limit. Measured on 2 cores, one pass / two, y and dX, L2 swept before. With AVX-512 (Intel)
+# own_products have none. Measured on 2 cores, one pass / two, y and dX, L2 swept before. With AVX-512 (Intel)
 # fp32 at 768x768 takes 0.77 and 0.93 with 128 rows, 0.87 and 0.92 with 512, 0.91 and 0.93 with 2048; at 1024x4096 0.67
 # and 0.85, 0.84 and 0.94, 0.95 and 0.98; fp64 0.78 and 0.83, 0.92 and 0.92, 0.99 and 0.98. With AVX2, of which MKL
 # makes use too (Zen 4), fp32 at 768x768 takes 0.50 and 0.52 with 128, 0.82 and 0.86 with 512, 0.95 and 0.99 with 2048;
@@ -30,11 +30,17 @@ ONE_PASS_ROWS = {
     torch.float16: (128, 64),
 }
 
-# The same of few outputs, for dX of fewer than 32 and for y in bf16 of fewer than 16: they wait for memory. Zen 4, one
-# pass / two, of 2, 15 and 24 outputs from 768 features: dX of 256 rows in fp32 0.30, 0.49, 0.51, in bf16 1.26, 1.04,
-# 0.89; of 1024 rows in fp32 1.6, 1.1, 1.3, in bf16 2.8, 1.8, 1.25; y in bf16 of 256 rows 0.84, 0.78, 0.62, of 1024
-# 1.23, 1.03, 0.78.
-THIN_ROWS = 256
+# The most rows for few outputs: for y of fewer than 16, for dX of fewer than 32. They wait for memory. Zen 4, one pass
+# / two, of 2, 15 and 24 outputs from 768 features: dX of 256 rows in fp32 0.30, 0.49, 0.51, in bf16 1.26, 1.04, 0.89;
+# of 1024 rows in fp32 1.6, 1.1, 1.3, in bf16 2.8, 1.8, 1.25; y in bf16 of 256 rows 0.84, 0.78, 0.62, of 1024 rows
+# 1.23, 1.03, 0.78. bf16 that is multiplied in fp32 has no such limit: with 4096 rows, 2 and 15 outputs, y takes 1.7
+# and 0.33, dX 0.60 and 0.81.
+THIN_ROWS = {
+    torch.float32: (sys.maxsize, 256),
+    torch.float64: (sys.maxsize, 256),
+    torch.bfloat16: (256, 256),
+    torch.float16: (sys.maxsize, 256),
+}
 
 
 def _load_error() -> str | None:
@@ -61,38 +67,39 @@ def instruction_set() -> str:
 
 
 def multiplies_in_fp32(dtype: torch.dtype) -> bool:
-    """Whether operands of this 16-bit dtype are widened and multiplied in fp32, and results rounded once: where the
-    processor has no instructions for such products, PyTorch's take 3 to 30 times as long as in fp32."""
+    """Whether operands of this 16-bit dtype are widened to fp32 for y, dX and dW: where the processor has no
+    instructions for such products, PyTorch's take 2.5 to 30 times as long as in fp32, large ones longer."""
     return torch.ops.mixout_fast.cpu_multiplies_in_fp32(dtype)
 
 
 def own_products() -> tuple[torch.dtype, ...]:
-    """The dtypes of which y and dX of any size are the kernels' own products."""
-    with_avx2 = (torch.float32, torch.bfloat16)
-    return {"baseline": (), "avx2": with_avx2}.get(instruction_set(), (*with_avx2, torch.float64))
+    """The dtypes of which y and dX are the kernels' own products, whatever the rows but for few outputs."""
+    name = instruction_set()
+    own = {"baseline": (), "avx2": (torch.float32,)}.get(name, (torch.float32, torch.float64))
+    multiplies_bf16 = name in ("avx512_bf16", "amx") or (own and multiplies_in_fp32(torch.bfloat16))
+    return (*own, torch.bfloat16) if multiplies_bf16 else own
 
 
 def is_one_pass(dtype: torch.dtype, rows: int, out_features: int) -> tuple[bool, bool]:
     """Whether y, and whether dX, of so many rows and outputs is computed in one pass."""
     forward, backward = ONE_PASS_ROWS[dtype]
+    if out_features < 16:
+        forward = min(forward, THIN_ROWS[dtype][0])
     if out_features < 32:
-        backward = min(backward, THIN_ROWS)
-    if out_features < 16 and dtype == torch.bfloat16:
-        forward = min(forward, THIN_ROWS)
+        backward = min(backward, THIN_ROWS[dtype][1])
     return rows <= forward, rows <= backward
 
 
-def takes_full_product(dtype: torch.dtype, p: float, out_features: int) -> bool:
-    """Whether dW of an input mask from one full product, dYᵀ (m ⊙ X · s) or m ⊙ (dYᵀ X) · s, beats the compact one.
+def takes_full_product(p: float, out_features: int) -> bool:
+    """Whether dW of an input mask from one full product, m ⊙ (dYᵀ X) · s, beats the compact one.
 
     Of few outputs it does (reference.THIN_OUTPUT); of more it matters where the library computes dW, which with AVX-512
-    it does not in fp32 and fp64. With a dY that is not finite the former makes dropped columns NaN, as it makes the
-    kept ones. The compact product saves p of the operations, and x is gathered first.
+    it does not in fp32 and fp64. The compact product saves p of the operations, and x is gathered first.
 
     Measured on 2 cores, fp32, dW from x, full / compact: 128x768x768 at p = 0.1 and 0.3: 1.0, 1.3; 2048x768x768: 0.94
-    and 1.3; 1024x1024x4096: 0.90 and 1.2. Not for bf16 and fp16, where rounding X · s costs accuracy.
+    and 1.3; 1024x1024x4096: 0.90 and 1.2.
     """
-    return out_features < reference.THIN_OUTPUT or (p <= 0.15 and dtype in (torch.float32, torch.float64))
+    return out_features < reference.THIN_OUTPUT or p <= 0.15
 
 
 def mix(weight: Tensor, target: Tensor | None, seed: Tensor, p: float, mask: str, dtype: torch.dtype) -> Tensor:
@@ -141,7 +148,7 @@ def gradients(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     out_features = weight.shape[0]
     _, one_pass = is_one_pass(grad.dtype, grad.numel() // out_features, out_features)
-    in_full = mask == "element" or takes_full_product(grad.dtype, p, out_features)
+    in_full = mask == "element" or takes_full_product(p, out_features)
     return torch.ops.mixout_fast.linear_backward.default(
         grad, input, index, columns, weight, target, seed, *needs,
         p, mask == "input", factor, one_pass, in_full,
@@ -164,3 +171,7 @@ def _register_fakes() -> None:
 LOAD_ERROR = _load_error()
 if LOAD_ERROR is None:
     ONE_PASS_ROWS |= dict.fromkeys(own_products(), (sys.maxsize, sys.maxsize))
+    if multiplies_in_fp32(torch.float16):
+        ONE_PASS_ROWS[torch.float16] = (256, 256) if torch.float64 in own_products() else (0, 0)
+    if multiplies_in_fp32(torch.bfloat16):
+        THIN_ROWS[torch.bfloat16] = (sys.maxsize, sys.maxsize)

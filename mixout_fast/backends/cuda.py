@@ -72,16 +72,13 @@ def is_one_pass(dtype: torch.dtype, rows: int, out_features: int) -> tuple[bool,
     return rows <= forward, rows <= backward
 
 
-def takes_full_product(dtype: torch.dtype, p: float, out_features: int, in_features: int) -> bool:
-    """Whether dW of an input mask from one full product, dYᵀ (m ⊙ X · s) or m ⊙ (dYᵀ X) · s, beats the compact one.
+def takes_full_product(p: float, out_features: int, in_features: int) -> bool:
+    """Whether dW of an input mask is one full product, m ⊙ (dYᵀ X) · s, and not the compact one.
 
-    With a dY that is not finite the former makes dropped columns NaN, as it makes the kept ones. It is taken for few
-    outputs (reference.THIN_OUTPUT), and where the static size is in_features, so that the compact product saves
-    nothing; the latter not for bf16 and fp16, where rounding X · s costs accuracy. Where it saves a little nothing was
-    measured: no GPU.
+    It is of few outputs (reference.THIN_OUTPUT), and where the static size is in_features, so that the compact product
+    saves nothing. Where it saves a little nothing was measured: no GPU.
     """
-    saves_nothing = capacity(in_features, p) == in_features and dtype in (torch.float32, torch.float64)
-    return out_features < reference.THIN_OUTPUT or saves_nothing
+    return out_features < reference.THIN_OUTPUT or capacity(in_features, p) == in_features
 
 
 def mix(weight: Tensor, target: Tensor | None, seed: Tensor, p: float, mask: str, dtype: torch.dtype) -> Tensor:
@@ -130,7 +127,7 @@ def gradients(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     out_features, in_features = weight.shape
     _, one_pass = is_one_pass(grad.dtype, grad.numel() // out_features, out_features)
-    in_full = mask == "element" or takes_full_product(grad.dtype, p, out_features, in_features)
+    in_full = mask == "element" or takes_full_product(p, out_features, in_features)
     tf32 = one_pass and grad.dtype == torch.float32 and _allows_tf32()
     return torch.ops.mixout_fast_cuda.linear_backward.default(
         grad, input, index, columns, weight, target, seed, *needs,
