@@ -3,8 +3,8 @@
 // A mask is given by a 0-d int64 seed, p, and whether it has one entry per column (an input mask) or per element.
 //
 // linear_backward gives dX, dW and db, where needed, of grad (..., N). dW is made of the kept index and columns, or
-// where there is an input, of that: in one full product, or gathered first (where a kernel multiplies: as it is staged).
-// one_pass is of dX.
+// where there is an input, of that: in one full product, or gathered first (where a kernel multiplies: as it is
+// staged). one_pass is of dX.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(mixout_fast, m) {

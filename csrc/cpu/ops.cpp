@@ -86,8 +86,7 @@ const InstructionSet& instruction_set() {
 // for those of fp32.
 bool multiplies_in_fp32([[maybe_unused]] ScalarType dtype) {
 #if defined(__x86_64__)
-  static const bool has_bf16 =
-      __builtin_cpu_supports("avx512bf16") && onednn_may_use({"BF16", "FP16", "AMX", "AVX10"});
+  static const bool has_bf16 = __builtin_cpu_supports("avx512bf16") && onednn_may_use({"BF16", "FP16", "AMX", "AVX10"});
   static const bool has_fp16 = has_feature(avx512_fp16) && onednn_may_use({"FP16", "AMX", "AVX10"});
   return (dtype == ScalarType::BFloat16 && !has_bf16) || (dtype == ScalarType::Half && !has_fp16);
 #else
