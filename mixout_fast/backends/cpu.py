@@ -11,18 +11,18 @@ from mixout_fast.backends import operators
 from mixout_fast.reference import capacity
 
 # Rows up to which a product in one pass over W and U beats mixing and then multiplying with the library: (y, dX).
-# own_products have none. Measured on 2 cores, one pass / two, y and dX, L2 swept before. With AVX-512 (Intel)
-# fp32 at 768x768 takes 0.77 and 0.93 with 128 rows, 0.87 and 0.92 with 512, 0.91 and 0.93 with 2048; at 1024x4096 0.67
-# and 0.85, 0.84 and 0.94, 0.95 and 0.98; fp64 0.78 and 0.83, 0.92 and 0.92, 0.99 and 0.98. With AVX2, of which MKL
-# makes use too (Zen 4), fp32 at 768x768 takes 0.50 and 0.52 with 128, 0.82 and 0.86 with 512, 0.95 and 0.99 with 2048;
-# at 1024x4096 0.66 and 0.69 with 128, 0.80 and 0.94 with 1024; fp64 at 768x768 0.96 and 0.88, 0.89 and 0.99, 1.06 and
+# own_products have none. Measured on 2 cores, one pass / two, y and dX, L2 swept before. With AVX-512 (Intel) fp32 at
+# 768x768 takes 0.77 and 0.93 with 128 rows, 0.87 and 0.92 with 512, 0.91 and 0.93 with 2048; at 1024x4096 0.67 and
+# 0.85, 0.84 and 0.94, 0.95 and 0.98; fp64 0.78 and 0.83, 0.92 and 0.92, 0.99 and 0.98. With AVX2, of which MKL makes
+# use too (Zen 4), fp32 at 768x768 takes 0.50 and 0.52 with 128, 0.82 and 0.86 with 512, 0.95 and 0.99 with 2048; at
+# 1024x4096 0.66 and 0.69 with 128, 0.80 and 0.94 with 1024; fp64 at 768x768 0.96 and 0.88, 0.89 and 0.99, 1.06 and
 # 1.10; no processor of Intel's with AVX2 alone was at hand, and fp32's numbers below, for those without AVX2, are a
-# guess. Where 16 bits are multiplied in fp32 (Zen 4), at 768x768 with 16, 256 and 2048 rows and at 1024x4096: bf16 with
-# AVX-512 0.55 and 0.54, 0.87 and 0.87, 0.85 and 0.86, 0.53 and 0.61, 0.77 and 0.81, 0.75 and 0.89; with AVX2 0.41 and
-# 0.41, 0.71 and 0.72, 0.96 and 1.02, 0.50 and 0.56, 0.80 and 0.86, 0.84 and 0.94; fp16 with AVX-512 0.81 and 0.82, 0.98
-# and 0.97, 1.01 and 1.07, 0.74 and 0.79, 0.83 and 0.92, 0.82 and 1.05; with AVX2, whose conversions of fp16 the kernels
-# do not use, 1.15 and 1.20 with 16. fp16 where the library has instructions for it (Intel) 0.85 and 0.96 with 64, 0.97
-# and 1.04 with 128.
+# guess. Where 16 bits are multiplied in fp32 (Zen 4), at 768x768 with 16, 256 and 2048 rows and at 1024x4096: bf16
+# with AVX-512 0.55 and 0.54, 0.87 and 0.87, 0.85 and 0.86, 0.53 and 0.61, 0.77 and 0.81, 0.75 and 0.89; with AVX2 0.41
+# and 0.41, 0.71 and 0.72, 0.96 and 1.02, 0.50 and 0.56, 0.80 and 0.86, 0.84 and 0.94; fp16 with AVX-512 0.81 and 0.82,
+# 0.98 and 0.97, 1.01 and 1.07, 0.74 and 0.79, 0.83 and 0.92, 0.82 and 1.05; with AVX2, whose conversions of fp16 the
+# kernels do not use, 1.15 and 1.20 with 16. Where only the library's products use instructions for them (Intel), bf16
+# takes 1.01 and 0.86 with 16, 1.19 and 1.03 with 32, fp16 0.85 and 0.96 with 64, 0.97 and 1.04 with 128.
 ONE_PASS_ROWS = {
     torch.float32: (256, 0),
     torch.float64: (512, 512),
