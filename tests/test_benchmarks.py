@@ -395,6 +395,15 @@ def test_the_report_is_of_this_machine_unless_all_are_asked_for(measure_layer, c
 
 def test_the_largest_p_is_told_in_words():
     step = {"step": {"median": 0.5}}
+    layers = [
+        {"cell": {"p": p, "dtype": dtype}, "ratios": {"linear": step, "dropout": {"step": {"median": p}}}}
+        for p, dtype in ((0.5, "fp32"), (0.9, "fp32"), (0.25, "bf16"))
+    ]
+    takes = "a training step of a layer with mixout({}) takes 0.50 to 0.50 of nn.Linear's time and {} of {}'s time ({})"
+    assert list(report.layer_in_short(layers)) == [
+        takes.format(0.9, "0.90 to 0.90", "nn.Dropout + nn.Linear", "fp32"),
+        takes.format(0.25, "0.25 to 0.25", "nn.Dropout + nn.Linear", "bf16"),
+    ]
     cell = {"cell": {"model": "tiny", "precision": "fp32", "mode": "eager"}}
     ratios = {"none": step, "mixout(0.9)": {"step": {"median": 0.25}}, "mixout(0.75)": step, "published(1)": step}
     assert list(report.model_in_short([cell | {"ratios": ratios}])) == [

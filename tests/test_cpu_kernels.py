@@ -131,11 +131,14 @@ def test_instruction_set_is_the_widest():
         "avx2": {"avx2", "fma"},
         "baseline": set(),
     }
-    script = "from mixout_fast.backends import cpu; print(cpu.instruction_set())"
+    script = "import torch; from mixout_fast.backends import cpu; print(cpu.instruction_set(), "
+    script += "*map(cpu.multiplies_in_fp32, (torch.bfloat16, torch.float16)))"
     limits = {"ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"}
     environment = {name: value for name, value in os.environ.items() if name not in limits}
     run = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
-    assert run.stdout.split() == [next(name for name, needed in needs.items() if needed <= flags)]
+    widest = next(name for name, needed in needs.items() if needed <= flags)
+    in_fp32 = [str(flag not in flags) for flag in ("avx512_bf16", "avx512_fp16")]
+    assert run.stdout.split() == [widest, *in_fp32]
 
 
 @pytest.mark.parametrize("name", NARROWER)
