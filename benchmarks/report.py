@@ -77,8 +77,9 @@ def load(folder: Path, suite: str, quick: bool = False) -> list[Records]:
 
 def of_this_machine(results: dict[str, list[Records]]) -> dict[str, list[Records]]:
     """The results of this processor and this GPU; all where there are none."""
+    devices = this_machine()
     own = {
-        suite: [records for records in of_suite if records.environment["device"] in this_machine()]
+        suite: [records for records in of_suite if records.environment["device"] in devices]
         for suite, of_suite in results.items()
     }
     return own if any(own.values()) else results
