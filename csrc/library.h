@@ -37,6 +37,22 @@ inline int64_t capacity_of(int64_t count, double p) {
   return std::min({count, bound, capacity_limit});
 }
 
+// (..., columns) as a matrix.
+inline torch::stable::Tensor rows_of(const torch::stable::Tensor& tensor, int64_t columns) {
+  return tensor.dim() == 2 ? tensor : torch::stable::reshape(tensor, {-1, columns});
+}
+
+// A result whose rows are those of `operand` (..., any number), with its leading dimensions. Not as a view: what an
+// autograd function returns could then not be changed in place, as nn.ReLU(inplace=True) does.
+inline torch::stable::Tensor shaped_as(const torch::stable::Tensor& operand, const torch::stable::Tensor& result) {
+  if (operand.dim() == 2) return result;
+  std::vector<int64_t> sizes(operand.sizes().begin(), operand.sizes().end());
+  sizes.back() = result.size(result.dim() - 1);
+  std::array<StableIValue, 2> stack{torch::stable::detail::from(result), torch::stable::detail::from(sizes)};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::_unsafe_view", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<torch::stable::Tensor>(stack[0]);
+}
+
 // The products, through the dispatcher: the same kernels that Python's F.linear and mm reach. The macro by the name
 // that torch 2.11 has too.
 inline torch::stable::Tensor library_linear(const torch::stable::Tensor& input, const torch::stable::Tensor& weight,
@@ -44,7 +60,7 @@ inline torch::stable::Tensor library_linear(const torch::stable::Tensor& input, 
   std::array<StableIValue, 3> stack{torch::stable::detail::from(input), torch::stable::detail::from(weight),
                                     torch::stable::detail::from(bias)};
   TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<torch::stable::Tensor>(stack[0]);
+  return shaped_as(input, torch::stable::detail::to<torch::stable::Tensor>(stack[0]));
 }
 
 // By the variant that writes to a given result, which autocast leaves alone.
@@ -54,19 +70,6 @@ inline torch::stable::Tensor library_mm(const torch::stable::Tensor& a, const to
                                     torch::stable::detail::from(out)};
   TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
   return torch::stable::detail::to<torch::stable::Tensor>(stack[0]);
-}
-
-// (..., columns) as a matrix.
-inline torch::stable::Tensor rows_of(const torch::stable::Tensor& tensor, int64_t columns) {
-  return tensor.dim() == 2 ? tensor : torch::stable::reshape(tensor, {-1, columns});
-}
-
-// A matrix whose rows are those of `operand` (..., any number), with its leading dimensions.
-inline torch::stable::Tensor shaped_as(const torch::stable::Tensor& operand, const torch::stable::Tensor& matrix) {
-  if (operand.dim() == 2) return matrix;
-  std::vector<int64_t> sizes(operand.sizes().begin(), operand.sizes().end());
-  sizes.back() = matrix.size(1);
-  return torch::stable::view(matrix, sizes);
 }
 
 // y, and where they are gathered, the kept index and columns.

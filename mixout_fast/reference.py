@@ -123,6 +123,11 @@ def gather(rows: Tensor, seed: Tensor, p: float, static: bool) -> tuple[Tensor, 
     return index, columns.masked_fill(index < 0, 0) if static else columns
 
 
+def owned(output: Tensor) -> Tensor:
+    """The same and no view: what an autograd function returns could not be changed in place if it were one."""
+    return output if output.dim() == 2 else torch.ops.aten._unsafe_view(output, output.shape)
+
+
 def linear(
     input: Tensor,
     weight: Tensor,
@@ -135,7 +140,7 @@ def linear(
     static: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """y = x W'ᵀ + b for input (…, K), in the input's dtype, and with `gathers` gather's two."""
-    output = torch.nn.functional.linear(input, mix(weight, target, seed, p, mask, input.dtype), bias)
+    output = owned(torch.nn.functional.linear(input, mix(weight, target, seed, p, mask, input.dtype), bias))
     rows = input.reshape(-1, input.shape[-1])
     return output, *(gather(rows, seed, p, static) if gathers else (None, None))
 

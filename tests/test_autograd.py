@@ -79,6 +79,19 @@ def test_leading_dimensions(leading, mask, device, backend, path, seed):
 
 
 @masks
+@pytest.mark.parametrize("leading", ((5,), (2, 3), (150, 2)), ids=str)
+def test_output_can_be_changed_in_place(leading, mask, device, backend, path, seed):
+    """As by nn.ReLU(inplace=True), or by a residual's addition."""
+    case = testing.random_case(leading, 17, 5, p=0.5, mask=mask, device=device, seed=seed)
+    weight = case.weight.requires_grad_()
+    results = []
+    for change in (torch.relu, torch.relu_):
+        output = mix_linear(case.input, weight, case.target, case.bias, 0.5, mask=mask, seed=case.seed, backend=backend)
+        results.append(torch.autograd.grad(change(output), weight, case.grad_output)[0])
+    testing.assert_same_bits("dW", *results, case)
+
+
+@masks
 def test_no_rows(mask, device, backend, path, seed):
     """dW and db are zeros, which somebody has to write; of 255 columns forward gathers the kept at p = 0.9."""
     for p in (0.1, 0.3, 0.9):
