@@ -46,7 +46,8 @@ def offset(tensor):
 @pytest.mark.parametrize("layout", (transposed, every_other, offset))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_strides(layout, rows, mask, dtype, device, backend, path, seed):
-    for operands in (("input",), ("weight",), ("target",), ("grad_output",), ("input", "weight", "target")):
+    some = ("weight", "target"), ("input", "weight", "target")
+    for operands in (("input",), ("weight",), ("target",), ("grad_output",), *some):
         case = testing.integer_case(rows, 33, 17, p=0.75, mask=mask, dtype=dtype, device=device, seed=seed)
         strided = {name: layout(getattr(case, name)) for name in operands}
         testing.check_exact(dataclasses.replace(case, **strided, origin=f"{layout.__name__} {operands}"), backend)

@@ -168,11 +168,12 @@ MIXOUT_INLINE Vector<float> mix_kept(Vector<float> w, Vector<float> u, Vector<fl
 constexpr int64_t bytes_ahead = 4096;
 
 // `count` columns of a row of W' from `column` on, as by mix_entry, and 0 up to a whole number of 32. `kept` are those
-// of these columns, if there is one bit per column.
+// of these columns, where they are drawn already: mask_row of them.
 template <typename Operand>
 void mix_row(const Mixing& mixing, const KeptBits* kept, int64_t row, int64_t column, int64_t count, bfloat16* out) {
   const Vector<float> scale = broadcast(static_cast<float>(mixing.scale));
   const int64_t by_vectors = takes_vectors(mixing) ? count / 32 * 32 : 0;
+  if (mixing.mask.keep_row && !mixing.mask.keep_row[row]) kept += mixing.columns / 32;
   constexpr int64_t size = sizeof(Operand);
   const int64_t rows_ahead = (bytes_ahead - 1) / (count * size) + 1;
   const auto read = [=](const Matrix& matrix, int64_t k) __attribute__((always_inline)) {
@@ -299,9 +300,10 @@ void multiply_in_steps(const Mixing& mixing, Matrix x, int64_t m, int64_t all_ro
   bfloat16* copied = right + block_terms * block_outputs;
   bfloat16* mixed_rows = copied + 32 * block_terms;
   const int64_t first_column = forward ? 0 : begin, columns = forward ? terms : end - begin;
-  KeptBits* kept = scratch<KeptBits>(Slot::target, columns / 32);
+  KeptBits* kept = scratch<KeptBits>(Slot::target, 2 * (mixing.columns / 32));
   for (int64_t i = 0; i < columns / 32 && mixing.mask.keep; ++i)
     kept[i] = kept_bits<Operand>(mixing.mask.keep + first_column + 32 * i);
+  if (mixing.mask.keep_row) memset(kept + mixing.columns / 32, 0, mixing.columns / 32 * sizeof(KeptBits));
 
   const Unit unit;
   Finishing finishing;

@@ -12,9 +12,12 @@ struct Matrix {
   int64_t column_stride;
 };
 
-// One entry per column, shared by all rows, or one per element, drawn where it is used.
+// One entry per column, shared by all rows, or one per row, or one per element, drawn where it is used.
 struct Mask {
-  const uint32_t* keep; // (columns,), all ones where kept, 0 where dropped; null: one entry per element
+  // (columns,), all ones where kept, 0 where dropped, for all rows; with `keep_row` for kept rows, and behind it the
+  // same for dropped ones. Null: one entry per element.
+  const uint32_t* keep;
+  const uint32_t* keep_row; // (rows,); null: rows are alike
   uint64_t seed;
   uint64_t threshold;
 };
@@ -56,6 +59,10 @@ struct Kernels {
   // Rows [begin, end) of out (rows, columns): column index[j] is compact's row j times factor, the others are 0.
   void (*expand)(Matrix compact, const int32_t* index, int64_t count, int64_t columns, double factor, int64_t begin,
                  int64_t end, void* out);
+
+  // The same, but row index[j] of out is compact's row j.
+  void (*expand_rows)(Matrix compact, const int32_t* index, int64_t count, int64_t columns, double factor,
+                      int64_t begin, int64_t end, void* out);
 
   // dW without the library's product, where it is the faster, else null: with AVX-512, all of one dtype, fp32 or fp64,
   // and with AVX512_BF16 or AMX where x and dy are bf16. Rows [begin, end) of the kept columns of x into `staged`,

@@ -171,10 +171,15 @@ void draw(uint64_t seed, uint64_t threshold, int64_t first, int64_t count, uint3
   }
 }
 
+// A row's mask where its entries are drawn already.
+MIXOUT_INLINE const uint32_t* mask_row(const Mask& mask, int64_t columns, int64_t row) {
+  return mask.keep_row && !mask.keep_row[row] ? mask.keep + columns : mask.keep;
+}
+
 // Entries [column, column + count) of a row's mask.
 MIXOUT_INLINE const uint32_t* mask_segment(const Mask& mask, int64_t columns, int64_t row, int64_t column,
                                            int64_t count) {
-  if (mask.keep) return mask.keep + column;
+  if (mask.keep) return mask_row(mask, columns, row) + column;
   uint32_t* keep = scratch<uint32_t>(Slot::mask, count);
   draw(mask.seed, mask.threshold, row * columns + column, count, keep);
   return keep;
@@ -433,6 +438,30 @@ void expand(Matrix compact, const int32_t* index, int64_t count, int64_t columns
   }
 }
 
+template <typename Operand, typename Result>
+void expand_rows(Matrix compact, const int32_t* index, int64_t count, int64_t columns, double factor, int64_t begin,
+                 int64_t end, void* out) {
+  using T = Compute<Operand>;
+  count = kept_count(index, count);
+  Result* kept = scratch<Result>(Slot::weight, columns);
+  Result* zeros = scratch<Result>(Slot::target, columns);
+  memset(zeros, 0, columns * sizeof(Result));
+  int64_t j = 0;
+  while (j < count && index[j] < begin) ++j;
+  for (int64_t row = begin; row < end; ++row) {
+    const bool is_kept = j < count && index[j] == row;
+    if (is_kept) {
+      const Operand* __restrict source = static_cast<const Operand*>(compact.data) + j++ * compact.row_stride;
+      for (int64_t k = 0; k < columns; ++k)
+        put<Result>(multiply(widen(source[k * compact.column_stride]), static_cast<T>(factor)), kept + k);
+    }
+    stream_row(is_kept ? kept : zeros, columns, static_cast<Result*>(out) + row * columns);
+  }
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+
 template <typename T>
 const char* address(const Matrix& matrix, int64_t row, int64_t column) {
   return static_cast<const char*>(matrix.data) + (row * matrix.row_stride + column) * static_cast<int64_t>(sizeof(T));
@@ -458,7 +487,7 @@ struct Panels {
   }
 };
 
-// Whether a vector of entries can be mixed as one: fp32, one mask entry per column, columns adjacent.
+// Whether a vector of entries can be mixed as one: fp32, a mask drawn already, columns adjacent.
 template <typename Operand, typename Result>
 constexpr bool mixes_vectors = std::is_same_v<Operand, float> && std::is_same_v<Result, float>;
 
@@ -472,7 +501,7 @@ template <typename T>
 MIXOUT_INLINE Vector<T> mix_vector(const Mixing& mixing, int64_t row, int64_t column) {
   typedef uint32_t Keep __attribute__((vector_size(lanes<T> * sizeof(uint32_t))));
   Keep keep;
-  memcpy(&keep, mixing.mask.keep + column, sizeof(keep));
+  memcpy(&keep, mask_row(mixing.mask, mixing.columns, row) + column, sizeof(keep));
   const Vector<T> weight = load(reinterpret_cast<const T*>(address<T>(mixing.weight, row, column)));
   const Vector<T> target =
       mixing.target.data ? load(reinterpret_cast<const T*>(address<T>(mixing.target, row, column))) : Vector<T>{};
@@ -1014,7 +1043,7 @@ void grad_weight(const KeptX& kept_x, const void* staged_x, Matrix dy, int64_t o
 template <typename Operand, typename Result>
 constexpr Kernels make_kernels() {
   Kernels kernels = {mix<Operand, Result>, multiply<true, Operand, Result>, multiply<false, Operand, Result>,
-                     mask_grad<Operand, Result>, expand<Operand, Result>};
+                     mask_grad<Operand, Result>, expand<Operand, Result>, expand_rows<Operand, Result>};
 #if defined(MIXOUT_HAS_COMPRESS)
   if constexpr (std::is_same_v<Operand, Result> && std::is_same_v<Operand, Compute<Operand>>) {
     kernels.stage_kept = stage_kept<Operand>;

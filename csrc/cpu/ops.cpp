@@ -98,6 +98,8 @@ Tensor allocate(std::initializer_list<int64_t> sizes, ScalarType type) {
   return torch::stable::empty(torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()), type);
 }
 
+Tensor transposed(const Tensor& matrix) { return torch::stable::transpose(matrix, 0, 1); }
+
 // a b + bias of matrices in fp32, rounded once to their own dtype. By the variant that writes to a given result:
 // autocast would narrow the operands of the other again.
 Tensor product_in_fp32(const Tensor& a, const Tensor& b, const std::optional<Tensor>& bias) {
@@ -105,7 +107,7 @@ Tensor product_in_fp32(const Tensor& a, const Tensor& b, const std::optional<Ten
   const auto widened = [](const Tensor& tensor) { return torch::stable::to(tensor, ScalarType::Float); };
   std::optional<Tensor> wide_bias;
   if (bias) wide_bias = widened(*bias);
-  std::array<StableIValue, 4> stack{from(widened(a)), from(torch::stable::transpose(widened(b), 0, 1)), from(wide_bias),
+  std::array<StableIValue, 4> stack{from(widened(a)), from(transposed(widened(b))), from(wide_bias),
                                     from(allocate({a.size(0), b.size(1)}, ScalarType::Float))};
   TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "out", stack.data(), TORCH_ABI_VERSION));
   return torch::stable::to(torch::stable::detail::to<Tensor>(stack[0]), a.scalar_type());
@@ -118,7 +120,7 @@ Tensor product(const Tensor& a, const Tensor& b) {
 
 Tensor product(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias) {
   if (!multiplies_in_fp32(input.scalar_type())) return library_linear(input, weight, bias);
-  const Tensor by_outputs = torch::stable::transpose(weight, 0, 1);
+  const Tensor by_outputs = transposed(weight);
   return shaped_as(input, product_in_fp32(rows_of(input, weight.size(1)), by_outputs, bias));
 }
 
@@ -141,13 +143,13 @@ int64_t repeats_of(const Tensor& tensor) { return tensor.dim() == 3 ? tensor.siz
 
 // A mask, with the memory it needs: drawn here where columns share it, else where it is used.
 struct DrawnMask {
-  std::vector<uint32_t> keep;
+  std::vector<uint32_t> keep, alike;
   Mask mask;
   int64_t kept = 0;
 
   DrawnMask(const Tensor& seed, double p, bool per_column, int64_t columns, int64_t repeats = 1) {
     const uint64_t key = *static_cast<const uint64_t*>(seed.const_data_ptr());
-    mask = {nullptr, key, threshold_of(p)};
+    mask = {nullptr, nullptr, key, threshold_of(p)};
     if (!per_column) return;
     const int64_t capacity = capacity_of(columns, p);
     keep.resize(columns);
@@ -163,6 +165,13 @@ struct DrawnMask {
       keep.swap(repeated);
     }
     mask.keep = keep.data();
+  }
+
+  // The mask of a transposed matrix, which has so many columns.
+  Mask by_row(int64_t columns) {
+    alike.assign(2 * columns, 0);
+    std::fill_n(alike.begin(), columns, ~0u);
+    return {alike.data(), keep.data(), mask.seed, mask.threshold};
   }
 
   // The kept columns, ascending, padded with -1 to `size`.
@@ -184,6 +193,31 @@ Mixing mixing_of(const Tensor& weight, const std::optional<Tensor>& target, doub
   const Matrix target_matrix = target ? matrix_of(*target) : Matrix{nullptr, 0, 0};
   return {matrix_of(weight), target_matrix, weight.size(0), columns, scale_of(p), mask};
 }
+
+// W and U of a layer, their mask and mixing. Where they lie by columns, as in GPT-2's Conv1D, and the mask is an input
+// mask, they are taken as the matrices in rows (K, N) that they are the transposes of, with a mask by row: then y is
+// made by the kernel of dX and dX by that of y.
+struct Layer {
+  int64_t outputs, in_features;
+  bool is_transposed;
+  Tensor weight; // as it lies
+  DrawnMask drawn;
+  Mixing mixing;
+
+  Layer(const Tensor& w, const std::optional<Tensor>& u, const Tensor& seed, double p, bool per_column)
+      : outputs(w.size(0)), in_features(w.size(1)),
+        is_transposed(per_column && lies_by_columns(w) && (!u || lies_by_columns(*u))),
+        weight(is_transposed ? transposed(w) : w), drawn(seed, p, per_column, in_features) {
+    if (is_transposed) mixing = mixing_of(weight, u ? std::optional(transposed(*u)) : u, p, drawn.by_row(outputs));
+    else mixing = mixing_of(weight, u, p, drawn.mask);
+  }
+
+  // (N, K) of what lies as the weight does.
+  Tensor by_outputs(const Tensor& matrix) const { return is_transposed ? transposed(matrix) : matrix; }
+
+private:
+  static bool lies_by_columns(const Tensor& tensor) { return tensor.stride(0) == 1 && tensor.stride(1) != 1; }
+};
 
 // One thread's part of the work.
 struct Slice {
@@ -227,20 +261,21 @@ Tensor allocate_like(const Tensor& tensor, ScalarType dtype) {
                            : allocate({tensor.size(0), tensor.size(1)}, dtype);
 }
 
-Tensor masked(const Tensor& grad, const DrawnMask& drawn, double factor, ScalarType dtype) {
+Tensor masked(const Tensor& grad, const Mask& mask, double factor, ScalarType dtype) {
   const Matrix matrix = matrix_of(grad);
   const int64_t rows = grad.size(0), columns = grad.size(1) * repeats_of(grad);
   const Kernels& kernels = kernels_of(grad.scalar_type(), dtype);
   Tensor out = allocate_like(grad, dtype);
   void* data = out.mutable_data_ptr();
   in_slices(2 * bytes_of(grad), [&](Slice slice) {
-    kernels.mask_grad(matrix, columns, drawn.mask, factor, slice.first(rows), slice.last(rows), data);
+    kernels.mask_grad(matrix, columns, mask, factor, slice.first(rows), slice.last(rows), data);
   });
   return out;
 }
 
 Tensor mask_grad(const Tensor& grad, const Tensor& seed, double p, bool per_column, double factor, ScalarType dtype) {
-  return masked(grad, DrawnMask(seed, p, per_column, grad.size(1), repeats_of(grad)), factor, dtype);
+  const DrawnMask drawn(seed, p, per_column, grad.size(1), repeats_of(grad));
+  return masked(grad, drawn.mask, factor, dtype);
 }
 
 void gather_rows(const Tensor& rows, const Tensor& index, const Tensor& columns, Slice slice) {
@@ -311,14 +346,13 @@ Output linear(const Tensor& input, const Tensor& weight, const std::optional<Ten
               const std::optional<Tensor>& bias, const Tensor& seed, double p, bool per_column, bool in_one_pass,
               bool gathers, bool fixed_size) {
   const ScalarType dtype = input.scalar_type();
-  const DrawnMask drawn(seed, p, per_column, weight.size(1));
-  const Mixing mixing = mixing_of(weight, target, p, drawn.mask);
-  const Tensor rows = rows_of(input, mixing.columns);
+  const Layer layer(weight, target, seed, p, per_column);
+  const Tensor rows = rows_of(input, layer.in_features);
 
   std::optional<Tensor> index, columns;
   if (gathers) {
-    const int64_t width = fixed_size ? capacity_of(mixing.columns, p) : drawn.kept;
-    index = drawn.indices(width);
+    const int64_t width = fixed_size ? capacity_of(layer.in_features, p) : layer.drawn.kept;
+    index = layer.drawn.indices(width);
     columns = allocate({rows.size(0), width}, dtype);
   }
   const int64_t gathered_bytes = gathers ? bytes_of(rows) : 0;
@@ -328,10 +362,12 @@ Output linear(const Tensor& input, const Tensor& weight, const std::optional<Ten
 
   if (in_one_pass) {
     const Kernels& kernels = kernels_of(weight.scalar_type(), dtype);
-    const Tensor output = one_pass(rows, mixing, mixing.rows, bias, kernels.linear, gathered_bytes, gather);
+    const auto kernel = layer.is_transposed ? kernels.grad_input : kernels.linear;
+    const Tensor output = one_pass(rows, layer.mixing, layer.outputs, bias, kernel, gathered_bytes, gather);
     return {shaped_as(input, output), index, columns};
   }
-  return {product(input, mixed(weight, mixing, dtype, gathered_bytes, gather), bias), index, columns};
+  const Tensor mixed_weight = layer.by_outputs(mixed(layer.weight, layer.mixing, dtype, gathered_bytes, gather));
+  return {product(input, mixed_weight, bias), index, columns};
 }
 
 // Kept columns of x, of few some, filled up with zeros: see THIN_OUTPUT in mixout_fast/reference.py.
@@ -347,27 +383,33 @@ Tensor filled_up(const Tensor& columns) {
 }
 
 // Of an input mask: the product of the kept columns of x with dY by the library, then spread into the dense dW.
-Tensor expanded(const Tensor& kept_columns, const Tensor& grad, const Tensor& index, const Tensor& weight,
+Tensor expanded(const Layer& layer, const Tensor& kept_columns, const Tensor& grad, const Tensor& index,
                 double factor) {
-  const int64_t outputs = weight.size(0), in_features = weight.size(1);
-  const Tensor columns = filled_up(kept_columns);
+  const Tensor columns = filled_up(kept_columns), weight = layer.weight;
   // (C, N) where few columns of many rows are kept: fp32 at 2048x768x768, p = 0.9, takes 1.25 ms so and 1.48 the other
   // way, with the expansion, bf16's product 0.36 and 0.53. (N, C) else, level from there on: it expands without a
   // transpose.
-  const bool by_columns = columns.size(0) > 256 && 2 * columns.size(1) < in_features;
-  Tensor compact = by_columns ? product(torch::stable::transpose(columns, 0, 1), grad)
-                              : product(torch::stable::transpose(grad, 0, 1), columns);
-  if (!by_columns) compact = torch::stable::transpose(compact, 0, 1);
+  const bool by_columns =
+      layer.is_transposed || (columns.size(0) > 256 && 2 * columns.size(1) < layer.in_features);
+  Tensor compact = by_columns ? product(transposed(columns), grad) : product(transposed(grad), columns);
+  if (!by_columns) compact = transposed(compact);
   const Kernels& kernels = kernels_of(compact.scalar_type(), weight.scalar_type());
+  const auto expand = layer.is_transposed ? kernels.expand_rows : kernels.expand;
   const Matrix matrix = matrix_of(compact);
-  Tensor out = allocate({outputs, in_features}, weight.scalar_type());
+  Tensor out = allocate_like(weight, weight.scalar_type());
   void* data = out.mutable_data_ptr();
   const int32_t* indices = static_cast<const int32_t*>(index.const_data_ptr());
+  const int64_t rows = out.size(0);
   in_slices(bytes_of(out) + bytes_of(compact), [&](Slice slice) {
-    kernels.expand(matrix, indices, index.numel(), in_features, factor, slice.first(outputs), slice.last(outputs),
-                   data);
+    expand(matrix, indices, index.numel(), out.size(1), factor, slice.first(rows), slice.last(rows), data);
   });
-  return out;
+  return layer.by_outputs(out);
+}
+
+// Of either mask: the product of all of x with dY by the library, then masked.
+Tensor masked_product(const Layer& layer, const Tensor& x, const Tensor& grad, double factor) {
+  const Tensor dense = layer.is_transposed ? product(transposed(x), grad) : product(transposed(grad), x);
+  return layer.by_outputs(masked(dense, layer.mixing.mask, factor, layer.weight.scalar_type()));
 }
 
 Gradients linear_backward(const Tensor& grad_output, const std::optional<Tensor>& input,
@@ -375,10 +417,9 @@ Gradients linear_backward(const Tensor& grad_output, const std::optional<Tensor>
                           const Tensor& weight, const std::optional<Tensor>& target, const Tensor& seed,
                           bool needs_input, bool needs_weight, bool needs_bias, double p, bool per_column,
                           double factor, bool in_one_pass, bool in_full_product) {
-  const int64_t outputs = weight.size(0), in_features = weight.size(1);
+  const Layer layer(weight, target, seed, p, per_column);
+  const int64_t outputs = layer.outputs, in_features = layer.in_features;
   const ScalarType dtype = grad_output.scalar_type();
-  const DrawnMask drawn(seed, p, per_column, in_features);
-  const Mixing mixing = mixing_of(weight, target, p, drawn.mask);
   const Tensor grad = rows_of(grad_output, outputs);
   const int64_t m = grad.size(0);
   STD_TORCH_CHECK(!needs_weight || input || (kept_index && kept_columns), nothing_for_dw);
@@ -386,11 +427,12 @@ Gradients linear_backward(const Tensor& grad_output, const std::optional<Tensor>
   if (needs_weight && input) x = rows_of(*input, in_features);
 
   const Kernels& of_weight = kernels_of(dtype, weight.scalar_type());
-  const bool in_kernel = needs_weight && per_column && of_weight.grad_weight && outputs >= thin_output;
+  const bool in_kernel =
+      needs_weight && per_column && !layer.is_transposed && of_weight.grad_weight && outputs >= thin_output;
   const bool is_full = x && in_full_product && !in_kernel, gathers = x && !is_full && !in_kernel;
   // The kept columns: of x, or as forward gathered them.
   std::optional<Tensor> index = kept_index, columns = kept_columns;
-  if (x && !is_full) index = drawn.indices(drawn.kept);
+  if (x && !is_full) index = layer.drawn.indices(layer.drawn.kept);
   const int32_t* indices = index ? static_cast<const int32_t*>(index->const_data_ptr()) : nullptr;
   const int64_t kept = index ? kept_count(indices, index->numel()) : 0;
   if (gathers) columns = allocate({m, kept}, dtype);
@@ -413,9 +455,11 @@ Gradients linear_backward(const Tensor& grad_output, const std::optional<Tensor>
   std::optional<Tensor> grad_input, grad_weight, grad_bias;
   if (needs_input) {
     const Kernels& kernels = kernels_of(weight.scalar_type(), dtype);
+    const auto kernel = layer.is_transposed ? kernels.linear : kernels.grad_input;
     const Tensor matrix =
-        in_one_pass ? one_pass(grad, mixing, in_features, std::nullopt, kernels.grad_input, bytes_beside, beside)
-                    : product(grad, mixed(weight, mixing, dtype, bytes_beside, beside));
+        in_one_pass
+            ? one_pass(grad, layer.mixing, in_features, std::nullopt, kernel, bytes_beside, beside)
+            : product(grad, layer.by_outputs(mixed(layer.weight, layer.mixing, dtype, bytes_beside, beside)));
     grad_input = shaped_as(grad_output, matrix);
   } else {
     in_slices(bytes_beside, beside);
@@ -431,9 +475,8 @@ Gradients linear_backward(const Tensor& grad_output, const std::optional<Tensor>
     });
     return {grad_input, grad_weight, grad_bias};
   }
-  if (is_full)
-    grad_weight = masked(product(torch::stable::transpose(grad, 0, 1), *x), drawn, factor, weight.scalar_type());
-  else if (needs_weight) grad_weight = expanded(*columns, grad, *index, weight, factor);
+  if (is_full) grad_weight = masked_product(layer, *x, grad, factor);
+  else if (needs_weight) grad_weight = expanded(layer, *columns, grad, *index, factor);
   if (needs_bias) grad_bias = sum_of_rows(grad);
   return {grad_input, grad_weight, grad_bias};
 }

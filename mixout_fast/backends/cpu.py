@@ -156,7 +156,7 @@ def gradients(
 
 
 def _register_fakes() -> None:
-    operators.register("mixout_fast")
+    operators.register("mixout_fast", takes_columns=True)
 
     @torch.library.register_fake("mixout_fast::linear")
     def _(input, weight, target, bias, seed, p, per_column, one_pass, gathers, fixed_size):

@@ -142,7 +142,7 @@ def _allows_tf32() -> bool:
 
 
 def _register_fakes() -> None:
-    operators.register("mixout_fast_cuda")
+    operators.register("mixout_fast_cuda", takes_columns=False)
 
     @torch.library.register_fake("mixout_fast_cuda::linear")
     def _(input, weight, target, bias, seed, p, per_column, one_pass, tf32, gathers):
