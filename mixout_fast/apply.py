@@ -95,7 +95,7 @@ def apply_mixout(
     nn.Linear, nn.Embedding, nn.Conv1d to 3d, nn.MultiheadAttention, Hugging Face's Conv1D and XLNet's attention, and
     subclasses, are mixed; `INPUT_DIMS` takes others. A weight used in several modules (tied) is mixed with one mask a
     forward pass in all of them, or in none. Of a PEFT LoRA layer, A is mixed toward zero: mixout of the sum W + BA
-    toward the frozen W. Load the pretrained weights before, wrap the model (DDP, FSDP, torch.compile) after.
+    toward the frozen W. Load the pretrained weights before, wrap the model (DDP, FSDP2, torch.compile) after.
 
     Args:
         model: the pretrained model. Its module and Parameter objects stay; state_dict keeps its keys.

@@ -222,6 +222,15 @@ def test_a_forward_that_was_replaced_reads_the_mixed_weight(device):
     assert (linear(torch.eye(16, device=device)) == 0).all(dim=1).any()
 
 
+def test_a_weight_mixed_where_it_is_read_takes_parameters_alone():
+    model = apply_mixout(nn.Sequential(nn.Conv1d(4, 4, 1)), 0.5)
+    model[0].weight = parameter = nn.Parameter(torch.zeros(4, 4, 1))
+    assert model[0]._parameters["weight"] is parameter
+    replica = model[0]._replicate_for_data_parallel()
+    with pytest.raises(AttributeError, match="weight: a Tensor in place of a Parameter that Conv1d mixes"):
+        replica.weight = parameter * 1.0
+
+
 @masks
 @pytest.mark.parametrize("grad_scale", ("exact", "paper"))
 def test_embedding_is_that_of_the_mixed_table(mask, grad_scale, device):
