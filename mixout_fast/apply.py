@@ -167,11 +167,14 @@ def apply_mixout(
 def remove_mixout(model: nn.Module) -> nn.Module:
     """Undo apply_mixout: the original module types with the trained Parameters, and the Dropouts' former p.
 
+    `model` may be a module around the one that apply_mixout was given, such as DDP's or PEFT's.
+
     Raises ValueError for a model without mixout.
     """
     if not mixed_parameters(model):
         raise ValueError("model: no weight of it is mixed")
-    targets = set(_target_buffers(model))
+    applied = [module for module in model.modules() if "mixout_report" in vars(module)]
+    targets = [set(_target_buffers(module)) for module in applied]
     for module in list(model.modules()):
         if isinstance(module, (MixLinear, MixEmbedding)):
             del module.target
@@ -183,13 +186,13 @@ def remove_mixout(model: nn.Module) -> nn.Module:
         for key, hook in list(module._forward_pre_hooks.items()):
             if isinstance(hook, (SharedSeed, InputDropout)):
                 del module._forward_pre_hooks[key]
-    done = vars(model).pop("mixout_report", None)
-    for name, p in done.dropouts.items() if done else ():
-        model.get_submodule(name).p = p
-    ignored = vars(model).pop("_ddp_params_and_buffers_to_ignore", [])
-    kept = [name for name in ignored if name not in targets]
-    if kept:
-        model._ddp_params_and_buffers_to_ignore = kept
+    for module, names in zip(applied, targets, strict=True):
+        for name, p in vars(module).pop("mixout_report").dropouts.items():
+            module.get_submodule(name).p = p
+        ignored = vars(module).pop("_ddp_params_and_buffers_to_ignore", [])
+        kept = [name for name in ignored if name not in names]
+        if kept:
+            module._ddp_params_and_buffers_to_ignore = kept
     return model
 
 

@@ -172,6 +172,19 @@ def test_removal_restores_types_and_leaves_the_trained_weights(net, tokens):
     apply_mixout(net, 0.9)
 
 
+def test_removal_through_a_module_around(net):
+    net.drop.p = 0.1
+    attributes = set(vars(net))
+    apply_mixout(net, 0.9, dropout=0.0)
+    net._ddp_params_and_buffers_to_ignore.append("a.users.own.target")
+    around = nn.Sequential(net)
+    assert remove_mixout(around) is around
+    assert net.drop.p == 0.1
+    assert net._ddp_params_and_buffers_to_ignore == ["a.users.own.target"]
+    assert set(vars(net)) - attributes == {"_ddp_params_and_buffers_to_ignore"}
+    apply_mixout(around, 0.9)
+
+
 def test_root(device):
     for root, x in (
         (nn.Linear(16, 8), torch.randn(3, 16)),
