@@ -112,7 +112,7 @@ def apply_mixout(
             ("dropout", p) drops out the inputs of their nn.Linear layers,
             beside the model's own Dropout before them.
         example: for layers="paper", the model's argument, or a tuple or mapping of arguments. None takes the
-            `dummy_inputs` of a transformers model.
+            `dummy_inputs` of a transformers model, which hold token numbers: models of other inputs need an example.
         dropout: sets the p of every Dropout module; the published code sets 0. None leaves them.
         frozen: mix parameters with requires_grad=False too.
         share_masks: one mask for layers that read the same x (query, key and value, …: `SIBLINGS`).
@@ -328,7 +328,8 @@ def _in_base_model(model: nn.Module, module: nn.Module) -> bool:
 
 
 def _example(model: nn.Module, example: Any) -> Any:
-    if example is None and hasattr(model, "dummy_inputs"):
+    # transformers gives all its models token numbers there, those of images and sound too.
+    if example is None and getattr(model, "main_input_name", None) in getattr(model, "dummy_inputs", ()):
         device = next(model.parameters()).device
         example = {name: torch.as_tensor(value, device=device) for name, value in model.dummy_inputs.items()}
     if example is None:
