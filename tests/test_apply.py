@@ -227,6 +227,25 @@ def test_weights_read_by_other_modules(module, x, name, dims, device, backend, m
     assert getattr(module.eval(), name) is parameter
 
 
+@pytest.mark.parametrize("dims", ((2,), (0, 1), (1, 2), (-1,), [0], 0, None))
+def test_input_dims_that_cannot_be_mixed_are_refused(dims, monkeypatch):
+    monkeypatch.setitem(INPUT_DIMS, f"{__name__}.Transposed", {"kernel": dims})
+    model = nn.Sequential(nn.Linear(4, 4), Transposed(4, 4))
+    with pytest.raises(ValueError) as caught:
+        apply_mixout(model, 0.5)
+    assert str(caught.value).startswith(f"INPUT_DIMS: {dims!r} for 1.kernel of shape (4, 4); it takes (0,), (1,)")
+    assert type(model[0]) is nn.Linear
+
+
+def test_input_dims_of_three_dimensions(monkeypatch):
+    monkeypatch.setitem(INPUT_DIMS, f"{__name__}.Transposed", {"kernel": (1, 2)})
+    module = Transposed(4, 4)
+    module.kernel = nn.Parameter(torch.ones(5, 7, 9))
+    kernel = apply_mixout(module, 0.5, target={"kernel": torch.zeros(5, 7, 9)}).kernel
+    assert torch.equal(kernel, kernel[:1].expand(5, 7, 9)), "one draw for each pair of the last two"
+    assert 0 < (kernel[0] != 0).sum() < 63
+
+
 def test_a_forward_that_was_replaced_reads_the_mixed_weight(device):
     """As accelerate's and others' hooks do: a change of class would not reach it."""
     linear = nn.Linear(16, 4, bias=False).to(device)
