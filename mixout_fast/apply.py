@@ -13,10 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mixout_fast import backends
 from mixout_fast.dropout_feeds import DROPOUTS, dropout_feeds
 from mixout_fast.embedding import MixEmbedding
-from mixout_fast.functional import DTYPES, check_options
+from mixout_fast.functional import DTYPES, check_backend, check_options
 from mixout_fast.linear import MixLinear
 from mixout_fast.mixed_weight import PREFIX, MixedWeights, Mixing, unmix_weights
 from mixout_fast.uses import Use, find_uses, join_names, lowest_common_module, merge_groups, resolve_ties, siblings
@@ -125,7 +124,7 @@ def apply_mixout(
     Raises:
         TypeError, ValueError: naming the argument, what it got and what it takes; nothing has been changed then.
     """
-    _check_arguments(model, p, target_dtype, layers, head, dropout, mask, grad_scale, backend)
+    _check_arguments(model, p, target_dtype, layers, filter_fn, head, dropout, mask, grad_scale, backend)
     head = head or {}
     uses = find_uses(model, frozen, mask)
     feeds = dropout_feeds(model, _example(model, example)) if layers == "paper" else None
@@ -264,7 +263,7 @@ def draw_seed(mixing: nn.Module) -> Tensor:
     return torch.randint(-(2**63), 2**63 - 1, (), device=None if tensor is None else tensor.device)
 
 
-def _check_arguments(model, p, target_dtype, layers, head, dropout, mask, grad_scale, backend) -> None:
+def _check_arguments(model, p, target_dtype, layers, filter_fn, head, dropout, mask, grad_scale, backend) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: {type(model).__name__}; it takes an nn.Module")
     if not callable(p):
@@ -273,8 +272,11 @@ def _check_arguments(model, p, target_dtype, layers, head, dropout, mask, grad_s
         raise TypeError(f"target_dtype: {target_dtype}; it takes one of {', '.join(map(str, DTYPES))}")
     if layers not in ("all", "paper"):
         raise ValueError(f"layers: {layers!r}; it takes one of all, paper (or use filter_fn)")
-    if backend is not None and backend not in backends.BACKENDS:
-        raise ValueError(f"backend: {backend!r}; it takes one of {', '.join(backends.BACKENDS)}")
+    check_backend(backend)
+    if filter_fn is not None and not callable(filter_fn):
+        raise TypeError(f"filter_fn: {type(filter_fn).__name__}; it takes a function (module, name) -> bool, or None")
+    if dropout is not None and (not isinstance(dropout, (float, int)) or isinstance(dropout, bool)):
+        raise TypeError(f"dropout: {dropout!r} of type {type(dropout).__name__}; it takes a number in [0, 1] or None")
     if dropout is not None and not 0.0 <= dropout <= 1.0:
         raise ValueError(f"dropout: {dropout}; it takes a probability in [0, 1] or None")
     applied = [mixed.name for mixed in mixed_parameters(model)]
