@@ -298,6 +298,16 @@ def test_embedding_in_other_dtypes(dtype, device):
     testing.assert_same_bits("rows", table(torch.arange(50, device=device)), want, table)
 
 
+def test_a_table_resized_since_is_refused(device):
+    """As transformers' resize_token_embeddings does: the same module, other weights."""
+    table = apply_mixout(nn.Embedding(20, 8).to(device), 0.5)
+    table.weight.data, table.num_embeddings = torch.randn(23, 8, device=device), 23
+    tokens = torch.tensor([3, 22], device=device)
+    with pytest.raises(ValueError, match=r"target: shape \(20, 8\), weight has \(23, 8\).*before apply_mixout"):
+        table(tokens)
+    assert table.eval()(tokens).shape == (2, 8)
+
+
 def test_tied_weights_are_mixed_once(device, tokens):
     model = Tied().to(device)
     apply_mixout(model, 0.5)
