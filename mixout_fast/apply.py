@@ -13,10 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mixout_fast import backends
 from mixout_fast.dropout_feeds import DROPOUTS, dropout_feeds
 from mixout_fast.embedding import MixEmbedding
-from mixout_fast.functional import DTYPES, check_options
+from mixout_fast.functional import DTYPES, check_backend, check_options
 from mixout_fast.linear import MixLinear
 from mixout_fast.mixed_weight import PREFIX, MixedWeights, Mixing, unmix_weights
 from mixout_fast.uses import Use, find_uses, join_names, lowest_common_module, merge_groups, resolve_ties, siblings
@@ -95,7 +94,7 @@ def apply_mixout(
     nn.Linear, nn.Embedding, nn.Conv1d to 3d, nn.MultiheadAttention, Hugging Face's Conv1D and XLNet's attention, and
     subclasses, are mixed; `INPUT_DIMS` takes others. A weight used in several modules (tied) is mixed with one mask a
     forward pass in all of them, or in none. Of a PEFT LoRA layer, A is mixed toward zero: mixout of the sum W + BA
-    toward the frozen W. Load the pretrained weights before, wrap the model (DDP, FSDP, torch.compile) after.
+    toward the frozen W. Load the pretrained weights before, wrap the model (DDP, FSDP2, torch.compile) after.
 
     Args:
         model: the pretrained model. Its module and Parameter objects stay; state_dict keeps its keys.
@@ -112,7 +111,7 @@ def apply_mixout(
             ("dropout", p) drops out the inputs of their nn.Linear layers,
             beside the model's own Dropout before them.
         example: for layers="paper", the model's argument, or a tuple or mapping of arguments. None takes the
-            `dummy_inputs` of a transformers model.
+            `dummy_inputs` of a transformers model, which hold token numbers: models of other inputs need an example.
         dropout: sets the p of every Dropout module; the published code sets 0. None leaves them.
         frozen: mix parameters with requires_grad=False too.
         share_masks: one mask for layers that read the same x (query, key and value, …: `SIBLINGS`).
@@ -125,7 +124,7 @@ def apply_mixout(
     Raises:
         TypeError, ValueError: naming the argument, what it got and what it takes; nothing has been changed then.
     """
-    _check_arguments(model, p, target_dtype, layers, head, dropout, mask, grad_scale, backend)
+    _check_arguments(model, p, target_dtype, layers, filter_fn, head, dropout, mask, grad_scale, backend)
     head = head or {}
     uses = find_uses(model, frozen, mask)
     feeds = dropout_feeds(model, _example(model, example)) if layers == "paper" else None
@@ -167,11 +166,14 @@ def apply_mixout(
 def remove_mixout(model: nn.Module) -> nn.Module:
     """Undo apply_mixout: the original module types with the trained Parameters, and the Dropouts' former p.
 
+    `model` may be a module around the one that apply_mixout was given, such as DDP's or PEFT's.
+
     Raises ValueError for a model without mixout.
     """
     if not mixed_parameters(model):
         raise ValueError("model: no weight of it is mixed")
-    targets = set(_target_buffers(model))
+    applied = [module for module in model.modules() if "mixout_report" in vars(module)]
+    targets = [set(_target_buffers(module)) for module in applied]
     for module in list(model.modules()):
         if isinstance(module, (MixLinear, MixEmbedding)):
             del module.target
@@ -183,13 +185,13 @@ def remove_mixout(model: nn.Module) -> nn.Module:
         for key, hook in list(module._forward_pre_hooks.items()):
             if isinstance(hook, (SharedSeed, InputDropout)):
                 del module._forward_pre_hooks[key]
-    done = vars(model).pop("mixout_report", None)
-    for name, p in done.dropouts.items() if done else ():
-        model.get_submodule(name).p = p
-    ignored = vars(model).pop("_ddp_params_and_buffers_to_ignore", [])
-    kept = [name for name in ignored if name not in targets]
-    if kept:
-        model._ddp_params_and_buffers_to_ignore = kept
+    for module, names in zip(applied, targets, strict=True):
+        for name, p in vars(module).pop("mixout_report").dropouts.items():
+            module.get_submodule(name).p = p
+        ignored = vars(module).pop("_ddp_params_and_buffers_to_ignore", [])
+        kept = [name for name in ignored if name not in names]
+        if kept:
+            module._ddp_params_and_buffers_to_ignore = kept
     return model
 
 
@@ -261,7 +263,7 @@ def draw_seed(mixing: nn.Module) -> Tensor:
     return torch.randint(-(2**63), 2**63 - 1, (), device=None if tensor is None else tensor.device)
 
 
-def _check_arguments(model, p, target_dtype, layers, head, dropout, mask, grad_scale, backend) -> None:
+def _check_arguments(model, p, target_dtype, layers, filter_fn, head, dropout, mask, grad_scale, backend) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: {type(model).__name__}; it takes an nn.Module")
     if not callable(p):
@@ -270,8 +272,11 @@ def _check_arguments(model, p, target_dtype, layers, head, dropout, mask, grad_s
         raise TypeError(f"target_dtype: {target_dtype}; it takes one of {', '.join(map(str, DTYPES))}")
     if layers not in ("all", "paper"):
         raise ValueError(f"layers: {layers!r}; it takes one of all, paper (or use filter_fn)")
-    if backend is not None and backend not in backends.BACKENDS:
-        raise ValueError(f"backend: {backend!r}; it takes one of {', '.join(backends.BACKENDS)}")
+    check_backend(backend)
+    if filter_fn is not None and not callable(filter_fn):
+        raise TypeError(f"filter_fn: {type(filter_fn).__name__}; it takes a function (module, name) -> bool, or None")
+    if dropout is not None and (not isinstance(dropout, (float, int)) or isinstance(dropout, bool)):
+        raise TypeError(f"dropout: {dropout!r} of type {type(dropout).__name__}; it takes a number in [0, 1] or None")
     if dropout is not None and not 0.0 <= dropout <= 1.0:
         raise ValueError(f"dropout: {dropout}; it takes a probability in [0, 1] or None")
     applied = [mixed.name for mixed in mixed_parameters(model)]
@@ -325,7 +330,8 @@ def _in_base_model(model: nn.Module, module: nn.Module) -> bool:
 
 
 def _example(model: nn.Module, example: Any) -> Any:
-    if example is None and hasattr(model, "dummy_inputs"):
+    # transformers gives all its models token numbers there, those of images and sound too.
+    if example is None and getattr(model, "main_input_name", None) in getattr(model, "dummy_inputs", ()):
         device = next(model.parameters()).device
         example = {name: torch.as_tensor(value, device=device) for name, value in model.dummy_inputs.items()}
     if example is None:

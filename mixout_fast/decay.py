@@ -45,6 +45,8 @@ def wdecay(
     Raises:
         TypeError, ValueError: naming the argument, what it got and what it takes.
     """
+    if not isinstance(decay, (float, int)) or isinstance(decay, bool):
+        raise TypeError(f"decay: {decay!r} of type {type(decay).__name__}; it takes a number of 0 or more")
     if not decay >= 0.0:
         raise ValueError(f"decay: {decay!r}; it takes a number of 0 or more")
     if isinstance(target, (int, float)) and target != 0:

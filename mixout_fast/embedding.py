@@ -36,6 +36,11 @@ class MixEmbedding(nn.Embedding):
         rows = super().forward(input)
         if self.p == 0.0 or not self.training:
             return rows
+        if self.target is not None and self.target.shape != self.weight.shape:
+            raise ValueError(
+                f"target: shape {tuple(self.target.shape)}, weight has {tuple(self.weight.shape)}; they must be equal: "
+                "resize the table before apply_mixout"
+            )
         scale = reference.scale(self.p)
         if self.grad_scale == "paper":
             # The same values; the gradient that the published code leaves unscaled.

@@ -143,6 +143,12 @@ def check_options(p: float, mask: str, grad_scale: str, distribution: str) -> No
         raise ValueError("p: 1 with distribution='gaussian', whose variance p/(1-p) is then infinite")
 
 
+def check_backend(backend: str | None) -> None:
+    """Raise ValueError for a name that is no backend's; whether it can serve is seen when it has to."""
+    if backend is not None and backend not in backends.BACKENDS:
+        raise ValueError(f"backend: {backend!r}; it takes one of {', '.join(backends.BACKENDS)}")
+
+
 def _check_weight(name: str, weight: Tensor, target: Tensor | None) -> tuple[torch.dtype, torch.device, torch.Size]:
     if not isinstance(weight, Tensor):
         raise TypeError(f"{name}: {type(weight).__name__}; it takes a tensor")

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from mixout_fast.functional import check_options, mix_linear
+from mixout_fast.functional import check_backend, check_options, mix_linear
 
 
 class MixLinear(nn.Linear):
@@ -44,6 +44,7 @@ class MixLinear(nn.Linear):
         backend: str | None = None,
     ) -> None:
         check_options(p, mask, grad_scale, distribution)
+        check_backend(backend)
         super().__init__(in_features, out_features, bias, device, dtype)
         self._set_mixout(target, p, mask, grad_scale, distribution, backend)
 
@@ -84,7 +85,10 @@ class MixLinear(nn.Linear):
         The parameters are the same objects, so optimizers and tied weights stay valid. `target=None` takes a copy of
         the present weight, the usual w_pre; for dropout of weights pass zeros.
         """
+        if not isinstance(linear, nn.Linear):
+            raise TypeError(f"linear: {type(linear).__name__}; it takes an nn.Linear")
         check_options(p, mask, grad_scale, distribution)
+        check_backend(backend)
         layer = cls(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
         layer.weight, layer.bias = linear.weight, linear.bias
         layer.train(linear.training)

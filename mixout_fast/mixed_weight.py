@@ -49,7 +49,7 @@ class Mixing(nn.Module):
         self.register_buffer("target", target, persistent=False)
 
     def forward(self, weight: Tensor) -> Tensor:
-        if self.p == 0.0 or not self.training:
+        if self.p == 0.0 or not self.training or self._sharded(weight):
             return weight
         mixed = mixout(
             self._numbered(weight),
@@ -62,6 +62,13 @@ class Mixing(nn.Module):
             backend=self.backend,
         )
         return mixed.view(weight.shape)
+
+    def _sharded(self, weight: Tensor) -> bool:
+        """Whether FSDP2 holds the weight, which reads it between forward passes and gathers it for them.
+
+        FSDP2 leaves buffers whole; one who spreads a module's weight to multiply by it (a DTensor) spreads them too.
+        """
+        return hasattr(weight, "device_mesh") and not hasattr(self.target, "device_mesh")
 
     def _numbered(self, weight: Tensor) -> Tensor:
         """A view whose dimension 1 numbers the input neurons, as mixout takes it."""
@@ -102,7 +109,9 @@ def unmix_weights(module: nn.Module) -> None:
 
 @functools.cache
 def _mixed_class(plain_class: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
-    attributes = {name: property(functools.partial(_read, name)) for name in names}
+    attributes = {
+        name: property(functools.partial(_read, name), functools.partial(_refuse_tensor, name)) for name in names
+    }
     attributes |= {"plain_class": plain_class, "mixed_names": names, "__module__": plain_class.__module__}
     # Of the plain class's name, which transformers writes into a saved model's configuration.
     return type(plain_class.__name__, (MixedWeights, plain_class), attributes)
@@ -114,6 +123,14 @@ def _read(name: str, module: nn.Module) -> Tensor:
     except AttributeError as error:
         # On an AttributeError of a property Python asks nn.Module.__getattr__, which has the plain Parameter.
         raise RuntimeError(f"{PREFIX + name}: {error}") from error
+
+
+def _refuse_tensor(name: str, module: nn.Module, value: Any) -> None:
+    """Of what is no Parameter, for which nn.Module does not come here."""
+    raise AttributeError(
+        f"{name}: a {type(value).__name__} in place of a Parameter that {type(module).__name__} mixes on reading; "
+        "use DDP, not nn.DataParallel, and fully_shard (FSDP2), not FullyShardedDataParallel, or leave the layer out"
+    )
 
 
 def _new(plain_class: type[nn.Module], names: tuple[str, ...]) -> nn.Module:

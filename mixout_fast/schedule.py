@@ -44,7 +44,7 @@ class MixoutScheduler:
             raise ValueError("model: no weight of it is mixed; call apply_mixout first")
         if hold is not None and (not isinstance(hold, int) or hold < 1):
             raise ValueError(f"hold: {hold!r}; it takes a number of steps, 1 or more")
-        if ema is not None and not 0.0 <= ema <= 1.0:
+        if ema is not None and (not isinstance(ema, (float, int)) or not 0.0 <= ema <= 1.0):
             raise ValueError(f"ema: {ema!r}; it takes a number in [0, 1]")
         self.p_factor, self.hold, self.ema = p_factor, hold, ema
         self.steps = 0

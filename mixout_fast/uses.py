@@ -99,6 +99,11 @@ def find_uses(model: nn.Module, frozen: bool, mask: str) -> list[Use]:
             if parameter is None:
                 continue
             input_dims = _input_dims(module, attribute)
+            if input_dims not in ((), (0,), (1,)) and not (input_dims == (1, 2) and parameter.dim() == 3):
+                raise ValueError(
+                    f"INPUT_DIMS: {input_dims!r} for {join_names(module_name, attribute)} of shape "
+                    f"{tuple(parameter.shape)}; it takes (0,), (1,), or, of three dimensions, (1, 2)"
+                )
             kind = type(module).__name__
             use = Use(module_name, module, attribute, parameter, input_dims, kind, None, parameter in lora_a)
             if parameter.dim() < 2 or attribute.endswith("bias"):

@@ -172,6 +172,19 @@ def test_removal_restores_types_and_leaves_the_trained_weights(net, tokens):
     apply_mixout(net, 0.9)
 
 
+def test_removal_through_a_module_around(net):
+    net.drop.p = 0.1
+    attributes = set(vars(net))
+    apply_mixout(net, 0.9, dropout=0.0)
+    net._ddp_params_and_buffers_to_ignore.append("a.users.own.target")
+    around = nn.Sequential(net)
+    assert remove_mixout(around) is around
+    assert net.drop.p == 0.1
+    assert net._ddp_params_and_buffers_to_ignore == ["a.users.own.target"]
+    assert set(vars(net)) - attributes == {"_ddp_params_and_buffers_to_ignore"}
+    apply_mixout(around, 0.9)
+
+
 def test_root(device):
     for root, x in (
         (nn.Linear(16, 8), torch.randn(3, 16)),
@@ -214,12 +227,40 @@ def test_weights_read_by_other_modules(module, x, name, dims, device, backend, m
     assert getattr(module.eval(), name) is parameter
 
 
+@pytest.mark.parametrize("dims", ((2,), (0, 1), (1, 2), (-1,), [0], 0, None))
+def test_input_dims_that_cannot_be_mixed_are_refused(dims, monkeypatch):
+    monkeypatch.setitem(INPUT_DIMS, f"{__name__}.Transposed", {"kernel": dims})
+    model = nn.Sequential(nn.Linear(4, 4), Transposed(4, 4))
+    with pytest.raises(ValueError) as caught:
+        apply_mixout(model, 0.5)
+    assert str(caught.value).startswith(f"INPUT_DIMS: {dims!r} for 1.kernel of shape (4, 4); it takes (0,), (1,)")
+    assert type(model[0]) is nn.Linear
+
+
+def test_input_dims_of_three_dimensions(monkeypatch):
+    monkeypatch.setitem(INPUT_DIMS, f"{__name__}.Transposed", {"kernel": (1, 2)})
+    module = Transposed(4, 4)
+    module.kernel = nn.Parameter(torch.ones(5, 7, 9))
+    kernel = apply_mixout(module, 0.5, target={"kernel": torch.zeros(5, 7, 9)}).kernel
+    assert torch.equal(kernel, kernel[:1].expand(5, 7, 9)), "one draw for each pair of the last two"
+    assert 0 < (kernel[0] != 0).sum() < 63
+
+
 def test_a_forward_that_was_replaced_reads_the_mixed_weight(device):
     """As accelerate's and others' hooks do: a change of class would not reach it."""
     linear = nn.Linear(16, 4, bias=False).to(device)
     linear.forward = lambda x: F.linear(x, linear.weight)
     apply_mixout(linear, 0.5, target={"weight": torch.zeros_like(linear.weight)})
     assert (linear(torch.eye(16, device=device)) == 0).all(dim=1).any()
+
+
+def test_a_weight_mixed_where_it_is_read_takes_parameters_alone():
+    model = apply_mixout(nn.Sequential(nn.Conv1d(4, 4, 1)), 0.5)
+    model[0].weight = parameter = nn.Parameter(torch.zeros(4, 4, 1))
+    assert model[0]._parameters["weight"] is parameter
+    replica = model[0]._replicate_for_data_parallel()
+    with pytest.raises(AttributeError, match="weight: a Tensor in place of a Parameter that Conv1d mixes"):
+        replica.weight = parameter * 1.0
 
 
 @masks
@@ -255,6 +296,16 @@ def test_embedding_in_other_dtypes(dtype, device):
     table.seed = torch.tensor(5, device=device)
     want = mixout(table.weight[None].detach(), table.target[None], 0.9, True, seed=table.seed)[0]
     testing.assert_same_bits("rows", table(torch.arange(50, device=device)), want, table)
+
+
+def test_a_table_resized_since_is_refused(device):
+    """As transformers' resize_token_embeddings does: the same module, other weights."""
+    table = apply_mixout(nn.Embedding(20, 8).to(device), 0.5)
+    table.weight.data, table.num_embeddings = torch.randn(23, 8, device=device), 23
+    tokens = torch.tensor([3, 22], device=device)
+    with pytest.raises(ValueError, match=r"target: shape \(20, 8\), weight has \(23, 8\).*before apply_mixout"):
+        table(tokens)
+    assert table.eval()(tokens).shape == (2, 8)
 
 
 def test_tied_weights_are_mixed_once(device, tokens):
@@ -528,6 +579,9 @@ BAD = (
     ({"layers": "paper"}, ValueError, ("example: None",)),
     ({"mask": "row"}, ValueError, ("mask: 'row'",)),
     ({"dropout": 2.0}, ValueError, ("dropout: 2.0",)),
+    ({"dropout": "x"}, TypeError, ("dropout: 'x'", "str", "[0, 1]")),
+    ({"dropout": True}, TypeError, ("dropout: True", "bool", "[0, 1]")),
+    ({"filter_fn": "bert"}, TypeError, ("filter_fn: str", "(module, name)")),
     ({"target": 0}, TypeError, ("target: int",)),
     ({"target": {"query.weight": torch.zeros(3)}}, ValueError, ("target: query.weight", "(3,)", "(16, 16)")),
     ({"target": {"query.weight": torch.zeros(16, 16).int()}}, TypeError, ("target: query.weight", "int32")),

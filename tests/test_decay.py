@@ -171,3 +171,10 @@ def test_refuses(options, message):
         wdecay(optimizer, model, **{"decay": 0.1} | options)
     with pytest.raises(ValueError, match="optimizer: none of its parameters"):
         wdecay(torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1), model, 0.1)
+
+
+@pytest.mark.parametrize("decay", (None, "0.1", True))
+def test_refuses_a_decay_that_is_no_number(decay):
+    model = nn.Linear(7, 5)
+    with pytest.raises(TypeError, match=f"decay: {decay!r} of type {type(decay).__name__}; it takes a number"):
+        wdecay(torch.optim.SGD(model.parameters(), lr=0.1), model, decay)

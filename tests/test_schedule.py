@@ -126,6 +126,7 @@ def test_resumes_bit_for_bit(model, x):
         ({"hold": 0}, "hold: 0"),
         ({"hold": 1.5}, "hold: 1.5"),
         ({"ema": 1.5}, "ema: 1.5"),
+        ({"ema": "0.9"}, "ema: '0.9'"),
         ({"p_factor": lambda step: 2.0}, "p_factor: 2.0 at step 0 makes p = 1.6"),
     ),
 )

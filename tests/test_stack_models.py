@@ -10,7 +10,7 @@ import torch
 pytest.importorskip("transformers")
 
 from safetensors.torch import load_file
-from stack_models import MODELS, batch, bert, gpt2, xlnet
+from stack_models import MODELS, batch, bert, gpt2, vit, xlnet
 
 from mixout_fast import apply_mixout, mixout_report, remove_mixout, testing
 from mixout_fast.apply import mixed_parameters
@@ -162,6 +162,15 @@ def test_the_papers_layers_of_bert():
     assert not any("embeddings" in key for key in mixed)
     assert model.bert.embeddings.dropout.p == model.bert.encoder.layer[0].output.dropout.p == 0.0
     assert model.dropout.p == 0.1, "it feeds the head only"
+
+
+def test_the_papers_layers_of_a_model_of_images_take_an_example():
+    """transformers' dummy_inputs are token numbers, whatever the model."""
+    model = vit(hidden_dropout_prob=0.1)
+    with pytest.raises(ValueError, match="example: None"):
+        apply_mixout(model, 0.9, layers="paper")
+    apply_mixout(model, 0.9, layers="paper", example={"pixel_values": batch("vit")["pixel_values"]})
+    assert mixed_parameters(model)
 
 
 def test_twenty_steps_agree_with_the_reference(device, backend):

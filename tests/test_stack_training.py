@@ -298,16 +298,77 @@ def test_an_ema_copy_of_the_model():
     assert isinstance(model.classifier, MixLinear)
 
 
-def test_ddp_does_not_broadcast_targets(tmp_path):
+@pytest.fixture
+def process_group(tmp_path):
+    """Of this process alone."""
     distributed = torch.distributed
+    if not distributed.is_available():
+        pytest.skip("this torch has no torch.distributed")
     store = distributed.FileStore(str(tmp_path / "store"), 1)
     distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    try:
-        model, inputs = apply_mixout(bert().train(), 0.8), batch("bert")
-        wrapped = torch.nn.parallel.DistributedDataParallel(model)
-        assert not any(name.endswith("target") for name in wrapped.named_module_buffers)
-        assert wrapped.named_module_buffers, "BERT's own"
-        wrapped(**inputs).loss.backward()
-        assert model.classifier.weight.grad is not None
-    finally:
-        distributed.destroy_process_group()
+    yield
+    distributed.destroy_process_group()
+
+
+def test_ddp_does_not_broadcast_targets(process_group):
+    model, inputs = apply_mixout(bert().train(), 0.8), batch("bert")
+    wrapped = torch.nn.parallel.DistributedDataParallel(model)
+    assert not any(name.endswith("target") for name in wrapped.named_module_buffers)
+    assert wrapped.named_module_buffers, "BERT's own"
+    wrapped(**inputs).loss.backward()
+    assert model.classifier.weight.grad is not None
+
+
+def sharded(model, **options):
+    """By FSDP2, block by block."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    options["mesh"] = init_device_mesh("cpu", (1,))
+    for blocks in [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]:
+        for block in blocks:
+            fully_shard(block, **options)
+    return fully_shard(model, **options)
+
+
+def losses(model, inputs, steps=3):
+    optimizer, seen = torch.optim.SGD(model.parameters(), lr=0.1), []
+    for number in range(steps):
+        optimizer.zero_grad()
+        torch.manual_seed(number)
+        seen.append(model(**inputs).loss)
+        seen[-1].backward()
+        optimizer.step()
+    return torch.stack(seen).detach()
+
+
+@architectures
+def test_fsdp2_trains_alike(name, process_group):
+    """Weights mixed where they are read too: FSDP reads those between forward passes, sharded."""
+    model, inputs = apply_mixout(MODELS[name]().train(), 0.8, share_masks=True), batch(name)
+    want = losses(copy.deepcopy(model), inputs)
+    testing.assert_same_bits("losses of three steps", losses(sharded(model), inputs), want, name)
+
+
+def test_fsdp2_in_bf16_takes_targets_in_bf16(process_group, mixes_first):
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+    start, inputs = gpt2().train(), batch("gpt2")
+    plain = losses(sharded(copy.deepcopy(start), mp_policy=policy), inputs, 1)
+    mixed = apply_mixout(copy.deepcopy(start), 0.8, target_dtype=torch.bfloat16)
+    testing.assert_same_bits("loss before any step", losses(sharded(mixed, mp_policy=policy), inputs, 1), plain, "bf16")
+    with pytest.raises(TypeError, match=r"target: dtype torch.float32, (weight|input) has torch.bfloat16"):
+        losses(sharded(apply_mixout(start, 0.8), mp_policy=policy), inputs)
+
+
+def test_fsdp1_takes_no_weights_mixed_where_they_are_read(process_group):
+    """It puts tensors in the place of Parameters, as nn.DataParallel does in its replicas."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    model, inputs = apply_mixout(bert().train(), 0.8, share_masks=True), batch("bert")
+    want = losses(copy.deepcopy(model), inputs)
+    wrapped = FullyShardedDataParallel(model, device_id=torch.device("cpu"))
+    testing.assert_same_bits("losses of three steps", losses(wrapped, inputs), want, "nn.Linear, nn.Embedding")
+    with pytest.raises(AttributeError, match=r"weight: .*Conv1D.*DDP.*FSDP2"):
+        FullyShardedDataParallel(apply_mixout(gpt2(), 0.8), device_id=torch.device("cpu"))

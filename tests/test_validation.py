@@ -54,7 +54,10 @@ def test_bad_options_of_a_call(options, error, fragments):
         mixout(W, W, training=True, **options)
 
 
-@pytest.mark.parametrize(("options", "error", "fragments"), BAD_OPTIONS)
+BAD_MODULE_OPTIONS = (({"backend": "tpu"}, ValueError, ("backend: 'tpu'", "cpu", "reference")),)
+
+
+@pytest.mark.parametrize(("options", "error", "fragments"), BAD_OPTIONS + BAD_MODULE_OPTIONS)
 def test_bad_options_of_the_module(options, error, fragments):
     with refused(error, *fragments):
         MixLinear(17, 5, **options)
@@ -140,6 +143,12 @@ def test_bad_target_of_the_module():
             make(W.int())
         with refused(TypeError, "target: ", "float", "tensor or None"):
             make(0.0)
+
+
+def test_from_linear_takes_an_nn_linear():
+    for module in (torch.nn.Conv2d(17, 5, 1), W, None):
+        with refused(TypeError, f"linear: {type(module).__name__}", "nn.Linear"):
+            MixLinear.from_linear(module, 0.5)
 
 
 def test_nothing_runs_before_the_refusal(monkeypatch):
