@@ -18,22 +18,28 @@ from mixout_fast.testing import Case, random_case
 
 @dataclass(frozen=True)
 class Shape:
+    """RxKxN, and a t behind it where the weight lies by columns, as GPT-2's Conv1D has it."""
+
     rows: int
     in_features: int
     out_features: int
+    by_columns: bool = False
 
     @classmethod
     def parse(cls, text: str) -> "Shape":
-        return cls(*map(int, text.split("x")))
+        return cls(*map(int, text.removesuffix("t").split("x")), text.endswith("t"))
 
     def __str__(self) -> str:
-        return f"{self.rows}x{self.in_features}x{self.out_features}"
+        return f"{self.rows}x{self.in_features}x{self.out_features}{'t' if self.by_columns else ''}"
 
 
 @functools.lru_cache(maxsize=1)
 def _tensors(shape: Shape, dtype: torch.dtype, device: str) -> Case:
-    case = random_case(*astuple(shape), p=0.5, dtype=dtype, device=device)
+    case = random_case(*astuple(shape)[:3], p=0.5, dtype=dtype, device=device)
     case.input.requires_grad_()
+    if shape.by_columns:
+        weight, target = (tensor.t().contiguous().t() for tensor in (case.weight, case.target))
+        case = replace(case, weight=weight, target=target)
     return case
 
 

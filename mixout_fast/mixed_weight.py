@@ -6,6 +6,8 @@ works too. What differs: the Parameter stays where it is, under its name. parame
 `parametrizations.weight.original`, which changes the keys of state_dict and the names by which optimizers, PEFT and
 transformers find parameters; its modules cannot be pickled; and removing a parametrization from a deep copy breaks the
 original (both share the class from which the property is deleted).
+
+Of these modules Conv1D computes x W + b and no more: on CPUs its forward is exchanged too, for mix_linear.
 """
 
 import functools
@@ -13,10 +15,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mixout_fast.functional import mixout
+from mixout_fast.functional import mix_linear, mixout
 
 PREFIX = "mixing_"
 """A mixed parameter `weight` has its Mixing in the child module `mixing_weight`."""
+
+CONV1D = "transformers.pytorch_utils.Conv1D"
+"""Hugging Face's linear layer with a weight (in, out), of GPT-2 and its kin."""
 
 
 class Mixing(nn.Module):
@@ -62,6 +67,19 @@ class Mixing(nn.Module):
             backend=self.backend,
         )
         return mixed.view(weight.shape)
+
+    def linear(self, input: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """input W' + bias in training, of a weight (in, out) with the input mask."""
+        return mix_linear(
+            input,
+            weight.t(),
+            None if self.target is None else self.target.t(),
+            bias,
+            self.p,
+            grad_scale=self.grad_scale,
+            seed=self.seed,
+            backend=self.backend,
+        )
 
     def _sharded(self, weight: Tensor) -> bool:
         """Whether FSDP2 holds the weight, which reads it between forward passes and gathers it for them.
@@ -113,8 +131,20 @@ def _mixed_class(plain_class: type[nn.Module], names: tuple[str, ...]) -> type[n
         name: property(functools.partial(_read, name), functools.partial(_refuse_tensor, name)) for name in names
     }
     attributes |= {"plain_class": plain_class, "mixed_names": names, "__module__": plain_class.__module__}
+    conv1d = next((c for c in plain_class.__mro__ if f"{c.__module__}.{c.__qualname__}" == CONV1D), None)
+    if conv1d and plain_class.forward is conv1d.forward:
+        attributes["forward"] = _conv1d_forward
     # Of the plain class's name, which transformers writes into a saved model's configuration.
     return type(plain_class.__name__, (MixedWeights, plain_class), attributes)
+
+
+def _conv1d_forward(module: nn.Module, input: Tensor) -> Tensor:
+    # Tied to an nn.Linear the weight is mixed by that one's inputs, which are Conv1D's outputs. On GPUs the kernels
+    # would read the weight across its rows.
+    mixing = module._modules[PREFIX + "weight"]
+    if mixing.training and mixing.p and mixing.mask == "input" and mixing.input_dims == (0,) and input.is_cpu:
+        return mixing.linear(input, module._parameters["weight"], module.bias)
+    return module.plain_class.forward(module, input)
 
 
 def _read(name: str, module: nn.Module) -> Tensor:

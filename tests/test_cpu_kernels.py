@@ -47,7 +47,7 @@ def by_columns(case):
 @pytest.mark.parametrize("dtype", dict.fromkeys((*OWN_PRODUCTS, torch.bfloat16, torch.float16)), ids=str)
 @pytest.mark.parametrize("rows", (12, 300))
 def test_error_of_weights_by_columns(rows, dtype, seed):
-    """Of parts of vectors and of whole ones, more than one block of outputs in y and in dX, and dW in rows of its own."""
+    """Of parts of vectors and whole ones, more than one block of outputs in y and in dX, and dW in rows of its own."""
     for shape in ((rows, 70, 300), (rows, 1600, 96), (rows, 64, 1601)):
         for options in ({"p": 0.9}, {"p": 0.1, "target": False, "bias": False}):
             cases = testing.error_cases(testing.random_case, shape, seed, dtype=dtype, **options)

@@ -11,6 +11,7 @@ pytest.importorskip("transformers")
 
 from safetensors.torch import load_file
 from stack_models import MODELS, batch, bert, gpt2, vit, xlnet
+from transformers.pytorch_utils import Conv1D
 
 from mixout_fast import apply_mixout, mixout_report, remove_mixout, testing
 from mixout_fast.apply import mixed_parameters
@@ -63,6 +64,38 @@ def test_first_output_is_as_accurate_as_the_plain_models(name):
         library = (states(model, inputs) - exact).abs().max()
         ours = (states(apply_mixout(model, 0.9), inputs) - exact).abs().max()
     assert ours <= testing.ERROR_RATIO * library
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("precision", (torch.float32, torch.float64, torch.bfloat16))
+def test_conv1d_multiplies_by_the_weight_that_it_reads(precision, mask, seed, device, backend):
+    """On CPUs it doesn't read it first. Of integers, whose sums are exact; bf16 by autocast."""
+    shape = (3, 7), 40, 70
+    case = testing.integer_case(*shape, p=0.75, dtype=precision, compute=precision, device=device, seed=seed)
+    dtype = torch.float32 if precision == torch.bfloat16 else precision
+    layer = Conv1D(70, 40).to(device, dtype)
+    layer.load_state_dict({"weight": case.weight.t(), "bias": case.bias})
+    apply_mixout(layer, 0.75, target={"weight": case.target.t().to(dtype)}, mask=mask, backend=backend)
+    layer.mixing_weight.seed = case.seed
+    leaves = case.input.to(dtype).requires_grad_(), *layer._parameters.values()
+    results = []
+    with torch.autocast(device, torch.bfloat16, enabled=precision == torch.bfloat16):
+        for output in (layer(leaves[0]), Conv1D.forward(layer, leaves[0])):
+            results.append((output, *torch.autograd.grad(output, leaves, case.grad_output.to(output.dtype))))
+    for name, got, want in zip(testing.RESULTS, *results, strict=True):
+        testing.assert_same_values(name, got, want, case)
+    plain = Conv1D(70, 40).to(device, dtype)
+    plain.load_state_dict(layer.state_dict())
+    testing.assert_same_bits("eval", layer.eval()(leaves[0]), plain(leaves[0]), case)
+
+
+def test_conv1d_saves_the_kept_columns_alone():
+    """So it is mix_linear that it calls, and not a product by a weight that was mixed first."""
+    layer = apply_mixout(Conv1D(70, 400), 0.9)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(saved.append, id):
+        layer(torch.randn(21, 400))
+    assert not any(tensor.shape == (21, 400) for tensor in saved)
 
 
 @architectures

@@ -1042,8 +1042,8 @@ void grad_weight(const KeptX& kept_x, const void* staged_x, Matrix dy, int64_t o
 
 template <typename Operand, typename Result>
 constexpr Kernels make_kernels() {
-  Kernels kernels = {mix<Operand, Result>, multiply<true, Operand, Result>, multiply<false, Operand, Result>,
-                     mask_grad<Operand, Result>, expand<Operand, Result>, expand_rows<Operand, Result>};
+  Kernels kernels = {mix<Operand, Result>,       multiply<true, Operand, Result>, multiply<false, Operand, Result>,
+                     mask_grad<Operand, Result>, expand<Operand, Result>,         expand_rows<Operand, Result>};
 #if defined(MIXOUT_HAS_COMPRESS)
   if constexpr (std::is_same_v<Operand, Result> && std::is_same_v<Operand, Compute<Operand>>) {
     kernels.stage_kept = stage_kept<Operand>;

@@ -389,8 +389,7 @@ Tensor expanded(const Layer& layer, const Tensor& kept_columns, const Tensor& gr
   // (C, N) where few columns of many rows are kept: fp32 at 2048x768x768, p = 0.9, takes 1.25 ms so and 1.48 the other
   // way, with the expansion, bf16's product 0.36 and 0.53. (N, C) else, level from there on: it expands without a
   // transpose.
-  const bool by_columns =
-      layer.is_transposed || (columns.size(0) > 256 && 2 * columns.size(1) < layer.in_features);
+  const bool by_columns = layer.is_transposed || (columns.size(0) > 256 && 2 * columns.size(1) < layer.in_features);
   Tensor compact = by_columns ? product(transposed(columns), grad) : product(transposed(grad), columns);
   if (!by_columns) compact = transposed(compact);
   const Kernels& kernels = kernels_of(compact.scalar_type(), weight.scalar_type());
@@ -457,9 +456,8 @@ Gradients linear_backward(const Tensor& grad_output, const std::optional<Tensor>
     const Kernels& kernels = kernels_of(weight.scalar_type(), dtype);
     const auto kernel = layer.is_transposed ? kernels.linear : kernels.grad_input;
     const Tensor matrix =
-        in_one_pass
-            ? one_pass(grad, layer.mixing, in_features, std::nullopt, kernel, bytes_beside, beside)
-            : product(grad, layer.by_outputs(mixed(layer.weight, layer.mixing, dtype, bytes_beside, beside)));
+        in_one_pass ? one_pass(grad, layer.mixing, in_features, std::nullopt, kernel, bytes_beside, beside)
+                    : product(grad, layer.by_outputs(mixed(layer.weight, layer.mixing, dtype, bytes_beside, beside)));
     grad_input = shaped_as(grad_output, matrix);
   } else {
     in_slices(bytes_beside, beside);
