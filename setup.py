@@ -101,12 +101,14 @@ def architecture_flags():
 def build_cuda(library):
     """One call of nvcc: torch's own build of CUDA extensions needs a CUDA torch.
 
-    The CUDA runtime is linked in, so that the library needs no version of it at run time.
+    The CUDA runtime is linked in, so that the library needs no version of it at run time. Symbols are left out: they
+    name nvcc's temporary files, so that no two builds were the same.
     """
     from torch.utils import cpp_extension
 
-    flags = ["-shared", "-O3", "-std=c++20", "-fmad=false", "--threads=0", "-Xptxas=-v", "-cudart=static"]
-    flags += ["-Xcompiler=-fPIC,-fvisibility=hidden,-ffp-contract=off", f"-DTORCH_TARGET_VERSION={TARGET_VERSION}"]
+    flags = ["-shared", "-Xlinker=-s", "-cudart=static", "-O3", "-std=c++20", "-fmad=false", "--threads=0"]
+    flags += ["-Xptxas=-v", "-Xcompiler=-fPIC,-fvisibility=hidden,-ffp-contract=off"]
+    flags += [f"-DTORCH_TARGET_VERSION={TARGET_VERSION}"]
     includes = [f"-isystem={path}" for path in cpp_extension.include_paths()]
     libraries = [*(f"-L{path}" for path in cpp_extension.library_paths()), "-ltorch_cpu", "-ldl"]
     sources = ["csrc/cuda/ops.cpp", "csrc/cuda/kernels.cu"]

@@ -208,5 +208,9 @@ def why_not_compiled(device: str = "cpu") -> str | None:
     try:
         compiled(tiny)(tiny.input).backward(tiny.grad_output)
     except Exception as error:  # Inductor reports a missing or broken C++ compiler through several exception types.
-        return str(error).strip().splitlines()[0] or type(error).__name__
+        return in_a_line(error)
     return None
+
+
+def in_a_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -16,12 +16,13 @@ import torch
 from torch.nn import functional as F
 
 from benchmarks.agreement import check_ours
-from benchmarks.contenders import problem
+from benchmarks.contenders import in_a_line, problem
 from benchmarks.layer import DTYPES, Shape, copies, matmul_precision
+from benchmarks.timing import replay_seconds
 from mixout_fast import backends
 from mixout_fast.testing import Case
 
-SOURCES = ("contenders", "layer", "paths")
+SOURCES = ("timing", "contenders", "layer", "paths")
 RESULTS = ("y", "dX")
 WAYS = {"one pass": 2**62, "mixed first": -1}
 """Name -> the rows up to which a backend is told to take one pass."""
@@ -61,13 +62,16 @@ def measure(cell: dict, options: argparse.Namespace) -> dict:
     with matmul_precision(cell["dtype"]):
         case = problem(Shape.parse(cell["shape"]), cell["p"], DTYPES[cell["dtype"]], device)
         operands = [(case.weight.clone(), case.target.clone()) for _ in range(max(CALLS, copies(case)))]
-        contenders = {"library": timed(library_calls(case, operands), device)}
+        contenders, left_out = {"library": timed(library_calls(case, operands), device)}, {}
         for name, (way, rows) in itertools.product(choosing(device), WAYS.items()):
             module = backends.BACKENDS[name]
             with mock.patch.object(module, "ONE_PASS_ROWS", dict.fromkeys(module.ONE_PASS_ROWS, (rows, rows))):
-                check_ours(case, backend=name)
-                contenders[f"{name}, {way}"] = timed(our_calls(module, case, operands), device)
-    return {"contenders": contenders, "ratios": {}, "left_out": {}}
+                try:
+                    check_ours(case, backend=name)
+                    contenders[f"{name}, {way}"] = timed(our_calls(module, case, operands), device)
+                except Exception as error:  # The others' figures are worth having without it.
+                    left_out[f"{name}, {way}"] = in_a_line(error)
+    return {"contenders": contenders, "ratios": {}, "left_out": left_out}
 
 
 Calls = dict[str, list[Callable[[], object]]]
@@ -108,27 +112,12 @@ def microseconds(calls: list[Callable[[], object]], device: str) -> tuple[float,
         for call in calls:
             call()
 
-    def median(run: Callable[[], None]) -> float:
-        times = []
-        for _ in range(REPLAYS):
-            synchronize()
-            start = time.perf_counter()
-            run()
-            times.append(time.perf_counter() - start)
-        return 1e6 * statistics.median(times) / len(calls)
-
     run_all()
-    host = median(run_all)
-    if device == "cpu":
-        return host, host
-    synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run_all()
-
-    def replay() -> None:
-        graph.replay()
+    times = []
+    for _ in range(REPLAYS):
         synchronize()
-
-    replay()
-    return host, median(replay)
+        start = time.perf_counter()
+        run_all()
+        times.append(time.perf_counter() - start)
+    on_device = times if device == "cpu" else replay_seconds(run_all, REPLAYS)
+    return tuple(1e6 * statistics.median(seconds) / len(calls) for seconds in (times, on_device))

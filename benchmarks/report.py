@@ -27,8 +27,8 @@ NOT_MEASURED = "On GPUs: not measured yet."
 LEGEND = """Each figure is the median over rounds of our time divided by the other's in the same round; below 1 ours is
 faster. * marks cells that other processes disturbed."""
 PATHS_LEGEND = "Microseconds of a call on the device / of the host."
-HOST_LEGEND = """Microseconds of a step / that the host takes to issue it. Where both are the same, the device waits for
-the host."""
+HOST_LEGEND = """Microseconds of a step / that the host takes to issue it / of the step as a CUDA graph, which waits for
+no host. Where the first two are the same, the device waits for the host."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -142,7 +142,7 @@ def layer_row(cell: dict, others: list[str]) -> list[str]:
 
 
 def host_table(records: Records) -> str:
-    """What decides between backends: a step's time and the host's share of it, contender by contender."""
+    """What decides between backends: a step's time, the host's share of it and the device's, contender by contender."""
     cells = measured(records)
     names = [name for name in (*PIVOT, *extra_contenders(cells)) if any(name in cell["contenders"] for cell in cells)]
     header = ["rows x K x N", "dtype", "p", *(TITLES.get(name, name) for name in names)]
@@ -151,14 +151,13 @@ def host_table(records: Records) -> str:
 
 def host_row(cell: dict, names: list[str]) -> list[str]:
     figures = [cell["contenders"].get(name) for name in names]
-    medians = [f and [1e3 * f[f"{phase}_ms"]["median"] for phase in ("step", "host")] for f in figures]
     name = cell["cell"]
-    return [
-        name["shape"],
-        name["dtype"],
-        f"{name['p']:g}",
-        *(f"{m[0]:.0f} / {m[1]:.0f}" if m else "-" for m in medians),
-    ]
+    return [name["shape"], name["dtype"], f"{name['p']:g}", *(host_and_device(f) if f else "-" for f in figures)]
+
+
+def host_and_device(figures: dict) -> str:
+    phases = [figures.get(f"{phase}_ms") for phase in ("step", "host", "graph")]
+    return " / ".join(f"{1e3 * phase['median']:.0f}" if phase else "-" for phase in phases)
 
 
 def extra_contenders(cells: list[dict]) -> list[str]:

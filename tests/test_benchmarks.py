@@ -201,11 +201,12 @@ def test_the_hosts_time_stands_beside_the_steps(tmp_path):
     records = started(tmp_path)
     times = {"linear": (0.05, 0.02), "ours": (0.1, 0.0981), "ours-triton": (0.2, 0.2)}
     figures = {name: {"step_ms": {"median": step}, "host_ms": {"median": host}} for name, (step, host) in times.items()}
+    figures["ours"]["graph_ms"] = {"median": 0.03}
     cell = {"shape": "4x8x8", "p": 0.9, "dtype": "bf16"}
     records.append({"cell": cell, "contenders": figures, "ratios": {"linear": {}, "ours-triton": {}}})
     header, _, row = report.host_table(records).splitlines()
     assert re.split(r"\s*\|\s*", header)[4:-1] == ["ours", "nn.Linear", "ours-triton"]
-    assert re.split(r"\s*\|\s*", row)[1:-1] == ["4x8x8", "bf16", "0.9", "100 / 98", "50 / 20", "200 / 200"]
+    assert re.split(r"\s*\|\s*", row)[1:-1] == ["4x8x8", "bf16", "0.9", "100 / 98 / 30", "50 / 20 / -", "200 / 200 / -"]
 
 
 def test_on_a_gpu_phases_come_from_events_of_back_to_back_steps(monkeypatch):
