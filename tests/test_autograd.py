@@ -329,13 +329,17 @@ class OperatorCalls(TorchDispatchMode):
 
 
 @masks
-@pytest.mark.parametrize("leading", (3, 255, (2, 3)), ids=str)
+@pytest.mark.parametrize(
+    "leading, by_columns", ((3, False), (255, False), ((2, 3), False), (255, True)), ids=("3", "255", "2x3", "columns")
+)
 @pytest.mark.parametrize("target", (True, False))
-def test_registered_operators_are_pure_and_have_fakes(target, leading, mask, device, backend, path, seed):
+def test_registered_operators_are_pure_and_have_fakes(target, leading, by_columns, mask, device, backend, path, seed):
     """What torch.compile relies on; a backend without registered operators has nothing to check."""
     case = testing.random_case(leading, 33, 17, p=0.9, mask=mask, target=target, bias=target, device=device, seed=seed)
     module, draw = backends.BACKENDS[backend], (case.seed, case.p, case.mask)
     operands = case.weight, case.target
+    if by_columns:
+        operands = [None if tensor is None else transposed(tensor) for tensor in operands]
     with OperatorCalls() as recorder:
         module.mix(*operands, *draw, torch.bfloat16)
         module.mask_grad(case.weight, *draw, 10.0, torch.bfloat16)
