@@ -114,6 +114,14 @@ def test_weights_are_read_and_written_16_bytes_at_a_time(kernel, instructions):
         assert re.search(r"STG\.E\S*\.128", code), key
 
 
+@pytest.mark.parametrize("type_code", ("8bfloat16", "7float16"))
+def test_gathered_entries_are_loaded_eight_at_a_time(type_code, instructions):
+    """No load waits for a store. Numbers of columns, of 2 bytes, are read from shared memory nowhere else."""
+    for key, code in of_kernel(instructions, "mix_kernel", f"mix_kernelINS_{type_code}E"):
+        behind = code[[column.start() for column in re.finditer(r"LDS\.U16", code)][-8] :]
+        assert re.findall(r"(LDG|STG)\.E\.U16", behind)[:16] == 8 * ["LDG"] + 8 * ["STG"], key
+
+
 def test_mixing_is_not_contracted(instructions):
     """w' = u + d s rounds the product: the fp32 mixing has no fused multiply-add."""
     for key, code in of_kernel(instructions, "mix_kernelIff", "mix_kernelIff"):

@@ -194,7 +194,13 @@ __device__ void gather_block(const Gather& gather, const Mask& mask, int64_t blo
   auto& [keep, sums, list] = scratch.gather;
   const int lane = lane_of_thread(), thread = threadIdx.x;
   const int64_t first_row = (block * warps + warp_of_thread()) * gather_rows_per_warp;
+  const int64_t last_row =
+      first_row + gather_rows_per_warp < gather.rows ? first_row + gather_rows_per_warp : gather.rows;
+  const Element* x = static_cast<const Element*>(gather.x.data);
   Element* out = static_cast<Element*>(gather.out);
+  // Loads that a lane has in flight: all before their stores, for the compiler keeps a load behind a store through
+  // another pointer. Two rows at a time, mix_kernel spills or takes more than the 64 registers of 4 blocks an SM.
+  constexpr int depth = sizeof(Element) == 8 ? 4 : 8;
   Mask unbounded = mask;
   unbounded.capacity = mask.entries;
   int64_t before = 0;
@@ -218,23 +224,29 @@ __device__ void gather_block(const Gather& gather, const Mask& mask, int64_t blo
     for (; word; word &= word - 1) list[slot++] = static_cast<uint16_t>(32 * thread + __ffs(word) - 1);
     __syncthreads();
     if (kept > gather.capacity - before) kept = static_cast<int>(gather.capacity - before);
-    for (int j = lane; j < kept; j += 32) {
-      const int64_t column = start + list[j];
-      if (first_row == 0) gather.index[before + j] = static_cast<int32_t>(column);
+    if (first_row == 0)
+      for (int j = lane; j < kept; j += 32) gather.index[before + j] = static_cast<int32_t>(start + list[j]);
+#pragma unroll 1
+    for (int64_t row = first_row; row < last_row; ++row) {
+      const Element* from = x + row * gather.x.row_stride + start * gather.x.column_stride;
+      Element* to = out + row * gather.capacity + before;
+#pragma unroll 1
+      for (int first = lane; first < kept; first += 32 * depth) {
+        Element entries[depth];
 #pragma unroll
-      for (int64_t row = first_row; row < first_row + gather_rows_per_warp; ++row)
-        if (row < gather.rows)
-          out[row * gather.capacity + before + j] =
-              static_cast<const Element*>(gather.x.data)[row * gather.x.row_stride + column * gather.x.column_stride];
+        for (int i = 0; i < depth; ++i)
+          entries[i] = first + 32 * i < kept ? from[list[first + 32 * i] * gather.x.column_stride] : Element{};
+#pragma unroll
+        for (int i = 0; i < depth; ++i)
+          if (first + 32 * i < kept) to[first + 32 * i] = entries[i];
+      }
     }
     before += kept;
     __syncthreads();
   }
   for (int64_t j = before + lane; j < gather.capacity; j += 32) {
     if (first_row == 0) gather.index[j] = -1;
-#pragma unroll
-    for (int64_t row = first_row; row < first_row + gather_rows_per_warp; ++row)
-      if (row < gather.rows) out[row * gather.capacity + j] = Element{};
+    for (int64_t row = first_row; row < last_row; ++row) out[row * gather.capacity + j] = Element{};
   }
 }
 
