@@ -359,20 +359,18 @@ struct Part {
   }
 };
 
-// W', and beside it the gather and the parts of sums. A lane's mask, of an input mask, is the same in all its rows.
+// W', and before it, for these take longest, the gather and the parts of sums. A lane's mask, of an input mask, is the
+// same in all its rows.
 template <typename Operand, typename Result>
 __global__ void __launch_bounds__(threads)
-    mix_kernel(Mixing mixing, Result* out, int64_t mix_blocks, Gather gather, ColumnSums sums) {
+    mix_kernel(Mixing mixing, Result* out, Gather gather, int64_t gathers, ColumnSums sums, int64_t others) {
   using T = Compute<Operand>;
   constexpr int width = lane_columns<Operand, Result>;
   __shared__ Scratch scratch;
   const Mask& mask = mixing.mask;
-  if (blockIdx.x >= mix_blocks) {
-    const int64_t block = blockIdx.x - mix_blocks, gathers = gather_blocks(gather);
-    if (block < gathers) return gather_block<Element<Result>>(gather, mask, block, scratch);
-    return sum_rows_block<Result>(sums, block - gathers, scratch);
-  }
-  const Part<width> part(mixing.columns, blockIdx.x);
+  if (blockIdx.x < gathers) return gather_block<Element<Result>>(gather, mask, blockIdx.x, scratch);
+  if (blockIdx.x < others) return sum_rows_block<Result>(sums, blockIdx.x - gathers, scratch);
+  const Part<width> part(mixing.columns, blockIdx.x - others);
   const int64_t column = part.column;
   uint32_t keep = mask.per_element ? 0 : part.keep_bits(mask, scratch);
   Operand weight[mix_rows][width], target[mix_rows][width];
@@ -397,16 +395,16 @@ __global__ void __launch_bounds__(threads)
   }
 }
 
-// mask * grad * factor, laid out as mix_kernel, and beside it the sums of parts.
+// mask * grad * factor, laid out as mix_kernel, and before it the sums of parts.
 template <typename Operand, typename Result>
 __global__ void __launch_bounds__(threads)
-    mask_grad_kernel(Matrix grad, int64_t rows, int64_t columns, Mask mask, double factor, Result* out,
-                     int64_t grad_blocks, ColumnSums sums) {
+    mask_grad_kernel(Matrix grad, int64_t rows, int64_t columns, Mask mask, double factor, Result* out, ColumnSums sums,
+                     int64_t sum_blocks) {
   using T = Compute<Operand>;
   constexpr int width = lane_columns<Operand, Result>;
   __shared__ Scratch scratch;
-  if (blockIdx.x >= grad_blocks) return sum_parts_block<Operand>(sums, blockIdx.x - grad_blocks);
-  const Part<width> part(columns, blockIdx.x);
+  if (blockIdx.x < sum_blocks) return sum_parts_block<Operand>(sums, blockIdx.x);
+  const Part<width> part(columns, blockIdx.x - sum_blocks);
   const int64_t column = part.column;
   uint32_t keep = mask.per_element ? 0 : part.keep_bits(mask, scratch);
   Operand values[mix_rows][width];
@@ -429,21 +427,22 @@ __global__ void __launch_bounds__(threads)
 }
 
 // compact (count, rows) into its columns of out (rows, columns), through a tile in shared memory that turns it, and
-// beside it the sums of parts.
+// before it the sums of parts.
 template <typename Operand, typename Result>
 __global__ void __launch_bounds__(threads)
     expand_kernel(Matrix compact, const int32_t* index, int64_t count, int64_t rows, int64_t columns, double factor,
-                  Result* out, int64_t expand_blocks, ColumnSums sums) {
+                  Result* out, ColumnSums sums, int64_t sum_blocks) {
   using T = Compute<Operand>;
-  if (blockIdx.x >= expand_blocks) return sum_parts_block<Operand>(sums, blockIdx.x - expand_blocks);
+  if (blockIdx.x < sum_blocks) return sum_parts_block<Operand>(sums, blockIdx.x);
+  const int64_t block = blockIdx.x - sum_blocks;
   constexpr int width = 16 / sizeof(Result);
   constexpr int vectors = expand_columns / width;
   // The padding spreads a column over the banks and keeps rows at multiples of 16 bytes.
   alignas(16) __shared__ Result tile[expand_rows][expand_columns + width];
   __shared__ int32_t slots[expand_columns];
   const int64_t strips = blocks_of(columns, expand_columns);
-  const int64_t first_column = blockIdx.x % strips * expand_columns;
-  const int64_t first_row = blockIdx.x / strips * expand_rows;
+  const int64_t first_column = block % strips * expand_columns;
+  const int64_t first_row = block / strips * expand_rows;
   for (int i = threadIdx.x; i < expand_columns; i += threads) slots[i] = -1;
   __syncthreads();
   for (int64_t j = threadIdx.x; j < count; j += threads) {
@@ -751,9 +750,9 @@ const char* launch_mix(Dtype operand, Dtype result, const Mixing& mixing, void* 
     using Result = typename decltype(types)::Result;
     const int64_t mix_blocks =
         blocks_of(mixing.columns, 32 * lane_columns<Operand, Result>) * blocks_of(mixing.rows, warps * mix_rows);
-    const int64_t blocks = mix_blocks + gather_blocks(gather) + sum_rows_blocks<Result>(sums);
-    return launch_blocks(mix_kernel<Operand, Result>, blocks, launch, mixing, static_cast<Result*>(out), mix_blocks,
-                         gather, sums);
+    const int64_t gathers = gather_blocks(gather), others = gathers + sum_rows_blocks<Result>(sums);
+    return launch_blocks(mix_kernel<Operand, Result>, others + mix_blocks, launch, mixing, static_cast<Result*>(out),
+                         gather, gathers, sums, others);
   });
 }
 
@@ -763,8 +762,9 @@ const char* launch_mask_grad(Dtype operand, Dtype result, Matrix grad, int64_t r
     using Operand = typename decltype(types)::Operand;
     using Result = typename decltype(types)::Result;
     const int64_t blocks = blocks_of(columns, 32 * lane_columns<Operand, Result>) * blocks_of(rows, warps * mix_rows);
-    return launch_blocks(mask_grad_kernel<Operand, Result>, blocks + sum_parts_blocks(sums), launch, grad, rows,
-                         columns, mask, factor, static_cast<Result*>(out), blocks, sums);
+    const int64_t sum_blocks = sum_parts_blocks(sums);
+    return launch_blocks(mask_grad_kernel<Operand, Result>, sum_blocks + blocks, launch, grad, rows, columns, mask,
+                         factor, static_cast<Result*>(out), sums, sum_blocks);
   });
 }
 
@@ -791,8 +791,9 @@ const char* launch_expand(Dtype operand, Dtype result, Matrix compact, const int
     using Operand = typename decltype(types)::Operand;
     using Result = typename decltype(types)::Result;
     const int64_t blocks = blocks_of(columns, expand_columns) * blocks_of(rows, expand_rows);
-    return launch_blocks(expand_kernel<Operand, Result>, blocks + sum_parts_blocks(sums), launch, compact, index, count,
-                         rows, columns, factor, static_cast<Result*>(out), blocks, sums);
+    const int64_t sum_blocks = sum_parts_blocks(sums);
+    return launch_blocks(expand_kernel<Operand, Result>, sum_blocks + blocks, launch, compact, index, count, rows,
+                         columns, factor, static_cast<Result*>(out), sums, sum_blocks);
   });
 }
 
