@@ -153,6 +153,32 @@ def test_more_columns_than_are_gathered_at_once(p, path, take, seed):
     testing.check_error([dataclasses.replace(case)], "cuda")
 
 
+KEPT = {
+    "none": [],
+    "the last": [1499],
+    "all": range(1500),
+    "half of them before a border": range(36, 1500),
+    "one less than half": range(37, 1500),
+    "at borders": [c for border in range(128, 1500, 128) for c in (border - 1, border)],
+    "every other": range(1, 1500, 2),
+}
+
+
+@pytest.mark.parametrize("padding", (0, 5, 600))
+@pytest.mark.parametrize("kept", KEPT.values(), ids=KEPT)
+def test_columns_are_found_in_the_index(kept, padding, seed):
+    """A block spreads a strip of 128 columns; of an index of more than 384 it looks for the strip's part."""
+    torch.manual_seed(seed)
+    index = torch.tensor([*kept, *padding * [-1]], dtype=torch.int32, device=DEVICE)
+    columns, grad = (torch.randint(-3, 4, (3, count), device=DEVICE).float() for count in (len(index), 40))
+    draw = torch.tensor(seed, device=DEVICE), 0.5, "input"
+    weight, needs = torch.empty(40, 1500, device=DEVICE), (False, True, False)
+    _, dW, _ = cuda.gradients(grad, None, index, columns, weight, None, *draw, 2.0, needs, False)
+    want = torch.zeros_like(weight)
+    want[:, list(kept)] = 2 * grad.t() @ columns[:, : len(kept)]
+    assert torch.equal(dW, want)
+
+
 def test_more_columns_than_the_one_pass_holds(take, seed):
     """They are mixed first. A small p: where no entry can be past the capacity, a block draws only its own."""
     take("one_pass")

@@ -437,7 +437,7 @@ __global__ void __launch_bounds__(threads)
   const int64_t block = blockIdx.x - sum_blocks;
   constexpr int width = 16 / sizeof(Result);
   constexpr int vectors = expand_columns / width;
-  // The padding spreads a column over the banks and keeps rows at multiples of 16 bytes.
+  // With 16 bytes more, the vectors that 8 lanes write of their rows are in different banks.
   alignas(16) __shared__ Result tile[expand_rows][expand_columns + width];
   __shared__ int32_t slots[expand_columns];
   const int64_t strips = blocks_of(columns, expand_columns);
@@ -445,21 +445,35 @@ __global__ void __launch_bounds__(threads)
   const int64_t first_row = block / strips * expand_rows;
   for (int i = threadIdx.x; i < expand_columns; i += threads) slots[i] = -1;
   __syncthreads();
-  for (int64_t j = threadIdx.x; j < count; j += threads) {
+  // The index ascends, -1 being its largest number. The strip's first entry stands in [start, start + spread], halved
+  // until a thread reads two entries at most: a read waits for memory, and of short indices there is none more.
+  int64_t start = 0, spread = count;
+  while (spread + expand_columns > 2 * threads) {
+    const int64_t half = (spread + 1) / 2;
+    if (static_cast<uint32_t>(index[start + half - 1]) < first_column) start += half;
+    spread -= half;
+  }
+  const int64_t end = start + spread + expand_columns < count ? start + spread + expand_columns : count;
+  for (int64_t j = start + threadIdx.x; j < end; j += threads) {
     const int64_t place = index[j] - first_column;
-    if (index[j] >= 0 && place >= 0 && place < expand_columns) slots[place] = static_cast<int32_t>(j);
+    if (place >= 0 && place < expand_columns) slots[place] = static_cast<int32_t>(j);
   }
   __syncthreads();
   const int lane = lane_of_thread();
   const int64_t row = first_row + lane;
-#pragma unroll 4
-  for (int i = warp_of_thread(); i < expand_columns; i += warps) {
-    T value{0};
-    if (slots[i] >= 0 && row < rows)
-      value = multiply(
-          widen(static_cast<const Operand*>(compact.data)[slots[i] * compact.row_stride + row * compact.column_stride]),
-          static_cast<T>(factor));
-    tile[lane][i] = narrow<Result>(value);
+  const Operand* from = static_cast<const Operand*>(compact.data) + row * compact.column_stride;
+#pragma unroll 1
+  for (int vector = warp_of_thread(); vector < vectors; vector += warps) {
+    Operand entries[width];
+#pragma unroll
+    for (int i = 0; i < width; ++i) {
+      const int32_t slot = slots[vector * width + i];
+      entries[i] = slot >= 0 && row < rows ? from[slot * compact.row_stride] : Operand{};
+    }
+    Result values[width];
+#pragma unroll
+    for (int i = 0; i < width; ++i) values[i] = narrow<Result>(multiply(widen(entries[i]), static_cast<T>(factor)));
+    memcpy(&tile[lane][vector * width], values, sizeof(values));
   }
   __syncthreads();
   for (int i = threadIdx.x; i < expand_rows * vectors; i += threads) {
