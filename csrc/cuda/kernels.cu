@@ -527,19 +527,25 @@ struct TensorCores : Share<transposed> {
     uint32_t a[outputs][registers];
 #pragma unroll
     for (int o = 0; o < outputs; ++o) pack(weights[o], a[o]);
+    // Their loads wait for memory together; of all 8 tiles, y's kernel spills.
+    constexpr int loaded = 4;
 #pragma unroll
-    for (int tile = 0; tile < max_rows / 8; ++tile) {
-      if (8 * tile >= rows) break;
-      Value x[depth];
-      uint32_t b[registers];
-      load_x(8 * tile + lane_of_thread() / 4, x);
-      pack(x, b);
+    for (int first = 0; first < max_rows / 8; first += loaded) {
+      if (8 * first >= rows) break;
+      Value x[loaded][depth];
 #pragma unroll
-      for (int o = 0; o < outputs; o += 2)
+      for (int i = 0; i < loaded; ++i) load_x(8 * (first + i) + lane_of_thread() / 4, x[i]);
 #pragma unroll
-        for (int i = 0; i < registers; i += 2)
-          Multiply{}(&sum[(tile * outputs + o) * 2], {{a[o][i], a[o + 1][i], a[o][i + 1], a[o + 1][i + 1]}},
-                     {{b[i], b[i + 1]}});
+      for (int tile = first; tile < first + loaded; ++tile) {
+        uint32_t b[registers];
+        pack(x[tile - first], b);
+#pragma unroll
+        for (int o = 0; o < outputs; o += 2)
+#pragma unroll
+          for (int i = 0; i < registers; i += 2)
+            Multiply{}(&sum[(tile * outputs + o) * 2], {{a[o][i], a[o + 1][i], a[o][i + 1], a[o + 1][i + 1]}},
+                       {{b[i], b[i + 1]}});
+      }
     }
   }
 
