@@ -1,8 +1,8 @@
 """The paths suite: products in one pass over W and U beside mixing first, on the rows where a backend must choose.
 
-It decides every backend's ONE_PASS_ROWS. A call is that of the backend's own function, without autograd. Its time on
-the device is that of a call in a CUDA graph, whose launches wait for no host, every call on operands that were last
-used long ago; the host's is what it takes to issue a call.
+It decides every backend's ONE_PASS_ROWS and MANY_OUTPUTS_ROWS. A call is that of the backend's own function, without
+autograd. Its time on the device is that of a call in a CUDA graph, whose launches wait for no host, every call on
+operands that were last used long ago; the host's is what it takes to issue a call.
 """
 
 import argparse
@@ -65,7 +65,8 @@ def measure(cell: dict, options: argparse.Namespace) -> dict:
         contenders, left_out = {"library": timed(library_calls(case, operands), device)}, {}
         for name, (way, rows) in itertools.product(choosing(device), WAYS.items()):
             module = backends.BACKENDS[name]
-            with mock.patch.object(module, "ONE_PASS_ROWS", dict.fromkeys(module.ONE_PASS_ROWS, (rows, rows))):
+            tables = [t for t in ("ONE_PASS_ROWS", "MANY_OUTPUTS_ROWS") if hasattr(module, t)]
+            with mock.patch.multiple(module, **{t: dict.fromkeys(getattr(module, t), (rows, rows)) for t in tables}):
                 try:
                     check_ours(case, backend=name)
                     contenders[f"{name}, {way}"] = timed(our_calls(module, case, operands), device)

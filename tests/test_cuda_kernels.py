@@ -179,6 +179,20 @@ def test_columns_are_found_in_the_index(kept, padding, seed):
     assert torch.equal(dW, want)
 
 
+@pytest.mark.parametrize("module", (cuda, backends.BACKENDS["triton"]), ids=("cuda", "triton"))
+def test_one_pass_is_for_few_rows_or_a_large_grid(module):
+    few, many = module.MANY_OUTPUTS - 1, module.MANY_OUTPUTS
+    for rows, outputs, ways in (
+        (16, few, (True, True)),
+        (17, few, (False, False)),
+        (16, many, (True, False)),
+        (64, many, (True, False)),
+        (65, many, (False, False)),
+    ):
+        assert module.is_one_pass(torch.bfloat16, rows, outputs) == ways
+    assert module.is_one_pass(torch.float32, 17, many) == (False, False)
+
+
 def test_more_columns_than_the_one_pass_holds(take, seed):
     """They are mixed first. A small p: where no entry can be past the capacity, a block draws only its own."""
     take("one_pass")

@@ -14,13 +14,20 @@ from mixout_fast import reference
 from mixout_fast.backends import operators
 from mixout_fast.reference import capacity
 
-# Rows up to which a product in one pass over W and U is taken: (y, dX). One pass writes no W' but reads W and U once
-# per 64 rows, or 16 where no tensor core serves: these are the rows that read them once. Not measured: no GPU.
-ONE_PASS_ROWS = {
-    torch.float32: (16, 16),
-    torch.float64: (16, 16),
-    torch.bfloat16: (64, 64),
-    torch.float16: (64, 64),
+# Rows up to which a product in one pass over W and U is taken: (y, dX), of few outputs and of many. Not measured: no
+# GPU. Estimated for an H100 from bytes and from what a block waits for memory, 0.6 us a step with 16 rows, 0.9 with
+# 64. For y a block has 16 outputs and 64 rows (16 where no tensor core serves), and a step for 256 in_features; for
+# dX it has 32 in_features, and a step for 128 outputs. One pass / mixing first, us, in 16 bits: y of 64 rows and 4096
+# outputs from 1024 in_features 8 / 14, but of 768 from 3072, on 48 of 132 multiprocessors, 11 / 10, with 16 rows 8 /
+# 10; dX of 16 rows at 768x768 4 / 7, and a launch more where there is a bias, of 4096 outputs at 1024 in_features 20
+# / 13.
+ONE_PASS_ROWS = dict.fromkeys((torch.float32, torch.float64, torch.bfloat16, torch.float16), (16, 16))
+MANY_OUTPUTS = 2048
+MANY_OUTPUTS_ROWS = {
+    torch.float32: (16, -1),
+    torch.float64: (16, -1),
+    torch.bfloat16: (64, -1),
+    torch.float16: (64, -1),
 }
 
 
@@ -68,7 +75,7 @@ def is_one_pass(dtype: torch.dtype, rows: int, out_features: int) -> tuple[bool,
 
     The operators mix first all the same where an operand's columns are not neighbours in memory or are more than 2^18.
     """
-    forward, backward = ONE_PASS_ROWS[dtype]
+    forward, backward = (ONE_PASS_ROWS if out_features < MANY_OUTPUTS else MANY_OUTPUTS_ROWS)[dtype]
     return rows <= forward, rows <= backward
 
 

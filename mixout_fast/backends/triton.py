@@ -41,14 +41,24 @@ if INSTALLED:
 
 INTERPRETS = INSTALLED and kernels.INTERPRETS.value
 
-# Rows up to which a product in one pass over W and U is chosen before mixing and then multiplying: (y, dX). Not
-# measured. Estimated from bytes: for 16-bit weights mixing first moves 8 bytes an entry (W and U read, W' written and
-# read) where one pass moves 4, and costs a launch more; but one pass reads W and U again for every further 64 rows.
-# In fp32 the product itself weighs more, and the library's is the better one.
+# Rows up to which a product in one pass over W and U is chosen before mixing and then multiplying: (y, dX), of few
+# outputs and of many. Not measured. For 16-bit weights mixing first moves 8 bytes an entry (W and U read, W' written
+# and read) where one pass moves 4, and costs a launch more; but one pass reads W and U again for every further 64
+# rows, and is slow where programs are few and each has many steps. A program has 32 or 64 outputs of y, or
+# in_features of dX, and takes a step for 32 of the others: estimated at 0.2 us on an H100. One pass / mixing first,
+# us: y and dX at 768x768 6 / 7; y of 4096 outputs from 1024 in_features 8 / 14, of 768 from 3072 22 / 10; dX of 3072
+# outputs at 768 22 / 10. In fp32 the product itself weighs more, and the library's is the better one.
 ONE_PASS_ROWS = {
-    torch.bfloat16: (64, 64),
-    torch.float16: (64, 64),
+    torch.bfloat16: (16, 16),
+    torch.float16: (16, 16),
     torch.float32: (16, 16),
+    torch.float64: (-1, -1),
+}
+MANY_OUTPUTS = 2048
+MANY_OUTPUTS_ROWS = {
+    torch.bfloat16: (64, -1),
+    torch.float16: (64, -1),
+    torch.float32: (16, -1),
     torch.float64: (-1, -1),
 }
 
@@ -91,7 +101,7 @@ def unavailable(device_type: str) -> str | None:
 
 def is_one_pass(dtype: torch.dtype, rows: int, out_features: int) -> tuple[bool, bool]:
     """Whether y, and whether dX, of so many rows and outputs is computed in one pass."""
-    forward, backward = ONE_PASS_ROWS[dtype]
+    forward, backward = (ONE_PASS_ROWS if out_features < MANY_OUTPUTS else MANY_OUTPUTS_ROWS)[dtype]
     return rows <= forward, rows <= backward
 
 
