@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from mixout_fast import backends, mix_linear, reference, testing
-from mixout_fast.backends import cuda
+from mixout_fast.backends import cuda, gpu
 from mixout_fast.functional import DTYPES, MASKS
 
 DEVICES = ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",)
@@ -191,6 +191,13 @@ def test_one_pass_is_for_few_rows_or_a_large_grid(module):
     ):
         assert module.is_one_pass(torch.bfloat16, rows, outputs) == ways
     assert module.is_one_pass(torch.float32, 17, many) == (False, False)
+
+
+def test_dW_is_a_full_product_where_the_compact_one_saves_less_than_a_quarter():
+    assert reference.capacity(64, 0.8) == 48
+    assert not gpu.takes_full_product(0.8, 40, 64)
+    assert gpu.takes_full_product(0.7, 40, 64)
+    assert gpu.takes_full_product(0.8, reference.THIN_OUTPUT - 1, 64)
 
 
 def test_more_columns_than_the_one_pass_holds(take, seed):

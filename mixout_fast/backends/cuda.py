@@ -10,8 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mixout_fast import reference
-from mixout_fast.backends import operators
+from mixout_fast.backends import gpu, operators
 from mixout_fast.reference import capacity
 
 # Rows up to which a product in one pass over W and U is taken: (y, dX), of few outputs and of many. Not measured: no
@@ -79,15 +78,6 @@ def is_one_pass(dtype: torch.dtype, rows: int, out_features: int) -> tuple[bool,
     return rows <= forward, rows <= backward
 
 
-def takes_full_product(p: float, out_features: int, in_features: int) -> bool:
-    """Whether dW of an input mask is one full product, m ⊙ (dYᵀ X) · s, and not the compact one.
-
-    It is of few outputs (reference.THIN_OUTPUT), and where the static size is in_features, so that the compact product
-    saves nothing. Where it saves a little nothing was measured: no GPU.
-    """
-    return out_features < reference.THIN_OUTPUT or capacity(in_features, p) == in_features
-
-
 def mix(weight: Tensor, target: Tensor | None, seed: Tensor, p: float, mask: str, dtype: torch.dtype) -> Tensor:
     if weight.dim() == 3:
         weight, target = weight.contiguous(), None if target is None else target.contiguous()
@@ -134,7 +124,7 @@ def gradients(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     out_features, in_features = weight.shape
     _, one_pass = is_one_pass(grad.dtype, grad.numel() // out_features, out_features)
-    in_full = mask == "element" or takes_full_product(p, out_features, in_features)
+    in_full = mask == "element" or gpu.takes_full_product(p, out_features, in_features)
     tf32 = one_pass and grad.dtype == torch.float32 and _allows_tf32()
     return torch.ops.mixout_fast_cuda.linear_backward.default(
         grad, input, index, columns, weight, target, seed, *needs,

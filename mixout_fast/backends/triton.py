@@ -10,7 +10,7 @@ Launches per call of the layer, at most 2 forward and 4 backward, the library's 
     element mask, in one pass  one pass               one pass, product, prologue, the sum of dY
 
     *, **: to gather, where forward saves X[:, kept], or saved x
-    An input mask of few outputs (reference.THIN_OUTPUT) has dW from one full product, as an element mask has.
+    An input mask of few outputs or of a small p has dW from one full product, as an element mask has (gpu.py).
 
 A prologue writes, of these, what is wanted: W', or of dW' its masked and scaled form; kept indices and X[:, kept]; sums
 of parts of dY's columns, which the launch that writes dW adds up to db.
@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mixout_fast import reference
+from mixout_fast.backends import gpu
 from mixout_fast.reference import capacity, scale, threshold
 
 # A constant: torch.compile traces `unavailable` and cannot trace a search for a module.
@@ -135,16 +136,13 @@ def gradients(
     target: Tensor | None, seed: Tensor, p: float, mask: str, factor: float, needs: tuple[bool, bool, bool],
     static: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """As reference's. The library's products stand one after another, dW's of an input mask is the compact one.
-
-    A full one would save the gather where p · rows is small. Not measured. Of few outputs there is no other.
-    """
+    """As reference's. The library's products stand one after another."""
     needs_input, needs_weight, needs_bias = needs
     out_features, in_features = weight.shape
     rows, draw = grad.reshape(-1, out_features), (seed, p, mask)
     x = input.reshape(-1, in_features) if needs_weight and input is not None else None
     _, one_pass = is_one_pass(grad.dtype, *rows.shape)
-    in_full = mask == "element" or out_features < reference.THIN_OUTPUT
+    in_full = mask == "element" or gpu.takes_full_product(p, out_features, in_features)
     mixes, gathers = needs_input and not one_pass, x is not None and not in_full
     in_parts = needs_bias and needs_weight and (mixes or gathers)
     dX = dW = db = parts = None
