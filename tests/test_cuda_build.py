@@ -104,7 +104,7 @@ def test_products_run_on_tensor_cores(multiply, instruction, instructions):
 @pytest.mark.parametrize("multiply", ("MultiplyBfloat16", "MultiplyFloat16"))
 def test_products_load_four_tiles_of_rows_before_they_multiply(multiply, instructions):
     for key, code in of_kernel(instructions, "product_kernel", multiply):
-        order = "".join(load and "L" or "M" for load, _ in re.findall(r"(LDG\.E\.(?:64|128))|(HMMA)", code))
+        order = "".join("L" if load else "M" for load, _ in re.findall(r"(LDG\.E\.(?:64|128))|(HMMA)", code))
         assert order.endswith("LLLL" + 8 * "M" + "LLLL" + 8 * "M"), (key, order)
 
 
