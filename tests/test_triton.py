@@ -85,11 +85,15 @@ def test_more_columns_than_are_counted_at_once(served, seed):
     testing.check_exact(testing.integer_case(3, 1024 + 5, 17, p=0.75, device=served, seed=seed), "triton")
 
 
-def test_products_in_one_pass_drop_kept_columns_past_the_capacity(served, monkeypatch):
+@pytest.mark.parametrize(("in_features", "most"), ((130, 16), (1200, 560)))
+def test_kept_columns_past_the_capacity_are_dropped(in_features, most, served, monkeypatch):
+    """In blocks before, at and past the last kept column: of 1200, counted 1024 at once, in the second count."""
+    monkeypatch.setattr(triton, "BLOCK_COLUMNS", 64)
     for module in (triton, reference):
-        monkeypatch.setattr(module, "capacity", lambda count, p: min(count, 16))
-    case = testing.integer_case(3, 130, 70, p=0.5, device=served)
-    assert reference.keep_mask(case.seed, (1, 130), 0.5, "input").sum() == 16
+        monkeypatch.setattr(module, "capacity", lambda count, p: min(count, most))
+    case = testing.integer_case(3, in_features, 70, p=0.5, device=served)
+    assert reference.keep_mask(case.seed, (1, in_features), 0.5, "input").sum() == most
+    testing.check_mixed_weight(case, "triton")
     assert testing.is_one_pass(case, "triton") == (True, True)
     testing.check_exact(case, "triton")
 

@@ -63,22 +63,23 @@ def drawn_columns(seed, threshold, start, end, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def mask_end(seed, threshold, K, C, BOUNDED: tl.constexpr):
-    """The column from which on all count as dropped: that of the (C+1)-th drawn as kept; K where there is none.
+def mask_end(seed, threshold, limit, C, BOUNDED: tl.constexpr):
+    """The column from which on all count as dropped: that of the (C+1)-th drawn as kept; `limit`, if that comes first.
 
-    More draws than C have a probability below 1e-8, so the usual pass only counts them.
+    More draws than C have a probability below 1e-8, so the usual pass only counts them. A block of columns asks up to
+    its own end: that halves the draws of many blocks.
     """
-    end = K + 0
+    end = limit
     if BOUNDED:
         counts = tl.zeros((COUNTED,), tl.int32)
-        for start in range(0, K, COUNTED):
-            counts += drawn_columns(seed, threshold, start, K, COUNTED).to(tl.int32)
+        for start in range(0, limit, COUNTED):
+            counts += drawn_columns(seed, threshold, start, limit, COUNTED).to(tl.int32)
         if tl.sum(counts) > C:
             kept = 0
-            for start in range(0, K, COUNTED):
-                drawn = drawn_columns(seed, threshold, start, K, COUNTED).to(tl.int32)
+            for start in range(0, limit, COUNTED):
+                drawn = drawn_columns(seed, threshold, start, limit, COUNTED).to(tl.int32)
                 past = (drawn > 0) & (kept + tl.cumsum(drawn) > C)
-                end = tl.minimum(end, tl.min(tl.where(past, start + tl.arange(0, COUNTED), K)))
+                end = tl.minimum(end, tl.min(tl.where(past, start + tl.arange(0, COUNTED), limit)))
                 kept += tl.sum(drawn)
     return end
 
@@ -182,7 +183,7 @@ def prologue_kernel(
             start = program % column_blocks * BLOCK_K
             first_row = program // column_blocks * weight_rows
             scale = scale_bits.to(tl.float64, bitcast=True).to(COMPUTE)
-            end = mask_end(seed, threshold, K, C, BOUNDED)
+            end = mask_end(seed, threshold, min(K, start + BLOCK_K), C, BOUNDED)
             keep = drawn_columns(seed, threshold, start, end, BLOCK_K)[None, :]
             column = (start + tl.arange(0, BLOCK_K))[None, :]
             k = column.to(tl.int64)
@@ -309,7 +310,7 @@ def one_pass_kernel(
     row = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     row_offset = row.to(tl.int64)[None, :] * stride_xm
     if not ELEMENT:
-        end = mask_end(seed, threshold, K, C, BOUNDED)
+        end = mask_end(seed, threshold, min(K, feature_start + BLOCK_F) if TRANSPOSED else K, C, BOUNDED)
         if TRANSPOSED:
             keep = drawn_columns(seed, threshold, feature_start, end, BLOCK_F)[None, :]
 
