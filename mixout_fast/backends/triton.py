@@ -352,7 +352,7 @@ def expanded(
     launch_and_sum(
         kernels.expand_kernel, column_blocks * row_blocks, compact.device, parts, sums,
         compact, index, dense, _bits(factor), outputs, in_features, count, *compact.stride(), row_count,
-        STEPS=count.bit_length(), COMPUTE=_compute(compact), BLOCK_N=block_n, BLOCK_K=block_k,
+        STEPS=in_features.bit_length(), COMPUTE=_compute(compact), BLOCK_N=block_n, BLOCK_K=block_k,
     )  # fmt: skip
     return dense, sums
 

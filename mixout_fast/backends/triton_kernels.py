@@ -373,7 +373,7 @@ def expand_kernel(
     summed_ptr,  # sums of parts of dY (parts, N), or None
     sums_ptr,  # db (N,): written
     summed_rows, summed_columns, part_rows, stride_sm, stride_sn,
-    STEPS: tl.constexpr,  # bits of C
+    STEPS: tl.constexpr,  # bits of K, C's or more: those of C would compile anew as p changes
     COMPUTE: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SUM_ROWS: tl.constexpr, SUM_COLUMNS: tl.constexpr,
 ):  # fmt: skip
