@@ -21,7 +21,6 @@ Nothing waits for the device: the kept indices always have their static size C, 
 import functools
 import importlib.util
 import os
-import struct
 from collections.abc import Callable
 
 import torch
@@ -245,7 +244,7 @@ def prologue(
     mixed, index, columns, sums = _fake_prologue(
         weight, target, rows, summed, seed, p, mask, factor, is_gradient, dtype
     )
-    draw = seed, threshold(p), _bits(factor)
+    draw = seed, threshold(p), factor
     if mask == "element":
         if weight.dim() == 3:
             weight, target = (None if t is None else t.contiguous().flatten(1) for t in (weight, target))
@@ -319,7 +318,7 @@ def product(
         return _blocks(output.shape[1], options["BLOCK_F"]), _blocks(rows.shape[0], options["BLOCK_M"])
 
     launch(
-        kernel, grid, rows.device, rows, weight, target, bias, output, seed, threshold(p), _bits(scale(p)),
+        kernel, grid, rows.device, rows, weight, target, bias, output, seed, threshold(p), scale(p),
         rows.shape[0], *weight.shape, bound, *rows.stride(), *weight.stride(), *_strides(target, 2), *_strides(bias, 1),
         TRANSPOSED=transposed, ELEMENT=mask == "element", BOUNDED=bound < in_features, IN_FOURS=in_features % 4 == 0,
         COMPUTE=_compute(rows), PRECISION=_precision(), **config,
@@ -351,7 +350,7 @@ def expanded(
     row_count, row_blocks = _split(outputs, block_n, column_blocks)
     launch_and_sum(
         kernels.expand_kernel, column_blocks * row_blocks, compact.device, parts, sums,
-        compact, index, dense, _bits(factor), outputs, in_features, count, *compact.stride(), row_count,
+        compact, index, dense, factor, outputs, in_features, count, *compact.stride(), row_count,
         STEPS=in_features.bit_length(), COMPUTE=_compute(compact), BLOCK_N=block_n, BLOCK_K=block_k,
     )  # fmt: skip
     return dense, sums
@@ -386,7 +385,3 @@ def _strides(tensor: Tensor | None, count: int) -> tuple[int, ...]:
     """The strides, with 0 for dimensions that it lacks."""
     strides = () if tensor is None else tensor.stride()
     return strides + (0,) * (count - len(strides))
-
-
-def _bits(value: float) -> int:
-    return struct.unpack("q", struct.pack("d", value))[0]
