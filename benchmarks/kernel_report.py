@@ -48,7 +48,7 @@ POINTER = {
 }  # fmt: skip
 PRECISIONS = [(dtype, dtype) for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64)]
 PRECISIONS += [(torch.float32, torch.bfloat16), (torch.float32, torch.float16)]
-# (out_features, in_features): too few features for the first of ONE_PASS_CONFIGS, and enough.
+# (out_features, in_features): too few features for the first of ONE_PASS_FEATURES, and enough.
 SIZES = (1024, 1024), (8192, 8192)
 
 

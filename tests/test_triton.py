@@ -203,18 +203,18 @@ def test_error_of_db_does_not_grow_with_the_rows(dtype, served, seed, mixes_firs
 
 
 def test_every_configuration_of_the_one_pass_product(served, seed, monkeypatch):
-    for config in triton.ONE_PASS_CONFIGS:
-        monkeypatch.setattr(triton, "ONE_PASS_CONFIGS", (config, config))
+    for features in triton.ONE_PASS_FEATURES:
+        monkeypatch.setattr(triton, "ONE_PASS_FEATURES", (features, features))
         for mask in MASKS:
             case = testing.integer_case(13, 130, 70, p=0.75, mask=mask, device=served, seed=seed)
             testing.check_exact(case, "triton")
 
 
 def test_the_configuration_follows_the_number_of_programs():
-    wide, narrow = triton.ONE_PASS_CONFIGS
     rows = torch.empty(20, 64)
-    assert triton.one_pass_config(rows, 64 * triton.WIDE_PROGRAMS) == {"BLOCK_M": 32} | wide
-    assert triton.one_pass_config(rows, 64 * (triton.WIDE_PROGRAMS - 1)) == {"BLOCK_M": 32} | narrow
+    for programs, features in ((triton.WIDE_PROGRAMS, 64), (triton.WIDE_PROGRAMS - 1, 32)):
+        config = triton.one_pass_config(rows, 64 * programs)
+        assert (config["BLOCK_M"], config["BLOCK_F"]) == (32, features)
     assert triton.one_pass_config(torch.empty(1000, 64), 64)["BLOCK_M"] == 64
     assert triton.one_pass_config(torch.empty(1, 64), 64)["BLOCK_M"] == 16
 

@@ -16,11 +16,12 @@ A prologue writes, of these, what is wanted: W', or of dW' its masked and scaled
 of parts of dY's columns, which the launch that writes dW adds up to db.
 
 Nothing waits for the device: the kept indices always have their static size C, `static` or not, padded with -1.
+
+No constant here or in triton_kernels.py has been measured on a GPU.
 """
 
 import functools
 import importlib.util
-import os
 from collections.abc import Callable
 
 import torch
@@ -33,7 +34,6 @@ from mixout_fast.reference import capacity, scale, threshold
 # A constant: torch.compile traces `unavailable` and cannot trace a search for a module.
 INSTALLED = importlib.util.find_spec("triton") is not None
 if INSTALLED:
-    import triton
     import triton.language as tl
 
     from mixout_fast.backends import triton_kernels as kernels
@@ -51,31 +51,25 @@ ONE_PASS_ROWS = {
     torch.float64: (-1, -1),
 }
 
-# The first where it makes enough programs for the device, else the second; MIXOUT_FAST_AUTOTUNE=1 measures both at the
-# first call of each size instead and keeps the choice on disk, after which sums may round otherwise than before. Not
-# measured; chosen by benchmarks/kernel_report.py: in steps of 64 entries of 16-bit rows some kernels take more than 200
-# registers or spill a dozen, in steps of 32 none does (at most 134; with 5 stages of the second, one spills). In fp32
-# the halves of a step are also the pieces of a sum (one_pass_kernel): at 3 rows and 127 in_features pieces of 64 have
-# 2.5 times the error of MKL's sum, pieces of 32 have 1.4 times, of 16 added up in two sums 1.1 times.
-ONE_PASS_CONFIGS = (
-    {"BLOCK_F": 64, "BLOCK_R": 32, "num_warps": 4, "num_stages": 4},
-    {"BLOCK_F": 32, "BLOCK_R": 32, "num_warps": 4, "num_stages": 4},
-)
-AUTOTUNES = os.environ.get("MIXOUT_FAST_AUTOTUNE") == "1" and not INTERPRETS
-
-# Programs, about one a multiprocessor, from which on the first configuration is taken. Not measured.
+# Chosen by benchmarks/kernel_report.py: in steps of 64 entries of 16-bit rows some kernels take more than 200 registers
+# or spill a dozen, in steps of 32 none does (at most 134; with 5 stages and 32 features one spills). In fp32 the halves
+# of a step are also the pieces of a sum (one_pass_kernel): at 3 rows and 127 in_features pieces of 64 have 2.5 times
+# the error of MKL's sum, pieces of 32 have 1.4 times, of 16 added up in two sums 1.1 times.
+ONE_PASS = {"BLOCK_R": 32, "num_warps": 4, "num_stages": 4}
+# Features of a program of a one-pass product: the first where that makes WIDE_PROGRAMS, about one a multiprocessor.
+ONE_PASS_FEATURES = (64, 32)
 WIDE_PROGRAMS = 128
 
-# Bytes of a tile of one operand: 4 loads of 16 bytes a thread. Not measured.
+# Bytes of a tile of one operand: 4 loads of 16 bytes a thread.
 TILE_BYTES = 8192
 BLOCK_COLUMNS = 1024
-# Programs of a streaming kernel: 4 on each of an H100's 132 multiprocessors. Not measured.
+# Programs of a streaming kernel: 4 on each of an H100's 132 multiprocessors.
 PROGRAMS = 528
 ELEMENT_BLOCK = 2048
-# Of the dense gradient, (BLOCK_N, BLOCK_K). Not measured.
+# Of the dense gradient, (BLOCK_N, BLOCK_K).
 EXPANDED = (32, 64)
-# Columns of dY, and tiles of so many, that a program sums: 32 KiB, where one that mixes moves 24 or more. Not measured.
-# Parts so short keep the error, at 130 to 30000 rows of fp32, at 0.7 to 0.8 of that of PyTorch's sum on a CPU.
+# Columns of dY, and tiles of so many, that a program sums: 32 KiB, where one that mixes moves 24 or more. Parts so
+# short keep the error, at 130 to 30000 rows of fp32, at 0.7 to 0.8 of that of PyTorch's sum on a CPU.
 SUMMED_COLUMNS, SUMMED_TILES = 64, 4
 
 
@@ -154,7 +148,7 @@ def gradients(
     return dX, dW, db
 
 
-def launch(kernel, grid: tuple[int, ...] | Callable, device: torch.device, *arguments, **options) -> None:
+def launch(kernel, grid: tuple[int, ...], device: torch.device, *arguments, **options) -> None:
     """Launch on the tensors' device, which need not be the current one."""
     if device.type == "cpu" or device.index == torch.cuda.current_device():
         kernel[grid](*arguments, enable_fp_fusion=False, **options)
@@ -281,20 +275,9 @@ def prologue(
 def one_pass_config(rows: Tensor, features: int) -> dict:
     """The blocks and launch options of a one-pass product with so many features."""
     block_m = min(64, max(16, _power_of_2(rows.shape[0])))
-    wide, narrow = ONE_PASS_CONFIGS
-    programs = _blocks(features, wide["BLOCK_F"]) * _blocks(rows.shape[0], block_m)
-    return {"BLOCK_M": block_m} | (wide if programs >= WIDE_PROGRAMS else narrow)
-
-
-@functools.cache
-def tuned_kernel():
-    """The one-pass kernel that chooses by measurement, for each size, dtype and block of rows."""
-    configs = [
-        triton.Config({"BLOCK_F": c["BLOCK_F"], "BLOCK_R": c["BLOCK_R"]}, c["num_warps"], c["num_stages"])
-        for c in ONE_PASS_CONFIGS
-    ]
-    key = ["N", "K", "TRANSPOSED", "ELEMENT", "BLOCK_M"]
-    return triton.autotune(configs, key, cache_results=True)(kernels.one_pass_kernel)
+    wide, narrow = ONE_PASS_FEATURES
+    programs = _blocks(features, wide) * _blocks(rows.shape[0], block_m)
+    return {"BLOCK_M": block_m, "BLOCK_F": wide if programs >= WIDE_PROGRAMS else narrow} | ONE_PASS
 
 
 def _fake_product(rows, weight, target, bias, seed, p, mask, transposed):
@@ -310,15 +293,10 @@ def product(
     output = _fake_product(rows, weight, target, bias, seed, p, mask, transposed)
     in_features = weight.shape[1]
     bound = capacity(in_features, p) if mask == "input" else in_features
-    kernel, config = kernels.one_pass_kernel, one_pass_config(rows, output.shape[1])
-    if AUTOTUNES:
-        kernel, config = tuned_kernel(), {"BLOCK_M": config["BLOCK_M"]}
-
-    def grid(options):
-        return _blocks(output.shape[1], options["BLOCK_F"]), _blocks(rows.shape[0], options["BLOCK_M"])
-
+    config = one_pass_config(rows, output.shape[1])
+    grid = _blocks(output.shape[1], config["BLOCK_F"]), _blocks(rows.shape[0], config["BLOCK_M"])
     launch(
-        kernel, grid, rows.device, rows, weight, target, bias, output, seed, threshold(p), scale(p),
+        kernels.one_pass_kernel, grid, rows.device, rows, weight, target, bias, output, seed, threshold(p), scale(p),
         rows.shape[0], *weight.shape, bound, *rows.stride(), *weight.stride(), *_strides(target, 2), *_strides(bias, 1),
         TRANSPOSED=transposed, ELEMENT=mask == "element", BOUNDED=bound < in_features, IN_FOURS=in_features % 4 == 0,
         COMPUTE=_compute(rows), PRECISION=_precision(), **config,
