@@ -47,6 +47,7 @@ def small_blocks(monkeypatch):
         ("ELEMENT_BLOCK", 64),
         ("EXPANDED", (16, 16)),
         ("SUMMED_COLUMNS", 16),
+        ("GATHER_PROGRAMS", 3),
     ):
         monkeypatch.setattr(triton, name, value)
 
