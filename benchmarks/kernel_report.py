@@ -66,7 +66,7 @@ class Launch:
     @property
     def config(self) -> str:
         blocks = "x".join(str(v) for k, v in self.options.items() if k.startswith("BLOCK"))
-        precision = " tf32" if self.options.get("PRECISION") == "tf32" and self.compute == torch.float32 else ""
+        precision = " tf32" if self.options.get("PRECISION") == "tf32" else ""
         return f"{blocks} {self.options.get('num_warps', 4)}w{precision}"
 
     @property
@@ -106,10 +106,11 @@ def launches(quick: bool) -> list[Launch]:
                 record(f"mask_grad, {mask}", backend.mask_grad, weight, *draw, 2.0, dtype)
                 mixing = (*draw, 2.0, False, compute)
                 record(f"mix, {mask}, sum", backend.prologue, weight, weight, None, grad, *mixing)
-                for rows, precision in itertools.product((16, 32, 64), ("ieee", "tf32")):
+                precisions = ("ieee", "tf32") if compute == torch.float32 else ("ieee",)
+                for rows, precision in itertools.product((16, 32, 64), precisions):
                     x = torch.empty(rows, in_features, dtype=compute)
                     forward, backward = backend.is_one_pass(compute, rows, out_features)
-                    with mock.patch.object(backend, "_precision", lambda precision=precision: precision):
+                    with mock.patch.object(backend, "_precision", lambda dtype, precision=precision: precision):
                         if forward:
                             record(f"y, {mask}", backend.product, x, weight, weight, weight[0], *draw, False)
                         if backward:
@@ -131,8 +132,6 @@ def note_launches(seen: dict, dtype: torch.dtype, compute: torch.dtype, what: st
     """Call the backend's function and put the launches it makes into `seen` instead of making them."""
 
     def note(kernel, grid, device, *values, **options):
-        if compute != torch.float32 and "PRECISION" in options:
-            options["PRECISION"] = "ieee"
         launch = Launch(
             what, "->".join(dict.fromkeys(str(d)[6:] for d in (dtype, compute))), kernel, values, options, compute
         )
