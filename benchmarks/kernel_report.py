@@ -48,7 +48,7 @@ POINTER = {
 }  # fmt: skip
 PRECISIONS = [(dtype, dtype) for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64)]
 PRECISIONS += [(torch.float32, torch.bfloat16), (torch.float32, torch.float16)]
-# (out_features, in_features): too few features for the first of ONE_PASS_CONFIGS, and enough.
+# (out_features, in_features): too few features for the first of ONE_PASS_FEATURES, and enough.
 SIZES = (1024, 1024), (8192, 8192)
 
 
@@ -66,7 +66,7 @@ class Launch:
     @property
     def config(self) -> str:
         blocks = "x".join(str(v) for k, v in self.options.items() if k.startswith("BLOCK"))
-        precision = " tf32" if self.options.get("PRECISION") == "tf32" and self.compute == torch.float32 else ""
+        precision = " tf32" if self.options.get("PRECISION") == "tf32" else ""
         return f"{blocks} {self.options.get('num_warps', 4)}w{precision}"
 
     @property
@@ -106,12 +106,13 @@ def launches(quick: bool) -> list[Launch]:
                 record(f"mask_grad, {mask}", backend.mask_grad, weight, *draw, 2.0, dtype)
                 mixing = (*draw, 2.0, False, compute)
                 record(f"mix, {mask}, sum", backend.prologue, weight, weight, None, grad, *mixing)
-                for rows, precision in itertools.product((16, 32, 64), ("ieee", "tf32")):
+                precisions = ("ieee", "tf32") if compute == torch.float32 else ("ieee",)
+                for rows, precision in itertools.product((16, 32, 64), precisions):
                     x = torch.empty(rows, in_features, dtype=compute)
                     # Of few outputs or of many, or where benchmarks.paths takes it.
                     if rows > max(*backend.ONE_PASS_ROWS[compute], *backend.MANY_OUTPUTS_ROWS[compute]):
                         continue
-                    with mock.patch.object(backend, "_precision", lambda precision=precision: precision):
+                    with mock.patch.object(backend, "_precision", lambda dtype, precision=precision: precision):
                         record(f"y, {mask}", backend.product, x, weight, weight, weight[0], *draw, False)
                         record(f"dX, {mask}", backend.product, x, weight, weight, None, *draw, True)
             for sums, summed in ((", sum", parts), ("", None)):
@@ -131,8 +132,6 @@ def note_launches(seen: dict, dtype: torch.dtype, compute: torch.dtype, what: st
     """Call the backend's function and put the launches it makes into `seen` instead of making them."""
 
     def note(kernel, grid, device, *values, **options):
-        if compute != torch.float32 and "PRECISION" in options:
-            options["PRECISION"] = "ieee"
         launch = Launch(
             what, "->".join(dict.fromkeys(str(d)[6:] for d in (dtype, compute))), kernel, values, options, compute
         )
@@ -160,7 +159,7 @@ def specialization(launch: Launch) -> tuple[dict, dict, dict]:
             signature[name] = POINTER[value.dtype]
         else:
             signature[name] = parameter.annotation_type or ("i32" if value < 2**31 else "i64")
-        if isinstance(value, torch.Tensor) or (specialized and value % 16 == 0):
+        if isinstance(value, torch.Tensor) or (specialized and isinstance(value, int) and value % 16 == 0):
             attributes[(i,)] = [["tt.divisibility", 16]]
     return signature, constants, attributes
 

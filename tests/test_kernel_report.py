@@ -1,6 +1,7 @@
 """The Triton kernels compile for GPUs that are not here, without spills and with the instructions that they are for."""
 
 import dataclasses
+import functools
 import re
 from pathlib import Path
 from unittest import mock
@@ -74,6 +75,22 @@ def test_a_product_without_tensor_cores_is_summed_in_pieces(every_launch):
         summed_onto = re.findall(r"= tt\.dot %\S+, %\S+, %(\w+)", code)
         assert summed_onto
         assert all(name.startswith("cst") for name in summed_onto) == in_pieces
+
+
+def test_another_p_compiles_nothing_anew():
+    """As schedule.py changes it."""
+    seen, seed = {}, torch.tensor(0)
+    note = functools.partial(kernel_report.note_launches, seen, torch.float32, torch.float32, "")
+    weight = x = torch.empty(128, 1024)
+    for p in (0.9, 0.8, 0.7, 0.5):
+        compact = torch.empty(triton.capacity(1024, p), 128)
+        index = torch.empty(len(compact), dtype=torch.int32)
+        note(triton.prologue, weight, weight, x, None, seed, p, "input", triton.scale(p), False, torch.float32)
+        note(triton.product, x, weight, weight, None, seed, p, "input", False)
+        note(triton.expanded, compact, index, None, 1024, triton.scale(p), torch.float32)
+    assert [kernel for kernel, *_ in seen] == [
+        triton.kernels.prologue_kernel, triton.kernels.one_pass_kernel, triton.kernels.expand_kernel
+    ]  # fmt: skip
 
 
 @pytest.fixture

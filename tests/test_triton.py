@@ -47,8 +47,10 @@ def small_blocks(monkeypatch):
         ("ELEMENT_BLOCK", 64),
         ("EXPANDED", (16, 16)),
         ("SUMMED_COLUMNS", 16),
+        ("GATHER_PROGRAMS", 3),
     ):
         monkeypatch.setattr(triton, name, value)
+    monkeypatch.setattr(triton, "prologue_blocks", triton.prologue_blocks.__wrapped__)  # which remembers nothing
 
 
 @masks
@@ -85,17 +87,23 @@ def test_more_columns_than_are_counted_at_once(served, seed):
     testing.check_exact(testing.integer_case(3, 1024 + 5, 17, p=0.75, device=served, seed=seed), "triton")
 
 
-def test_products_in_one_pass_drop_kept_columns_past_the_capacity(served, monkeypatch):
+@pytest.mark.parametrize(("in_features", "most"), ((130, 16), (1200, 560)))
+def test_kept_columns_past_the_capacity_are_dropped(in_features, most, served, monkeypatch):
+    """In blocks before, at and past the last kept column: of 1200, counted 1024 at once, in the second count."""
+    monkeypatch.setattr(triton, "BLOCK_COLUMNS", 64)
+    monkeypatch.setattr(triton, "prologue_blocks", triton.prologue_blocks.__wrapped__)
     for module in (triton, reference):
-        monkeypatch.setattr(module, "capacity", lambda count, p: min(count, 16))
-    case = testing.integer_case(3, 130, 70, p=0.5, device=served)
-    assert reference.keep_mask(case.seed, (1, 130), 0.5, "input").sum() == 16
+        monkeypatch.setattr(module, "capacity", lambda count, p: min(count, most))
+    case = testing.integer_case(3, in_features, 70, p=0.5, device=served)
+    assert reference.keep_mask(case.seed, (1, in_features), 0.5, "input").sum() == most
+    testing.check_mixed_weight(case, "triton")
     assert testing.is_one_pass(case, "triton") == (True, True)
     testing.check_exact(case, "triton")
 
 
 # What launches nothing: views, and memory that nothing is written to.
-VIEWS = {"view", "_unsafe_view", "t", "transpose", "detach", "alias", "expand", "empty", "new_empty", "empty_strided"}
+VIEWS = {"view", "_unsafe_view", "t", "transpose", "detach", "alias", "expand"}
+VIEWS |= {"empty", "new_empty", "empty_like", "empty_strided"}
 
 
 @contextlib.contextmanager
@@ -202,20 +210,20 @@ def test_error_of_db_does_not_grow_with_the_rows(dtype, served, seed, mixes_firs
 
 
 def test_every_configuration_of_the_one_pass_product(served, seed, monkeypatch):
-    for config in triton.ONE_PASS_CONFIGS:
-        monkeypatch.setattr(triton, "ONE_PASS_CONFIGS", (config, config))
+    for features in triton.ONE_PASS_FEATURES:
+        config = triton.one_pass_config(13, 70) | {"BLOCK_F": features}
+        monkeypatch.setattr(triton, "one_pass_config", lambda rows, features, config=config: config)
         for mask in MASKS:
             case = testing.integer_case(13, 130, 70, p=0.75, mask=mask, device=served, seed=seed)
             testing.check_exact(case, "triton")
 
 
 def test_the_configuration_follows_the_number_of_programs():
-    wide, narrow = triton.ONE_PASS_CONFIGS
-    rows = torch.empty(20, 64)
-    assert triton.one_pass_config(rows, 64 * triton.WIDE_PROGRAMS) == {"BLOCK_M": 32} | wide
-    assert triton.one_pass_config(rows, 64 * (triton.WIDE_PROGRAMS - 1)) == {"BLOCK_M": 32} | narrow
-    assert triton.one_pass_config(torch.empty(1000, 64), 64)["BLOCK_M"] == 64
-    assert triton.one_pass_config(torch.empty(1, 64), 64)["BLOCK_M"] == 16
+    for programs, features in ((triton.WIDE_PROGRAMS, 64), (triton.WIDE_PROGRAMS - 1, 32)):
+        config = triton.one_pass_config(20, 64 * programs)
+        assert (config["BLOCK_M"], config["BLOCK_F"]) == (32, features)
+    assert triton.one_pass_config(1000, 64)["BLOCK_M"] == 64
+    assert triton.one_pass_config(1, 64)["BLOCK_M"] == 16
 
 
 def test_error_of_few_rows(served, seed):

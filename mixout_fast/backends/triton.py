@@ -16,12 +16,12 @@ A prologue writes, of these, what is wanted: W', or of dW' its masked and scaled
 of parts of dY's columns, which the launch that writes dW adds up to db.
 
 Nothing waits for the device: the kept indices always have their static size C, `static` or not, padded with -1.
+
+No constant here or in triton_kernels.py has been measured on a GPU.
 """
 
 import functools
 import importlib.util
-import os
-import struct
 from collections.abc import Callable
 
 import torch
@@ -35,7 +35,6 @@ from mixout_fast.reference import capacity, scale, threshold
 # A constant: torch.compile traces `unavailable` and cannot trace a search for a module.
 INSTALLED = importlib.util.find_spec("triton") is not None
 if INSTALLED:
-    import triton
     import triton.language as tl
 
     from mixout_fast.backends import triton_kernels as kernels
@@ -63,32 +62,31 @@ MANY_OUTPUTS_ROWS = {
     torch.float64: (-1, -1),
 }
 
-# The first where it makes enough programs for the device, else the second; MIXOUT_FAST_AUTOTUNE=1 measures both at the
-# first call of each size instead and keeps the choice on disk, after which sums may round otherwise than before. Not
-# measured; chosen by benchmarks/kernel_report.py: in steps of 64 entries of 16-bit rows some kernels take more than 200
-# registers or spill a dozen, in steps of 32 none does (at most 134; with 5 stages of the second, one spills). In fp32
-# the halves of a step are also the pieces of a sum (one_pass_kernel): at 3 rows and 127 in_features pieces of 64 have
-# 2.5 times the error of MKL's sum, pieces of 32 have 1.4 times, of 16 added up in two sums 1.1 times.
-ONE_PASS_CONFIGS = (
-    {"BLOCK_F": 64, "BLOCK_R": 32, "num_warps": 4, "num_stages": 4},
-    {"BLOCK_F": 32, "BLOCK_R": 32, "num_warps": 4, "num_stages": 4},
-)
-AUTOTUNES = os.environ.get("MIXOUT_FAST_AUTOTUNE") == "1" and not INTERPRETS
-
-# Programs, about one a multiprocessor, from which on the first configuration is taken. Not measured.
+# Chosen by benchmarks/kernel_report.py: in steps of 64 entries of 16-bit rows some kernels take more than 200 registers
+# or spill a dozen, in steps of 32 none does (at most 134; with 5 stages and 32 features one spills). In fp32 the halves
+# of a step are also the pieces of a sum (one_pass_kernel): at 3 rows and 127 in_features pieces of 64 have 2.5 times
+# the error of MKL's sum, pieces of 32 have 1.4 times, of 16 added up in two sums 1.1 times.
+ONE_PASS = {"BLOCK_R": 32, "num_warps": 4, "num_stages": 4}
+# Features of a program of a one-pass product: the first where that makes WIDE_PROGRAMS, about one a multiprocessor.
+ONE_PASS_FEATURES = (64, 32)
 WIDE_PROGRAMS = 128
 
-# Bytes of a tile of one operand: 4 loads of 16 bytes a thread. Not measured.
+# Bytes of a tile of one operand: 4 loads of 16 bytes a thread.
 TILE_BYTES = 8192
 BLOCK_COLUMNS = 1024
-# Programs of a streaming kernel: 4 on each of an H100's 132 multiprocessors. Not measured.
+# Programs of a streaming kernel: 4 on each of an H100's 132 multiprocessors.
 PROGRAMS = 528
 ELEMENT_BLOCK = 2048
-# Of the dense gradient, (BLOCK_N, BLOCK_K). Not measured.
+# Of the dense gradient, (BLOCK_N, BLOCK_K).
 EXPANDED = (32, 64)
-# Columns of dY, and tiles of so many, that a program sums: 32 KiB, where one that mixes moves 24 or more. Not measured.
-# Parts so short keep the error, at 130 to 30000 rows of fp32, at 0.7 to 0.8 of that of PyTorch's sum on a CPU.
+# Columns of dY, and tiles of so many, that a program sums: 32 KiB, where one that mixes moves 24 or more. Parts so
+# short keep the error, at 130 to 30000 rows of fp32, at 0.7 to 0.8 of that of PyTorch's sum on a CPU.
 SUMMED_COLUMNS, SUMMED_TILES = 64, 4
+# Tiles of x that a program gathers from, as far as that leaves so many programs, 2 a multiprocessor beside those that
+# mix. Compiled for sm_90 a warp draws and scans 1024 columns in 585 instructions and gathers those of a tile in 265. So
+# of 4096 rows of 1024 in 16 bits an H100 issues the gather in 3.8 us in tiles of their own, in 1.8 us in fours, where
+# the bytes take 2.8.
+GATHERED_TILES, GATHER_PROGRAMS = 4, 256
 
 
 def unavailable(device_type: str) -> str | None:
@@ -163,7 +161,7 @@ def gradients(
     return dX, dW, db
 
 
-def launch(kernel, grid: tuple[int, ...] | Callable, device: torch.device, *arguments, **options) -> None:
+def launch(kernel, grid: tuple[int, ...], device: torch.device, *arguments, **options) -> None:
     """Launch on the tensors' device, which need not be the current one."""
     if device.type == "cpu" or device.index == torch.cuda.current_device():
         kernel[grid](*arguments, enable_fp_fusion=False, **options)
@@ -225,12 +223,29 @@ def traced(fake: Callable, schema: str | None = None) -> Callable:
     return decorate
 
 
+@functools.lru_cache(4096)
+def prologue_blocks(in_features: int, outputs: int, rows: int, size: int) -> tuple[int, int, int, int, int, int]:
+    """BLOCK_N, BLOCK_K; of W' and then of X[:, kept] the rows that a program takes and how many programs that makes.
+
+    One gathers even where there are no rows: the index. Entries have so many bytes. Remembered, this saves 1 us of the
+    host's 25 a launch.
+    """
+    block_k = min(BLOCK_COLUMNS, max(16, _power_of_2(in_features)))
+    block_n = max(1, TILE_BYTES // (block_k * size))
+    column_blocks = _blocks(in_features, block_k)
+    weight_rows, row_blocks = _split(outputs, block_n, column_blocks)
+    tiles = max(1, min(GATHERED_TILES, _blocks(rows, block_n) // GATHER_PROGRAMS))
+    gathered = _split(max(rows, 1), block_n, 1, tiles)
+    return block_n, block_k, weight_rows, row_blocks * column_blocks, *gathered
+
+
 def _fake_prologue(weight, target, rows, summed, seed, p, mask, factor, is_gradient, dtype):
-    mixed = None if weight is None else torch.empty(weight.shape, dtype=dtype, device=weight.device)
+    # Not torch.empty(weight.shape): a torch.Size takes 1 us to read.
+    mixed = None if weight is None else torch.empty_like(weight, dtype=dtype, memory_format=torch.contiguous_format)
     index = columns = None
     if rows is not None:
         count = capacity(rows.shape[1], p)
-        index = torch.empty(count, dtype=torch.int32, device=rows.device)
+        index = rows.new_empty(count, dtype=torch.int32)
         columns = rows.new_empty(rows.shape[0], count)
     return mixed, index, columns, empty_sums(summed, weight.dtype if is_gradient else None)
 
@@ -253,7 +268,7 @@ def prologue(
     mixed, index, columns, sums = _fake_prologue(
         weight, target, rows, summed, seed, p, mask, factor, is_gradient, dtype
     )
-    draw = seed, threshold(p), _bits(factor)
+    draw = seed, threshold(p), factor
     if mask == "element":
         if weight.dim() == 3:
             weight, target = (None if t is None else t.contiguous().flatten(1) for t in (weight, target))
@@ -267,15 +282,13 @@ def prologue(
     matrix = rows if weight is None else weight
     in_features = matrix.shape[1]
     bound = capacity(in_features, p)
-    block_k = min(BLOCK_COLUMNS, max(16, _power_of_2(in_features)))
-    block_n = max(1, TILE_BYTES // (block_k * matrix.element_size()))
     outputs, offsets = (0, 1) if weight is None else (weight.shape[0], weight.shape[2] if weight.dim() == 3 else 1)
-    column_blocks = _blocks(in_features, block_k)
-    weight_rows, row_blocks = _split(outputs * offsets, block_n, column_blocks)
-    weight_programs = row_blocks * column_blocks
     row_count = 0 if rows is None else rows.shape[0]
-    # The index is written even where there are no rows.
-    gathered_rows, gather_programs = (1, 0) if rows is None else _split(max(row_count, 1), block_n, 1)
+    block_n, block_k, weight_rows, weight_programs, gathered_rows, gather_programs = prologue_blocks(
+        in_features, outputs * offsets, row_count, matrix.element_size()
+    )
+    if rows is None:
+        gather_programs = 0
     launch_and_sum(
         kernels.prologue_kernel, weight_programs + gather_programs, matrix.device, summed, sums,
         weight, target, mixed, rows, columns, index, *draw, outputs, in_features, offsets, row_count, bound,
@@ -287,23 +300,13 @@ def prologue(
     return mixed, index, columns, sums
 
 
-def one_pass_config(rows: Tensor, features: int) -> dict:
-    """The blocks and launch options of a one-pass product with so many features."""
-    block_m = min(64, max(16, _power_of_2(rows.shape[0])))
-    wide, narrow = ONE_PASS_CONFIGS
-    programs = _blocks(features, wide["BLOCK_F"]) * _blocks(rows.shape[0], block_m)
-    return {"BLOCK_M": block_m} | (wide if programs >= WIDE_PROGRAMS else narrow)
-
-
-@functools.cache
-def tuned_kernel():
-    """The one-pass kernel that chooses by measurement, for each size, dtype and block of rows."""
-    configs = [
-        triton.Config({"BLOCK_F": c["BLOCK_F"], "BLOCK_R": c["BLOCK_R"]}, c["num_warps"], c["num_stages"])
-        for c in ONE_PASS_CONFIGS
-    ]
-    key = ["N", "K", "TRANSPOSED", "ELEMENT", "BLOCK_M"]
-    return triton.autotune(configs, key, cache_results=True)(kernels.one_pass_kernel)
+@functools.lru_cache(4096)
+def one_pass_config(rows: int, features: int) -> dict:
+    """The blocks and launch options of a one-pass product of so many rows and features."""
+    block_m = min(64, max(16, _power_of_2(rows)))
+    wide, narrow = ONE_PASS_FEATURES
+    programs = _blocks(features, wide) * _blocks(rows, block_m)
+    return {"BLOCK_M": block_m, "BLOCK_F": wide if programs >= WIDE_PROGRAMS else narrow} | ONE_PASS
 
 
 def _fake_product(rows, weight, target, bias, seed, p, mask, transposed):
@@ -319,24 +322,20 @@ def product(
     output = _fake_product(rows, weight, target, bias, seed, p, mask, transposed)
     in_features = weight.shape[1]
     bound = capacity(in_features, p) if mask == "input" else in_features
-    kernel, config = kernels.one_pass_kernel, one_pass_config(rows, output.shape[1])
-    if AUTOTUNES:
-        kernel, config = tuned_kernel(), {"BLOCK_M": config["BLOCK_M"]}
-
-    def grid(options):
-        return _blocks(output.shape[1], options["BLOCK_F"]), _blocks(rows.shape[0], options["BLOCK_M"])
-
+    row_count, features = output.shape
+    config = one_pass_config(row_count, features)
+    grid = _blocks(features, config["BLOCK_F"]), _blocks(row_count, config["BLOCK_M"])
     launch(
-        kernel, grid, rows.device, rows, weight, target, bias, output, seed, threshold(p), _bits(scale(p)),
-        rows.shape[0], *weight.shape, bound, *rows.stride(), *weight.stride(), *_strides(target, 2), *_strides(bias, 1),
+        kernels.one_pass_kernel, grid, rows.device, rows, weight, target, bias, output, seed, threshold(p), scale(p),
+        row_count, *weight.shape, bound, *rows.stride(), *weight.stride(), *_strides(target, 2), *_strides(bias, 1),
         TRANSPOSED=transposed, ELEMENT=mask == "element", BOUNDED=bound < in_features, IN_FOURS=in_features % 4 == 0,
-        COMPUTE=_compute(rows), PRECISION=_precision(), **config,
+        COMPUTE=_compute(rows), PRECISION=_precision(rows.dtype), **config,
     )  # fmt: skip
     return output
 
 
 def _fake_expanded(compact, index, parts, in_features, factor, dtype):
-    dense = torch.empty(compact.shape[1], in_features, dtype=dtype, device=compact.device)
+    dense = compact.new_empty(compact.shape[1], in_features, dtype=dtype)
     return dense, empty_sums(parts, compact.dtype)
 
 
@@ -359,8 +358,8 @@ def expanded(
     row_count, row_blocks = _split(outputs, block_n, column_blocks)
     launch_and_sum(
         kernels.expand_kernel, column_blocks * row_blocks, compact.device, parts, sums,
-        compact, index, dense, _bits(factor), outputs, in_features, count, *compact.stride(), row_count,
-        STEPS=count.bit_length(), COMPUTE=_compute(compact), BLOCK_N=block_n, BLOCK_K=block_k,
+        compact, index, dense, factor, outputs, in_features, count, *compact.stride(), row_count,
+        STEPS=in_features.bit_length(), COMPUTE=_compute(compact), BLOCK_N=block_n, BLOCK_K=block_k,
     )  # fmt: skip
     return dense, sums
 
@@ -375,15 +374,17 @@ def _power_of_2(count: int) -> int:
     return 1 << max(count - 1, 0).bit_length()
 
 
-def _split(rows: int, block: int, column_blocks: int) -> tuple[int, int]:
-    """Rows that a program takes, a multiple of `block`, for about PROGRAMS programs, and how many parts that makes."""
-    taken = block * max(1, _blocks(rows, block) * column_blocks // PROGRAMS)
+def _split(rows: int, block: int, column_blocks: int, least: int = 1) -> tuple[int, int]:
+    """Rows that a program takes, `least` blocks or more, for about PROGRAMS programs, and how many parts that makes."""
+    taken = block * max(least, _blocks(rows, block) * column_blocks // PROGRAMS)
     return taken, _blocks(rows, taken)
 
 
-def _precision() -> str:
+def _precision(dtype: torch.dtype) -> str:
     """TF32 for fp32 products where torch's own use it."""
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" and torch.version.hip is None else "ieee"
+    if dtype != torch.float32 or torch.version.hip is not None:
+        return "ieee"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def _compute(tensor: Tensor):
@@ -394,7 +395,3 @@ def _strides(tensor: Tensor | None, count: int) -> tuple[int, ...]:
     """The strides, with 0 for dimensions that it lacks."""
     strides = () if tensor is None else tensor.stride()
     return strides + (0,) * (count - len(strides))
-
-
-def _bits(value: float) -> int:
-    return struct.unpack("q", struct.pack("d", value))[0]

@@ -4,8 +4,7 @@ Every kernel draws its mask from (seed, index), so no mask is ever in memory. Th
 enable_fp_fusion=False: w' = u + (w - u) · s rounds three times (reference.py), a fused multiply-add only twice.
 Pointers of one operand share an operand's dtype; offsets are int64, strides of any size, sizes need not fit the blocks.
 
-Names: weight W (N, K) or (N, K, R), target U of the same shape, rows x (M, K), C the capacity of an input mask. A float
-argument of a kernel is an fp32, too short for fp64 weights, so `scale_bits` is an fp64 in an int64.
+Names: weight W (N, K) or (N, K, R), target U of the same shape, rows x (M, K), C the capacity of an input mask.
 """
 
 import triton
@@ -18,11 +17,11 @@ INTERPRETS = tl.constexpr(triton.knobs.runtime.interpret)
 # Arguments that change between calls of a layer: p's and numbers of rows, parts and programs. Triton compiles a kernel
 # again for an integer that is 1 or divisible by 16 where those before were not.
 VARIABLE = (
-    "threshold", "scale_bits", "M", "weight_programs", "weight_rows", "gathered_rows", "programs", "summed_rows",
+    "threshold", "M", "weight_programs", "weight_rows", "gathered_rows", "programs", "summed_rows",
     "part_rows",
 )  # fmt: skip
 
-# Mask entries that mask_end draws at once: 2 Philox calls a thread. Not measured.
+# Mask entries that mask_end draws at once: 2 Philox calls a thread.
 COUNTED = tl.constexpr(1024)
 
 
@@ -45,12 +44,17 @@ def narrow(value, dtype: tl.constexpr):
 
 
 @triton.jit
-def mask_words(seed, group):
-    """The words of entries 4·group … 4·group + 3: int64 counters (…, G) to int64 words (…, 4G) in [0, 2**32)."""
+def philox(seed, group):
+    """The words of entries 4·group … 4·group + 3, uint32 each, from an int64 counter."""
     low = group.to(tl.uint32)
-    high = (group >> 32).to(tl.uint32)
     zero = tl.zeros_like(low)
-    word0, word1, word2, word3 = tl.philox(seed, low, high, zero, zero)
+    return tl.philox(seed, low, (group >> 32).to(tl.uint32), zero, zero)
+
+
+@triton.jit
+def mask_words(seed, group):
+    """The words of a group one behind another: int64 counters (…, G) to int64 words (…, 4G) in [0, 2**32)."""
+    word0, word1, word2, word3 = philox(seed, group)
     return tl.interleave(tl.interleave(word0, word2), tl.interleave(word1, word3)).to(tl.int64)
 
 
@@ -63,22 +67,23 @@ def drawn_columns(seed, threshold, start, end, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def mask_end(seed, threshold, K, C, BOUNDED: tl.constexpr):
-    """The column from which on all count as dropped: that of the (C+1)-th drawn as kept; K where there is none.
+def mask_end(seed, threshold, limit, C, BOUNDED: tl.constexpr):
+    """The column from which on all count as dropped: that of the (C+1)-th drawn as kept; `limit`, if that comes first.
 
-    More draws than C have a probability below 1e-8, so the usual pass only counts them.
+    More draws than C have a probability below 1e-8, so the usual pass only counts them. A block of columns asks up to
+    its own end: that halves the draws of many blocks.
     """
-    end = K + 0
+    end = limit
     if BOUNDED:
         counts = tl.zeros((COUNTED,), tl.int32)
-        for start in range(0, K, COUNTED):
-            counts += drawn_columns(seed, threshold, start, K, COUNTED).to(tl.int32)
+        for start in range(0, limit, COUNTED):
+            counts += drawn_columns(seed, threshold, start, limit, COUNTED).to(tl.int32)
         if tl.sum(counts) > C:
             kept = 0
-            for start in range(0, K, COUNTED):
-                drawn = drawn_columns(seed, threshold, start, K, COUNTED).to(tl.int32)
+            for start in range(0, limit, COUNTED):
+                drawn = drawn_columns(seed, threshold, start, limit, COUNTED).to(tl.int32)
                 past = (drawn > 0) & (kept + tl.cumsum(drawn) > C)
-                end = tl.minimum(end, tl.min(tl.where(past, start + tl.arange(0, COUNTED), K)))
+                end = tl.minimum(end, tl.min(tl.where(past, start + tl.arange(0, COUNTED), limit)))
                 kept += tl.sum(drawn)
     return end
 
@@ -94,10 +99,7 @@ def drawn_entries(seed, threshold, row, start, K, IN_FOURS: tl.constexpr, BLOCK:
         words = mask_words(seed, (row.to(tl.int64) * (K // 4))[:, None] + column_group[None, :])
     else:
         entry = (row.to(tl.int64) * K)[:, None] + (start + tl.arange(0, BLOCK))[None, :]
-        group = entry >> 2
-        low = group.to(tl.uint32)
-        zero = tl.zeros_like(low)
-        word0, word1, word2, word3 = tl.philox(seed, low, (group >> 32).to(tl.uint32), zero, zero)
+        word0, word1, word2, word3 = philox(seed, entry >> 2)
         lane = (entry & 3).to(tl.int32)
         words = tl.where(lane < 2, tl.where(lane == 0, word0, word1), tl.where(lane == 2, word2, word3)).to(tl.int64)
     return words >= threshold
@@ -155,7 +157,7 @@ def prologue_kernel(
     columns_ptr,  # (M, C), contiguous: written
     index_ptr,  # (C,) int32: written
     seed_ptr,  # int64
-    threshold: tl.int64, scale_bits: tl.int64, N, K, R, M, C,
+    threshold: tl.int64, factor: tl.float64, N, K, R, M, C,
     stride_wn, stride_wk, stride_wr, stride_un, stride_uk, stride_ur, stride_xm, stride_xk,
     weight_programs,
     weight_rows,  # of N·R, that a program mixes
@@ -181,8 +183,8 @@ def prologue_kernel(
             column_blocks = tl.cdiv(K, BLOCK_K)
             start = program % column_blocks * BLOCK_K
             first_row = program // column_blocks * weight_rows
-            scale = scale_bits.to(tl.float64, bitcast=True).to(COMPUTE)
-            end = mask_end(seed, threshold, K, C, BOUNDED)
+            scale = tl.full((), factor, COMPUTE)
+            end = mask_end(seed, threshold, min(K, start + BLOCK_K), C, BOUNDED)
             keep = drawn_columns(seed, threshold, start, end, BLOCK_K)[None, :]
             column = (start + tl.arange(0, BLOCK_K))[None, :]
             k = column.to(tl.int64)
@@ -249,7 +251,7 @@ def element_kernel(
     target_ptr,  # the same, or None
     mixed_ptr,  # (N, K), contiguous: written
     seed_ptr,  # int64
-    threshold: tl.int64, scale_bits: tl.int64,
+    threshold: tl.int64, factor: tl.float64,
     entries: tl.int64,  # N · K
     K, stride_wn, stride_wk, stride_un, stride_uk,
     programs,  # those that mix; others sum
@@ -263,7 +265,7 @@ def element_kernel(
     seed = tl.load(seed_ptr)
     program = tl.program_id(0)
     if program < programs:
-        scale = scale_bits.to(tl.float64, bitcast=True).to(COMPUTE)
+        scale = tl.full((), factor, COMPUTE)
         start = program.to(tl.int64) * BLOCK
         keep = mask_words(seed, start // 4 + tl.arange(0, BLOCK // 4)) >= threshold
         entry = start + tl.arange(0, BLOCK)
@@ -290,7 +292,7 @@ def one_pass_kernel(
     bias_ptr,  # (N,), or None
     output_ptr,  # y (M, N), or dX (M, K), contiguous: written
     seed_ptr,  # int64
-    threshold: tl.int64, scale_bits: tl.int64, M, N, K, C,
+    threshold: tl.int64, factor: tl.float64, M, N, K, C,
     stride_xm, stride_xr, stride_wn, stride_wk, stride_un, stride_uk, stride_b,
     TRANSPOSED: tl.constexpr, ELEMENT: tl.constexpr, BOUNDED: tl.constexpr, IN_FOURS: tl.constexpr,
     COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
@@ -302,14 +304,14 @@ def one_pass_kernel(
     take from the registers where it was mixed, and the few rows are the narrow side.
     """
     seed = tl.load(seed_ptr)
-    scale = scale_bits.to(tl.float64, bitcast=True).to(COMPUTE)
+    scale = tl.full((), factor, COMPUTE)
     features, reduced_size = (K, N) if TRANSPOSED else (N, K)
     feature_start = tl.program_id(0) * BLOCK_F
     feature = feature_start + tl.arange(0, BLOCK_F)
     row = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     row_offset = row.to(tl.int64)[None, :] * stride_xm
     if not ELEMENT:
-        end = mask_end(seed, threshold, K, C, BOUNDED)
+        end = mask_end(seed, threshold, min(K, feature_start + BLOCK_F) if TRANSPOSED else K, C, BOUNDED)
         if TRANSPOSED:
             keep = drawn_columns(seed, threshold, feature_start, end, BLOCK_F)[None, :]
 
@@ -366,20 +368,20 @@ def expand_kernel(
     compact_ptr,  # (C, N), any strides
     index_ptr,  # (C,) int32, ascending, then -1
     dense_ptr,  # (N, K), contiguous: written
-    scale_bits: tl.int64, N, K, C, stride_cc, stride_cn,
+    factor: tl.float64, N, K, C, stride_cc, stride_cn,
     row_count,  # of N, that a program writes
     programs,  # those that write dW; others sum
     summed_ptr,  # sums of parts of dY (parts, N), or None
     sums_ptr,  # db (N,): written
     summed_rows, summed_columns, part_rows, stride_sm, stride_sn,
-    STEPS: tl.constexpr,  # bits of C
+    STEPS: tl.constexpr,  # bits of K, C's or more: those of C would compile anew as p changes
     COMPUTE: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SUM_ROWS: tl.constexpr, SUM_COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """dW[:, index] = compactᵀ · s, 0 elsewhere. Each entry is written once."""
     program = tl.program_id(0)
     if program < programs:
-        scale = scale_bits.to(tl.float64, bitcast=True).to(COMPUTE)
+        scale = tl.full((), factor, COMPUTE)
         column_blocks = tl.cdiv(K, BLOCK_K)
         column = program % column_blocks * BLOCK_K + tl.arange(0, BLOCK_K)
         # Binary search: slot is the number of indices below the column.
