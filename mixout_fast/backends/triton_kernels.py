@@ -307,13 +307,13 @@ def one_pass_kernel(
     scale = tl.full((), factor, COMPUTE)
     features, reduced_size = (K, N) if TRANSPOSED else (N, K)
     feature_start = tl.program_id(0) * BLOCK_F
-    feature = feature_start + tl.arange(0, BLOCK_F)
-    row = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
-    row_offset = row.to(tl.int64)[None, :] * stride_xm
     if not ELEMENT:
         end = mask_end(seed, threshold, min(K, feature_start + BLOCK_F) if TRANSPOSED else K, C, BOUNDED)
         if TRANSPOSED:
             keep = drawn_columns(seed, threshold, feature_start, end, BLOCK_F)[None, :]
+    feature = feature_start + tl.arange(0, BLOCK_F)
+    row = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    row_offset = row.to(tl.int64)[None, :] * stride_xm
 
     # Without tensor cores a product is a chain of multiply-adds, whose error grows with its length: of 1023 entries 5
     # times that of MKL's sum at 3 rows. So each half of a step is summed from zero, the first halves and the second are
