@@ -307,6 +307,7 @@ def one_pass_kernel(
     scale = tl.full((), factor, COMPUTE)
     features, reduced_size = (K, N) if TRANSPOSED else (N, K)
     feature_start = tl.program_id(0) * BLOCK_F
+    # Before the rest is alive: after it, dX in fp32 spills on sm_80.
     if not ELEMENT:
         end = mask_end(seed, threshold, min(K, feature_start + BLOCK_F) if TRANSPOSED else K, C, BOUNDED)
         if TRANSPOSED:
