@@ -123,9 +123,9 @@ def gather(rows: Tensor, seed: Tensor, p: float, static: bool) -> tuple[Tensor, 
     return index, columns.masked_fill(index < 0, 0) if static else columns
 
 
-def owned(output: Tensor) -> Tensor:
-    """The same and no view: what an autograd function returns could not be changed in place if it were one."""
-    return output if output.dim() == 2 else torch.ops.aten._unsafe_view(output, output.shape)
+def shaped(output: Tensor, shape: tuple) -> Tensor:
+    """A product in a shape, and not as a view: what an autograd function returns could then not be changed in place."""
+    return output if len(shape) == 2 else torch.ops.aten._unsafe_view(output, shape)
 
 
 def linear(
@@ -140,9 +140,9 @@ def linear(
     static: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """y = x W'ᵀ + b for input (…, K), in the input's dtype, and with `gathers` gather's two."""
-    output = owned(torch.nn.functional.linear(input, mix(weight, target, seed, p, mask, input.dtype), bias))
+    output = torch.nn.functional.linear(input, mix(weight, target, seed, p, mask, input.dtype), bias)
     rows = input.reshape(-1, input.shape[-1])
-    return output, *(gather(rows, seed, p, static) if gathers else (None, None))
+    return shaped(output, output.shape), *(gather(rows, seed, p, static) if gathers else (None, None))
 
 
 def grad_input(grad: Tensor, weight: Tensor, target: Tensor | None, seed: Tensor, p: float, mask: str) -> Tensor:

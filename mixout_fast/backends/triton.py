@@ -124,9 +124,10 @@ def linear(
         x = rows if gathers else None
         mixed, index, columns, _ = prologue(*operands, x, None, seed, p, mask, scale(p), False, input.dtype)
     if not one_pass:
-        return reference.owned(F.linear(input, mixed, bias)), index, columns
+        output = F.linear(input, mixed, bias)
+        return reference.shaped(output, output.shape), index, columns
     output = product(rows, weight, target, bias, seed, p, mask, False)
-    return reference.owned(output.view(*input.shape[:-1], weight.shape[0])), index, columns
+    return reference.shaped(output, (*input.shape[:-1], weight.shape[0])), index, columns
 
 
 def gradients(
