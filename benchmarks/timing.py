@@ -104,23 +104,18 @@ def _run(step: Step, phases: tuple[str, ...], clock: CpuClock | CudaClock, repea
     return {**dict(zip(phases, means, strict=True)), "step": sum(means), "host": host}
 
 
-def captured(run: Callable[[], None]) -> Callable[[], None]:
-    """What `run` does on a GPU, as a CUDA graph to replay, whose launches wait for no host. It must have run before."""
+def replay_seconds(run: Callable[[], None], replays: int) -> list[float]:
+    """The time of each replay of `run` as a CUDA graph, whose launches wait for no host. It must have run before."""
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         run()
-    return graph.replay
-
-
-def replay_seconds(run: Callable[[], None], replays: int) -> list[float]:
-    """The time of each replay of `run` as a CUDA graph."""
-    replay, seconds = captured(run), []
-    replay()
+    graph.replay()
+    seconds = []
     for _ in range(replays):
         torch.cuda.synchronize()
         start = time.perf_counter()
-        replay()
+        graph.replay()
         torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
     return seconds

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mixout_fast.embedding import MixEmbedding
 from mixout_fast.functional import DTYPES
 from mixout_fast.linear import MixLinear
-from mixout_fast.mixed_weight import Mixing, mix_weight
+from mixout_fast.mixed_weight import CONV1D, Mixing, mix_weight
 
 INPUT_DIMS: dict[str, dict[str, tuple[int, ...]]] = {
     "torch.nn.modules.linear.Linear": {"weight": (1,)},
@@ -27,7 +27,7 @@ INPUT_DIMS: dict[str, dict[str, tuple[int, ...]]] = {
         "k_proj_weight": (1,),
         "v_proj_weight": (1,),
     },
-    "transformers.pytorch_utils.Conv1D": {"weight": (0,)},
+    CONV1D: {"weight": (0,)},
     "transformers.models.xlnet.modeling_xlnet.XLNetRelativeAttention": {
         "q": (0,),
         "k": (0,),

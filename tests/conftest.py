@@ -84,13 +84,17 @@ def paths_of(module):
     return ("one_pass", "mixed_first") if hasattr(module, "ONE_PASS_ROWS") else ("mixed_first",)
 
 
+def take_one_pass_up_to(rows, module, monkeypatch):
+    for table in ("ONE_PASS_ROWS", "MANY_OUTPUTS_ROWS"):
+        if hasattr(module, table):
+            monkeypatch.setattr(module, table, dict.fromkeys(getattr(module, table), (rows, rows)))
+
+
 @pytest.fixture
 def path(request, backend, monkeypatch):
     """Has a backend that chooses by rows between one pass and mixing first take one of them, whatever the rows."""
     module = backends.BACKENDS[backend]
-    if hasattr(module, "ONE_PASS_ROWS"):
-        rows = sys.maxsize if request.param == "one_pass" else -1
-        monkeypatch.setattr(module, "ONE_PASS_ROWS", dict.fromkeys(module.ONE_PASS_ROWS, (rows, rows)))
+    take_one_pass_up_to(sys.maxsize if request.param == "one_pass" else -1, module, monkeypatch)
     if hasattr(module, "THIN_ROWS"):
         monkeypatch.setattr(module, "THIN_ROWS", dict.fromkeys(module.THIN_ROWS, (sys.maxsize, sys.maxsize)))
     return request.param
@@ -100,8 +104,7 @@ def path(request, backend, monkeypatch):
 def mixes_first(monkeypatch):
     """No one-pass kernel, whose order of summation is its own: results are the library's, bit for bit."""
     for module in backends.BACKENDS.values():
-        if hasattr(module, "ONE_PASS_ROWS"):
-            monkeypatch.setattr(module, "ONE_PASS_ROWS", dict.fromkeys(module.ONE_PASS_ROWS, (-1, -1)))
+        take_one_pass_up_to(-1, module, monkeypatch)
 
 
 @pytest.fixture
