@@ -9,7 +9,7 @@ export PATH := $(abspath $(VENV))/bin:$(PATH)
 PY := $(VENV)/bin/python
 # auto builds the CUDA library too beside a CUDA torch, along with the other.
 LIBRARY := mixout_fast/_C.so $(if $(filter cuda,$(MIXOUT_FAST_BUILD)),mixout_fast/_CUDA.so)
-SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/* csrc/cuda/*)
+SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/autograd/* csrc/cpu/* csrc/cuda/*)
 FORMATTED := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.inl csrc/*/*.cu)
 
 # The tests that are worth repeating with the CUDA kernels run on the CPU; the others see no kernel.

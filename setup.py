@@ -1,9 +1,10 @@
-"""Builds mixout_fast._C and mixout_fast._CUDA, shared libraries of torch ops without Python symbols, so that one wheel
-serves every Python.
+"""Builds mixout_fast._C, _CUDA and _autograd_VERSION, shared libraries of torch ops without Python symbols, so that one
+wheel serves every Python. _C and _CUDA serve every torch too, _autograd_VERSION the torch it was built beside.
 
 MIXOUT_FAST_BUILD=auto (default) builds what it can, _CUDA beside a CUDA torch only, and says why where it can't; cpu
-builds _C alone and cuda both, and failure is fatal; none skips them. Without a library the package works on its other
-backends. _CUDA takes nvcc, and neither a GPU nor a CUDA torch. TORCH_CUDA_ARCH_LIST names the GPUs it serves.
+builds all but _CUDA and cuda all, and failure is fatal; none skips them. Without _C or _CUDA the package works on its
+other backends, without _autograd_VERSION on all of them, at a greater cost to the host. _CUDA takes nvcc, and neither a
+GPU nor a CUDA torch. TORCH_CUDA_ARCH_LIST names the GPUs it serves.
 """
 
 import os
@@ -63,7 +64,15 @@ def extensions():
         py_limited_api=True,
         optional=BUILD == "auto",
     )
-    return [library, *cuda_extensions(torch.version.cuda)]
+    # Not on the stable ABI, which has no autograd. mixout_fast looks for it by the version of the torch it finds.
+    autograd = CppExtension(
+        "mixout_fast._autograd_" + re.sub(r"\W", "_", torch.__version__),
+        ["csrc/autograd/mix_linear.cpp"],
+        extra_compile_args=["-O2", "-g0", "-std=c++20", "-fvisibility=hidden"],
+        py_limited_api=True,
+        optional=BUILD == "auto",
+    )
+    return [library, autograd, *cuda_extensions(torch.version.cuda)]
 
 
 def cuda_extensions(torch_cuda):

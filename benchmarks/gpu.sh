@@ -85,6 +85,10 @@ step "backends" 60 "$python" -c "from mixout_fast import __main__, backends
 __main__.main([])
 backends.select('$device', '$device')  # raises where it cannot serve"
 [ $status = 0 ] || finish
+# Of this torch alone: it may be missing where the other libraries were brought along. Without it eager calls are slower.
+version=$("$python" -c 'import re, torch; print(re.sub(r"\W", "_", torch.__version__))')
+[ -e "mixout_fast/_autograd_$version.so" ] ||
+  MIXOUT_FAST_BUILD=cpu step "build for autograd" 150 "$python" setup.py -q build_ext --inplace
 
 if [ "$part" != checks ]; then
   tests "kernel tests" 90 tests/test_cuda_kernels.py

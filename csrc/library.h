@@ -72,6 +72,24 @@ inline torch::stable::Tensor library_mm(const torch::stable::Tensor& a, const to
   return torch::stable::detail::to<torch::stable::Tensor>(stack[0]);
 }
 
+// The operators' schemas, the same on every device. A mask is given by a 0-d int64 seed, p, and whether it has one
+// entry per column (an input mask) or per element. tf32: fp32 products may round their operands to it, which a CPU's do
+// not. fixed_size: of what is gathered, whatever is kept; on GPUs, where the host does not wait to know, always.
+//
+// linear_backward gives dX, dW and db, where needed, of grad (..., N). dW is made of the kept index and columns, or
+// where there is an input, of that: in one full product, or gathered first. one_pass is of dX.
+constexpr const char* mix_schema =
+    "mix(Tensor weight, Tensor? target, Tensor seed, float p, bool per_column, ScalarType dtype) -> Tensor";
+constexpr const char* mask_grad_schema =
+    "mask_grad(Tensor grad, Tensor seed, float p, bool per_column, float factor, ScalarType dtype) -> Tensor";
+constexpr const char* linear_schema =
+    "linear(Tensor input, Tensor weight, Tensor? target, Tensor? bias, Tensor seed, float p, bool per_column,"
+    " bool one_pass, bool tf32, bool gathers, bool fixed_size) -> (Tensor, Tensor?, Tensor?)";
+constexpr const char* linear_backward_schema =
+    "linear_backward(Tensor grad, Tensor? input, Tensor? index, Tensor? columns, Tensor weight, Tensor? target,"
+    " Tensor seed, bool needs_input, bool needs_weight, bool needs_bias, float p, bool per_column, float factor,"
+    " bool one_pass, bool tf32, bool full_product) -> (Tensor?, Tensor?, Tensor?)";
+
 // y, and where they are gathered, the kept index and columns.
 using Output =
     std::tuple<torch::stable::Tensor, std::optional<torch::stable::Tensor>, std::optional<torch::stable::Tensor>>;

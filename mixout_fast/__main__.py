@@ -7,6 +7,7 @@ import time
 import torch
 
 from mixout_fast import __version__, backends, testing
+from mixout_fast.backends import operators
 
 DESCRIPTION = """Without a command: the version, and for each device which backend serves it and why the others don't.
 The environment variable MIXOUT_FAST_BACKEND names a backend for every call that doesn't."""
@@ -30,6 +31,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def print_backends() -> int:
     print(f"mixout_fast {__version__}, torch {torch.__version__}")
+    reason = operators.AUTOGRAD_ERROR
+    print(f"autograd in {'C++' if reason is None else f'Python, which takes the host longer: {reason}'}")
     status = 0
     if torch.cuda.is_available():
         torch.cuda.init()  # then backends tell whether they run on the GPU that is there

@@ -124,7 +124,7 @@ def mix_linear(
         if dtype != torch.float32:
             weight = weight.to(compute_dtype)
             target = None if target is None else target.to(compute_dtype)
-    return autograd.MixLinear.apply(input, weight, target, bias, seed, p, mask, _factor(p, grad_scale), chosen)
+    return autograd.mix_linear(input, weight, target, bias, seed, p, mask, _factor(p, grad_scale), chosen)
 
 
 def check_options(p: float, mask: str, grad_scale: str, distribution: str) -> None:

@@ -90,19 +90,26 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def _result(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """In the dtype, contiguous. Without a call that has nothing to do: to torch 2.11's compiler its result is an alias,
+    and where an autograd function returns one, the gradient is silently zero. 2.12 has no such error."""
+    tensor = tensor if tensor.dtype == dtype else tensor.to(dtype)
+    return tensor if tensor.is_contiguous() else tensor.contiguous()
+
+
 def mix(weight: Tensor, target: Tensor | None, seed: Tensor, p: float, mask: str, dtype: torch.dtype) -> Tensor:
     """The mixed weight w' in `dtype`, contiguous, of the weight's shape."""
     keep = keep_mask(seed, weight.shape, p, mask)
     w = weight.to(compute_dtype(weight.dtype))
     u = torch.zeros_like(w) if target is None else target.to(w.dtype)
-    return torch.where(keep, u + (w - u) * scale(p), u).to(dtype).contiguous()
+    return _result(torch.where(keep, u + (w - u) * scale(p), u), dtype)
 
 
 def mask_grad(grad: Tensor, seed: Tensor, p: float, mask: str, factor: float, dtype: torch.dtype) -> Tensor:
     """The weight's gradient from the mixed weight's: m ⊙ grad · factor, in `dtype`."""
     keep = keep_mask(seed, grad.shape, p, mask)
     scaled = grad.to(compute_dtype(grad.dtype)) * factor
-    return torch.where(keep, scaled, torch.zeros_like(scaled)).to(dtype)
+    return _result(torch.where(keep, scaled, torch.zeros_like(scaled)), dtype)
 
 
 def kept_indices(seed: Tensor, count: int, p: float, static: bool) -> Tensor:

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from mixout_fast import backends, mix_linear, mixout, reference, testing
-from mixout_fast.backends import cpu
+from mixout_fast.backends import cpu, operators
 from mixout_fast.functional import DTYPES, MASKS
 
 masks = pytest.mark.parametrize("mask", MASKS)
@@ -223,6 +223,47 @@ def test_second_derivative_through_mixout(mask, device, backend, seed):
     scaled = 4 * reference.keep_mask(case.seed, weight.shape, case.p, mask).expand_as(weight)
     want = scaled * F.linear(scaled.float(), case.input.t() @ case.input)
     testing.assert_same_values("second derivative", product, want, case)
+
+
+@masks
+@pytest.mark.parametrize("p", (0.1, 0.9))
+@pytest.mark.parametrize("trained", ("x", "w", "b", "xw", "wb", "xwb", ""))
+def test_autograd_function_in_python_is_the_same(trained, p, mask, device, backend, path, seed, monkeypatch):
+    """The one that a compiler traces, and that serves where the one in C++ was not built for this torch."""
+
+    def results_and_bytes_saved(case):
+        leaves = {"x": case.input, "w": case.weight, "b": case.bias}
+        leaves = {name: leaf.detach().requires_grad_(name in trained) for name, leaf in leaves.items()}
+        results = []
+
+        def forward():
+            operands = leaves["x"], leaves["w"], case.target, leaves["b"]
+            with torch.autocast(case.input.device.type, case.compute, enabled=case.autocast):
+                results.append(mix_linear(*operands, p, mask=mask, seed=case.seed, backend=backend))
+
+        saved = saved_bytes(forward, (*leaves.values(), case.target))
+        assert results[0].requires_grad == bool(trained)
+        if trained:
+            results += torch.autograd.grad(results[0], [leaves[name] for name in trained], case.grad_output)
+        return results, saved
+
+    for dtype, compute, narrow in (
+        (torch.float32, torch.float32, torch.float32),
+        (torch.float32, torch.float32, torch.float16),
+        (torch.float32, torch.bfloat16, torch.bfloat16),
+        (torch.bfloat16, torch.bfloat16, torch.bfloat16),
+    ):
+        case = testing.random_case(
+            (3, 25), 255, 33, p=p, mask=mask, dtype=dtype, compute=compute, device=device, seed=seed
+        )
+        case = dataclasses.replace(case, target=case.target.to(narrow))
+        results, saved = results_and_bytes_saved(case)
+        with monkeypatch.context() as patch:
+            patch.setattr(operators, "AUTOGRAD_ERROR", "left out")
+            results_in_python, saved_in_python = results_and_bytes_saved(case)
+        assert saved == saved_in_python
+        for name, result, want in zip(("y", *trained), results, results_in_python, strict=True):
+            testing.assert_same_bits(name, result, want, case)
 
 
 def saved_bytes(function, held):

@@ -108,7 +108,7 @@ def test_one_pass_of_an_empty_weight_is_refused(rows, shape, seed):
     """mix_linear never asks for one; an operator called by itself must not divide by its outputs."""
     operands = torch.randn(rows, shape[1]), torch.randn(shape), None, None, torch.tensor(seed)
     with pytest.raises(RuntimeError, match="weight: empty"):
-        torch.ops.mixout_fast.linear(*operands, 0.5, False, True, False, False)
+        torch.ops.mixout_fast.linear(*operands, 0.5, False, True, False, False, False)
 
 
 @pytest.mark.parametrize("p", (-0.5, 1.5, float("nan")))
@@ -121,7 +121,7 @@ def test_operators_refuse_a_p_that_is_none(p, seed):
 def test_backward_refuses_to_make_dw_of_nothing(index, seed):
     operands = torch.ones(8, 3), None, index, None, torch.ones(3, 5), None, torch.tensor(seed)
     with pytest.raises(RuntimeError, match="dW is made of"):
-        torch.ops.mixout_fast.linear_backward(*operands, True, True, True, 0.5, True, 2.0, True, False)
+        torch.ops.mixout_fast.linear_backward(*operands, True, True, True, 0.5, True, 2.0, True, False, False)
 
 
 @pytest.mark.skipif(not STATM.exists(), reason="reads this process's memory from /proc")

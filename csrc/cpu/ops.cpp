@@ -344,7 +344,7 @@ Tensor one_pass(const Tensor& rows, const Mixing& mixing, int64_t outputs, const
 
 Output linear(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& target,
               const std::optional<Tensor>& bias, const Tensor& seed, double p, bool per_column, bool in_one_pass,
-              bool gathers, bool fixed_size) {
+              bool /*tf32*/, bool gathers, bool fixed_size) {
   const ScalarType dtype = input.scalar_type();
   const Layer layer(weight, target, seed, p, per_column);
   const Tensor rows = rows_of(input, layer.in_features);
@@ -415,7 +415,7 @@ Gradients linear_backward(const Tensor& grad_output, const std::optional<Tensor>
                           const std::optional<Tensor>& kept_index, const std::optional<Tensor>& kept_columns,
                           const Tensor& weight, const std::optional<Tensor>& target, const Tensor& seed,
                           bool needs_input, bool needs_weight, bool needs_bias, double p, bool per_column,
-                          double factor, bool in_one_pass, bool in_full_product) {
+                          double factor, bool in_one_pass, bool /*tf32*/, bool in_full_product) {
   const Layer layer(weight, target, seed, p, per_column);
   const int64_t outputs = layer.outputs, in_features = layer.in_features;
   const ScalarType dtype = grad_output.scalar_type();

@@ -1,11 +1,6 @@
 // The operators on CUDA tensors: schemas, checks, allocation. A library of its own, so that the CPU's loads where there
 // is no CUDA; its operators differ from the CPU's in that a gather has always the capacity as its size, which the host
 // knows without waiting, and that fp32 products may be allowed TF32. mixout_fast/reference.py says what each computes.
-//
-// A mask is given by a 0-d int64 seed, p, and whether it has one entry per column (an input mask) or per element.
-//
-// linear_backward gives dX, dW and db, where needed, of grad (..., N). dW is made of the kept index and columns, or
-// where there is an input, of that: in one full product, or gathered first. one_pass is of dX.
 #include <dlfcn.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
@@ -183,7 +178,7 @@ Tensor mask_grad(const Tensor& grad, const Tensor& seed, double p, bool per_colu
 
 Output linear(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& target,
               const std::optional<Tensor>& bias, const Tensor& seed, double p, bool per_column, bool one_pass,
-              bool tf32, bool gathers) {
+              bool tf32, bool gathers, bool /*fixed_size*/) {
   const OnDevice device(weight);
   const ScalarType dtype = input.scalar_type();
   const Mixing mixing = mixing_of(weight, target, seed, p, per_column);
@@ -220,7 +215,7 @@ Gradients linear_backward(const Tensor& grad_output, const std::optional<Tensor>
                           const std::optional<Tensor>& kept_index, const std::optional<Tensor>& kept_columns,
                           const Tensor& weight, const std::optional<Tensor>& target, const Tensor& seed,
                           bool needs_input, bool needs_weight, bool needs_bias, double p, bool per_column,
-                          double factor, bool one_pass, bool in_full_product, bool tf32) {
+                          double factor, bool one_pass, bool tf32, bool in_full_product) {
   const OnDevice device(weight);
   const ScalarType dtype = grad_output.scalar_type();
   const Mixing mixing = mixing_of(weight, target, seed, p, per_column);
@@ -265,13 +260,10 @@ Gradients linear_backward(const Tensor& grad_output, const std::optional<Tensor>
 
 STABLE_TORCH_LIBRARY(mixout_fast_cuda, m) {
   m.def("why_no_kernels() -> str");
-  m.def("mix(Tensor weight, Tensor? target, Tensor seed, float p, bool per_column, ScalarType dtype) -> Tensor");
-  m.def("mask_grad(Tensor grad, Tensor seed, float p, bool per_column, float factor, ScalarType dtype) -> Tensor");
-  m.def("linear(Tensor input, Tensor weight, Tensor? target, Tensor? bias, Tensor seed, float p, bool per_column,"
-        " bool one_pass, bool tf32, bool gathers) -> (Tensor, Tensor?, Tensor?)");
-  m.def("linear_backward(Tensor grad, Tensor? input, Tensor? index, Tensor? columns, Tensor weight, Tensor? target,"
-        " Tensor seed, bool needs_input, bool needs_weight, bool needs_bias, float p, bool per_column,"
-        " float factor, bool one_pass, bool full_product, bool tf32) -> (Tensor?, Tensor?, Tensor?)");
+  m.def(mix_schema);
+  m.def(mask_grad_schema);
+  m.def(linear_schema);
+  m.def(linear_backward_schema);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mixout_fast_cuda, CompositeExplicitAutograd, m) {

@@ -2,8 +2,9 @@
 
 A backend is a module with `unavailable(device_type)` and the functions of `mixout_fast.reference` that the autograd
 functions call: mix, mask_grad, linear and gradients, with the same arguments. One that has products in one pass also
-tells by `is_one_pass(dtype, rows, out_features)` where y and dX take them. How it shares the work between its kernels
-and the library's matrix products is its own affair.
+tells by `is_one_pass(dtype, rows, out_features)` where y and dX take them. One in C++ has mix_linear too, the autograd
+function with all that it calls. How a backend shares the work between its kernels and the library's matrix products is
+its own affair.
 """
 
 import os

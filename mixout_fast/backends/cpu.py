@@ -1,14 +1,11 @@
 """The C++ backend for CPU tensors: mixout_fast::* operators of csrc/, on LibTorch's stable ABI."""
 
 import sys
-from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from mixout_fast import reference
 from mixout_fast.backends import operators
-from mixout_fast.reference import capacity
 
 # Rows up to which a product in one pass over W and U beats mixing and then multiplying with the library: (y, dX).
 # own_products have none. Measured on 2 cores, one pass / two, y and dX, L2 swept before. With AVX-512 (Intel) fp32 at
@@ -44,15 +41,13 @@ THIN_ROWS = {
 
 
 def _load_error() -> str | None:
-    libraries = sorted(Path(__file__).parent.parent.glob("_C*.so"))
+    libraries = sorted(operators.PACKAGE.glob("_C*.so"))
     if not libraries:
         return "its C++ library was not built (no compiler at installation?)"
-    try:
-        torch.ops.load_library(libraries[0])
-    except OSError as error:
-        return f"its C++ library does not load: {error}"
-    _register_fakes()
-    return None
+    error = operators.load(libraries[0])
+    if error is None:
+        operators.register("mixout_fast", on_gpu=False)
+    return error
 
 
 def unavailable(device_type: str) -> str | None:
@@ -102,70 +97,13 @@ def takes_full_product(p: float, out_features: int) -> bool:
     return out_features < reference.THIN_OUTPUT or p <= 0.15
 
 
-def mix(weight: Tensor, target: Tensor | None, seed: Tensor, p: float, mask: str, dtype: torch.dtype) -> Tensor:
-    if weight.dim() == 3:
-        weight, target = weight.contiguous(), None if target is None else target.contiguous()
-    return torch.ops.mixout_fast.mix.default(weight, target, seed, p, mask == "input", dtype)
+def _ways(dtype: torch.dtype, rows: int, shape: torch.Size, p: float, mask: str) -> tuple[bool, bool, bool, bool]:
+    return *is_one_pass(dtype, rows, shape[0]), False, mask == "element" or takes_full_product(p, shape[0])
 
 
-def mask_grad(grad: Tensor, seed: Tensor, p: float, mask: str, factor: float, dtype: torch.dtype) -> Tensor:
-    grad = grad.contiguous() if grad.dim() == 3 else grad
-    return torch.ops.mixout_fast.mask_grad.default(grad, seed, p, mask == "input", factor, dtype)
-
-
-def linear(
-    input: Tensor,
-    weight: Tensor,
-    target: Tensor | None,
-    bias: Tensor | None,
-    seed: Tensor,
-    p: float,
-    mask: str,
-    gathers: bool,
-    static: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    out_features, in_features = weight.shape
-    one_pass, _ = is_one_pass(input.dtype, input.numel() // in_features, out_features)
-    bias = None if bias is None else bias.contiguous()
-    return torch.ops.mixout_fast.linear.default(
-        input, weight, target, bias, seed, p, mask == "input", one_pass, gathers, static
-    )
-
-
-def gradients(
-    grad: Tensor,
-    input: Tensor | None,
-    index: Tensor | None,
-    columns: Tensor | None,
-    weight: Tensor,
-    target: Tensor | None,
-    seed: Tensor,
-    p: float,
-    mask: str,
-    factor: float,
-    needs: tuple[bool, bool, bool],
-    static: bool,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    out_features = weight.shape[0]
-    _, one_pass = is_one_pass(grad.dtype, grad.numel() // out_features, out_features)
-    in_full = mask == "element" or takes_full_product(p, out_features)
-    return torch.ops.mixout_fast.linear_backward.default(
-        grad, input, index, columns, weight, target, seed, *needs,
-        p, mask == "input", factor, one_pass, in_full,
-    )  # fmt: skip
-
-
-def _register_fakes() -> None:
-    operators.register("mixout_fast", takes_columns=True)
-
-    @torch.library.register_fake("mixout_fast::linear")
-    def _(input, weight, target, bias, seed, p, per_column, one_pass, gathers, fixed_size):
-        output = input.new_empty(*input.shape[:-1], weight.shape[0])
-        if not gathers:
-            return output, None, None
-        width = capacity(weight.shape[1], p) if fixed_size else torch.library.get_ctx().new_dynamic_size()
-        return output, *operators.fake_gathered(input, width)
-
+_functions = operators.Functions("mixout_fast", _ways)
+mix, mask_grad, linear, gradients = _functions.mix, _functions.mask_grad, _functions.linear, _functions.gradients
+mix_linear = _functions.mix_linear
 
 # At import and not at first use: torch.compile traces `unavailable`, and cannot trace a search of the file system.
 LOAD_ERROR = _load_error()

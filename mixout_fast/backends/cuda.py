@@ -8,10 +8,8 @@ import functools
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from mixout_fast.backends import gpu, operators
-from mixout_fast.reference import capacity
 
 # Rows up to which a product in one pass over W and U is taken: (y, dX), of few outputs and of many. Not measured: no
 # GPU. Estimated for an H100 from bytes and from what a block waits for memory, 0.6 us a step with 16 rows, 0.9 with
@@ -33,7 +31,7 @@ MANY_OUTPUTS_ROWS = {
 def _load_error() -> str | None:
     if torch.version.cuda is None:
         return "this PyTorch is built without CUDA"
-    libraries = sorted(Path(__file__).parent.parent.glob("_CUDA*.so"))
+    libraries = sorted(operators.PACKAGE.glob("_CUDA*.so"))
     if not libraries:
         return "its CUDA library was not built (no nvcc at installation, or MIXOUT_FAST_BUILD without cuda?)"
     return load(libraries[0])
@@ -41,12 +39,10 @@ def _load_error() -> str | None:
 
 def load(library: Path) -> str | None:
     """Load the operators; None, or why they do not load."""
-    try:
-        torch.ops.load_library(library)
-    except OSError as error:
-        return f"its CUDA library does not load: {error}"
-    _register_fakes()
-    return None
+    error = operators.load(library)
+    if error is None:
+        operators.register("mixout_fast_cuda", on_gpu=True)
+    return error
 
 
 def unavailable(device_type: str) -> str | None:
@@ -78,58 +74,10 @@ def is_one_pass(dtype: torch.dtype, rows: int, out_features: int) -> tuple[bool,
     return rows <= forward, rows <= backward
 
 
-def mix(weight: Tensor, target: Tensor | None, seed: Tensor, p: float, mask: str, dtype: torch.dtype) -> Tensor:
-    if weight.dim() == 3:
-        weight, target = weight.contiguous(), None if target is None else target.contiguous()
-    return torch.ops.mixout_fast_cuda.mix.default(weight, target, seed, p, mask == "input", dtype)
-
-
-def mask_grad(grad: Tensor, seed: Tensor, p: float, mask: str, factor: float, dtype: torch.dtype) -> Tensor:
-    grad = grad.contiguous() if grad.dim() == 3 else grad
-    return torch.ops.mixout_fast_cuda.mask_grad.default(grad, seed, p, mask == "input", factor, dtype)
-
-
-def linear(
-    input: Tensor,
-    weight: Tensor,
-    target: Tensor | None,
-    bias: Tensor | None,
-    seed: Tensor,
-    p: float,
-    mask: str,
-    gathers: bool,
-    static: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    out_features, in_features = weight.shape
-    one_pass, _ = is_one_pass(input.dtype, input.numel() // in_features, out_features)
-    tf32 = one_pass and input.dtype == torch.float32 and _allows_tf32()
-    return torch.ops.mixout_fast_cuda.linear.default(
-        input, weight, target, bias, seed, p, mask == "input", one_pass, tf32, gathers
-    )
-
-
-def gradients(
-    grad: Tensor,
-    input: Tensor | None,
-    index: Tensor | None,
-    columns: Tensor | None,
-    weight: Tensor,
-    target: Tensor | None,
-    seed: Tensor,
-    p: float,
-    mask: str,
-    factor: float,
-    needs: tuple[bool, bool, bool],
-    static: bool,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    out_features, in_features = weight.shape
-    _, one_pass = is_one_pass(grad.dtype, grad.numel() // out_features, out_features)
-    in_full = mask == "element" or gpu.takes_full_product(p, out_features, in_features)
-    tf32 = one_pass and grad.dtype == torch.float32 and _allows_tf32()
-    return torch.ops.mixout_fast_cuda.linear_backward.default(
-        grad, input, index, columns, weight, target, seed, *needs,
-        p, mask == "input", factor, one_pass, in_full, tf32,
-    )  # fmt: skip
+def _ways(dtype: torch.dtype, rows: int, shape: torch.Size, p: float, mask: str) -> tuple[bool, bool, bool, bool]:
+    one_pass = is_one_pass(dtype, rows, shape[0])
+    tf32 = dtype == torch.float32 and any(one_pass) and _allows_tf32()
+    return *one_pass, tf32, mask == "element" or gpu.takes_full_product(p, *shape)
 
 
 @torch.compiler.assume_constant_result
@@ -138,16 +86,9 @@ def _allows_tf32() -> bool:
     return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
-def _register_fakes() -> None:
-    operators.register("mixout_fast_cuda", takes_columns=False)
-
-    @torch.library.register_fake("mixout_fast_cuda::linear")
-    def _(input, weight, target, bias, seed, p, per_column, one_pass, tf32, gathers):
-        output = input.new_empty(*input.shape[:-1], weight.shape[0])
-        if not gathers:
-            return output, None, None
-        return output, *operators.fake_gathered(input, capacity(weight.shape[1], p))
-
+_functions = operators.Functions("mixout_fast_cuda", _ways)
+mix, mask_grad, linear, gradients = _functions.mix, _functions.mask_grad, _functions.linear, _functions.gradients
+mix_linear = _functions.mix_linear
 
 # At import and not at first use: torch.compile traces `unavailable`, and cannot trace a search of the file system.
 LOAD_ERROR = _load_error()

@@ -1,21 +1,108 @@
-"""What the C++ operators of csrc/cpu and csrc/cuda have in common as Python sees them."""
+"""The C++ operators of csrc/cpu and csrc/cuda as Python sees them: alike on every device, in a namespace for each."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-LIBRARIES: list[torch.library.Library] = []
+from mixout_fast.reference import capacity
+
+PACKAGE = Path(__file__).parent.parent
+
+REGISTRATIONS: list[torch.library.Library] = []
 """What they register lives as long as they do."""
 
 
-def register(namespace: str, takes_columns: bool) -> None:
-    """For tracing, the results of the operators whose shapes are the same on every device; and nothing to do for any of
-    them under autograd's key: autograd functions call them, and its fallback takes 6 us from cold caches.
+class Functions:
+    """A backend's functions, made of the operators in a namespace of torch.ops.
 
-    `takes_columns`: of a weight that lies by columns, the gradient does too."""
+    `ways(dtype, rows, weight's shape, p, mask)` chooses how they compute: whether y and dX are taken in one pass,
+    whether fp32 products may round to TF32, and whether dW of an x that forward saved is one full product.
+    """
+
+    def __init__(self, namespace: str, ways: Callable[..., tuple[bool, bool, bool, bool]]) -> None:
+        self.operators = getattr(torch.ops, namespace)
+        self.ways = ways
+
+    def mix(
+        self, weight: Tensor, target: Tensor | None, seed: Tensor, p: float, mask: str, dtype: torch.dtype
+    ) -> Tensor:
+        if weight.dim() == 3:
+            weight, target = weight.contiguous(), None if target is None else target.contiguous()
+        return self.operators.mix.default(weight, target, seed, p, mask == "input", dtype)
+
+    def mask_grad(self, grad: Tensor, seed: Tensor, p: float, mask: str, factor: float, dtype: torch.dtype) -> Tensor:
+        grad = grad.contiguous() if grad.dim() == 3 else grad
+        return self.operators.mask_grad.default(grad, seed, p, mask == "input", factor, dtype)
+
+    def linear(
+        self, input: Tensor, weight: Tensor, target: Tensor | None, bias: Tensor | None, seed: Tensor, p: float,
+        mask: str, gathers: bool, static: bool,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+        shape = weight.shape
+        one_pass, _, tf32, _ = self.ways(input.dtype, input.numel() // shape[1], shape, p, mask)
+        bias = None if bias is None else bias.contiguous()
+        return self.operators.linear.default(
+            input, weight, target, bias, seed, p, mask == "input", one_pass, tf32, gathers, static
+        )
+
+    def gradients(
+        self, grad: Tensor, input: Tensor | None, index: Tensor | None, columns: Tensor | None, weight: Tensor,
+        target: Tensor | None, seed: Tensor, p: float, mask: str, factor: float, needs: tuple[bool, bool, bool],
+        static: bool,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+        shape = weight.shape
+        _, one_pass, tf32, in_full = self.ways(grad.dtype, grad.numel() // shape[0], shape, p, mask)
+        return self.operators.linear_backward.default(
+            grad, input, index, columns, weight, target, seed, *needs,
+            p, mask == "input", factor, one_pass, tf32, in_full,
+        )  # fmt: skip
+
+    def mix_linear(
+        self, input: Tensor, weight: Tensor, target: Tensor | None, bias: Tensor | None, seed: Tensor, p: float,
+        mask: str, factor: float, gathers: bool,
+    ) -> Tensor:  # fmt: skip
+        """autograd.MixLinear of these functions, in C++ (csrc/autograd): where AUTOGRAD_ERROR is None."""
+        shape = weight.shape
+        ways = self.ways(input.dtype, input.numel() // shape[1], shape, p, mask)
+        bias = None if bias is None else bias.contiguous()
+        return self.operators.mix_linear.default(
+            input, weight, target, bias, seed, p, mask == "input", factor, gathers, *ways
+        )
+
+
+def load(library: Path) -> str | None:
+    """Load a library of operators; None, or why it does not load."""
+    try:
+        torch.ops.load_library(library)
+    except OSError as error:
+        return f"{library.name} does not load: {error}"
+    return None
+
+
+def _load_autograd() -> str | None:
+    version = re.sub(r"\W", "_", torch.__version__)  # as setup.py has it
+    library = PACKAGE / f"_autograd_{version}.so"
+    return load(library) if library.exists() else f"none was built for torch {torch.__version__}"
+
+
+AUTOGRAD_ERROR = _load_autograd()
+"""Why there is no autograd function in C++; None: there is."""
+
+
+def register(namespace: str, on_gpu: bool) -> None:
+    """For tracing, the results of the operators; and nothing to do for any of them under autograd's key: autograd
+    functions call them, and its fallback takes 6 us from cold caches.
+
+    A GPU's gather always has the capacity as its size, and its gradients lie by rows, where a CPU's of a weight that
+    lies by columns does too.
+    """
     library = torch.library.Library(namespace, "IMPL")
     for name in ("mix", "mask_grad", "linear", "linear_backward"):
         library.impl(name, torch.library.fallthrough_kernel, "Autograd")
-    LIBRARIES.append(library)
+    REGISTRATIONS.append(library)
     fake = torch.library.register_fake
 
     @fake(f"{namespace}::mix")
@@ -26,10 +113,20 @@ def register(namespace: str, takes_columns: bool) -> None:
     def _(grad, seed, p, per_column, factor, dtype):
         return torch.empty(grad.shape, dtype=dtype, device=grad.device)
 
+    @fake(f"{namespace}::linear")
+    def _(input, weight, target, bias, seed, p, per_column, one_pass, tf32, gathers, fixed_size):
+        output = input.new_empty(*input.shape[:-1], weight.shape[0])
+        if not gathers:
+            return output, None, None
+        in_features = weight.shape[1]
+        width = capacity(in_features, p) if fixed_size or on_gpu else torch.library.get_ctx().new_dynamic_size()
+        index = torch.empty(width, dtype=torch.int32, device=input.device)
+        return output, index, input.new_empty(input.numel() // in_features, width)
+
     @fake(f"{namespace}::linear_backward")
     def _(grad, input, index, columns, weight, target, seed, needs_input, needs_weight, needs_bias, p, *options):
         out_features, in_features = weight.shape
-        by_columns = takes_columns and options[0] and all(map(_lies_by_columns, (weight, target)))
+        by_columns = not on_gpu and options[0] and all(map(_lies_by_columns, (weight, target)))
         shape = (in_features, out_features) if by_columns else (out_features, in_features)
         grad_weight = weight.new_empty(shape) if needs_weight else None
         return (
@@ -41,9 +138,3 @@ def register(namespace: str, takes_columns: bool) -> None:
 
 def _lies_by_columns(matrix: Tensor | None) -> bool:
     return matrix is None or (matrix.stride(0) == 1 and matrix.stride(1) != 1)
-
-
-def fake_gathered(input: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """For tracing, the kept indices and columns beside y."""
-    rows = input.numel() // input.shape[-1]
-    return torch.empty(width, dtype=torch.int32, device=input.device), input.new_empty(rows, width)
