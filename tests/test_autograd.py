@@ -370,6 +370,27 @@ class OperatorCalls(TorchDispatchMode):
 
 
 @masks
+@pytest.mark.parametrize("p", (0.3, 0.9))
+@pytest.mark.parametrize("ways", tuple(itertools.product((False, True), repeat=4)), ids=str)
+def test_both_autograd_functions_call_the_operators_alike(ways, p, mask, device, backend, seed, monkeypatch):
+    """With one pass for y and not for dX, say; a backend without one in C++ has nothing to compare."""
+    module = backends.BACKENDS[backend]
+    if not hasattr(module, "mix_linear"):
+        return
+    monkeypatch.setattr(module.mix_linear.__self__, "ways", lambda *_: ways)
+    case = testing.random_case(40, 95, 33, p=p, mask=mask, device=device, seed=seed)
+    calls = []
+    for error in (operators.AUTOGRAD_ERROR, "left out"):
+        monkeypatch.setattr(operators, "AUTOGRAD_ERROR", error)
+        with OperatorCalls() as recorder:
+            testing.run(case, backend)
+        options = [(func, [a for a in args if not isinstance(a, torch.Tensor)]) for func, (args, _) in recorder.calls]
+        assert [func.name().partition("::")[2] for func, _ in options] == ["linear", "linear_backward"]
+        calls.append(options)
+    assert calls[0] == calls[1]
+
+
+@masks
 @pytest.mark.parametrize(
     "leading, by_columns", ((3, False), (255, False), ((2, 3), False), (255, True)), ids=("3", "255", "2x3", "columns")
 )
