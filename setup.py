@@ -72,7 +72,7 @@ def extensions():
         py_limited_api=True,
         optional=BUILD == "auto",
     )
-    return [library, autograd, *cuda_extensions(torch.version.cuda)]
+    return [library, *cuda_extensions(torch.version.cuda), autograd]
 
 
 def cuda_extensions(torch_cuda):
@@ -145,8 +145,15 @@ def builder():
                 give_up(f"{error}; what the compiler said stands above")
 
         def build_extension(self, extension):
-            if extension.name != "mixout_fast._CUDA":
-                return super().build_extension(extension)
+            try:
+                if extension.name == "mixout_fast._CUDA":
+                    self.build_cuda_extension(extension)
+                else:
+                    super().build_extension(extension)
+            except Exception as error:
+                give_up(f"{error}; what the compiler said stands above", f"library {extension.name}")
+
+        def build_cuda_extension(self, extension):
             library = self.get_ext_fullpath(extension.name)
             if self.force or newer_group([*extension.sources, *extension.depends], library, "newer"):
                 build_cuda(library)

@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 
 import mixout_fast
-from mixout_fast.backends import operators, select
+from mixout_fast.autograd import is_in_cpp
+from mixout_fast.backends import select
 
 ROOT = Path(__file__).parent.parent
 
@@ -31,7 +32,7 @@ def environment(device_type: str, sources: tuple[str, ...]) -> dict[str, str | i
         "python": platform.python_version(),
         "mixout_fast": mixout_fast.__version__,
         "backend": backend_name(device_type),
-        "autograd": "C++" if operators.AUTOGRAD_ERROR is None else "Python",
+        "autograd": "C++" if is_in_cpp(select(None, device_type)) else "Python",
         "code": code_digest(sources),
     }
     if device_type == "cuda":

@@ -1,4 +1,4 @@
-// What the operators of every device ask of the library, through its stable ABI.
+// What the operators of every device have in common: their schemas, and what they ask of torch through its stable ABI.
 #pragma once
 
 #include <torch/csrc/stable/library.h>

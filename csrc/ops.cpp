@@ -1,6 +1,4 @@
 // The operators of the CPU's library; csrc/cpu implements them. mixout_fast/reference.py says what each computes.
-#include <torch/csrc/stable/library.h>
-
 #include "library.h"
 
 STABLE_TORCH_LIBRARY(mixout_fast, m) {

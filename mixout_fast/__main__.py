@@ -6,7 +6,7 @@ import time
 
 import torch
 
-from mixout_fast import __version__, backends, testing
+from mixout_fast import __version__, autograd, backends, testing
 from mixout_fast.backends import operators
 
 DESCRIPTION = """Without a command: the version, and for each device which backend serves it and why the others don't.
@@ -31,8 +31,6 @@ def main(arguments: list[str] | None = None) -> int:
 
 def print_backends() -> int:
     print(f"mixout_fast {__version__}, torch {torch.__version__}")
-    reason = operators.AUTOGRAD_ERROR
-    print(f"autograd in {'C++' if reason is None else f'Python, which takes the host longer: {reason}'}")
     status = 0
     if torch.cuda.is_available():
         torch.cuda.init()  # then backends tell whether they run on the GPU that is there
@@ -46,6 +44,10 @@ def print_backends() -> int:
         for name, reason in backends.describe(device_type).items():
             served = "serves this device" if backends.BACKENDS[name] is chosen else "available"
             print(f"  {name:<10} {served if reason is None else f'cannot serve: {reason}'}")
+        if autograd.is_in_cpp(chosen):
+            print("  autograd in C++")
+        elif hasattr(chosen, "mix_linear"):
+            print(f"  autograd in Python, which takes the host longer: {operators.AUTOGRAD_ERROR}")
     return status
 
 

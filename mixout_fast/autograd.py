@@ -16,10 +16,15 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import FunctionCtx
 
 from mixout_fast import reference
 from mixout_fast.backends import operators
+
+DIFFERENTIATES_ONCE = (
+    "mix_linear differentiates once, and its gradients are to be differentiated (create_graph=True): "
+    "compute F.linear(input, mixout(weight, ...), bias), which differentiates twice"
+)
 
 
 def keeps_compact_copy(out_features: int, in_features: int, p: float) -> bool:
@@ -77,36 +82,37 @@ def mix_linear(
     Of a backend in C++ in eager calls by an autograd function in C++: a step takes the host 10 us less in a loop, and
     45 to 65 from cold caches (docs/performance.md).
     """
-    if torch.compiler.is_compiling() or operators.AUTOGRAD_ERROR is not None or not hasattr(backend, "mix_linear"):
-        return MixLinear.apply(input, weight, target, bias, seed, p, mask, factor, backend)
-    gathers = mask == "input" and keeps_compact_copy(*weight.shape, p)
-    return backend.mix_linear(input, weight, target, bias, seed, p, mask, factor, gathers)
+    trains_weight = weight.requires_grad and torch.is_grad_enabled()
+    gathers = trains_weight and mask == "input" and keeps_compact_copy(*weight.shape, p)
+    if is_in_cpp(backend) and not torch.compiler.is_compiling():
+        return backend.mix_linear(input, weight, target, bias, seed, p, mask, factor, gathers)
+    return MixLinear.apply(input, weight, target, bias, seed, p, mask, factor, gathers, backend)
+
+
+def is_in_cpp(backend: ModuleType) -> bool:
+    """Whether eager calls of the backend go through the autograd function in C++."""
+    return operators.AUTOGRAD_ERROR is None and hasattr(backend, "mix_linear")
 
 
 class MixLinear(torch.autograd.Function):
     """`mix_linear` of any backend, eager or traced."""
 
     @staticmethod
-    def forward(ctx, input, weight, target, bias, seed, p, mask, factor, backend):
-        trains_weight = ctx.needs_input_grad[1]
-        copies = mask == "input" and trains_weight and keeps_compact_copy(*weight.shape, p)
-        static = torch.compiler.is_compiling()
+    def forward(ctx, input, weight, target, bias, seed, p, mask, factor, gathers, backend):
+        static = torch.compiler.is_compiling() or input.is_meta
         wide = widened(target, weight)
-        output, index, columns = backend.linear(input, weight, wide, bias, seed, p, mask, copies, static)
-        kept_input = input if trains_weight and not copies else None
+        output, index, columns = backend.linear(input, weight, wide, bias, seed, p, mask, gathers, static)
+        kept_input = input if ctx.needs_input_grad[1] and not gathers else None
         ctx.save_for_backward(weight, target, seed, index, columns, kept_input)
         ctx.arguments = p, mask, factor, backend, static
         return output
 
     @staticmethod
     def backward(ctx, grad_output):
-        # The wrapper refuses a second derivative; it costs host time, so only where a second derivative is possible.
-        if torch.is_grad_enabled():
-            return once_differentiable(MixLinear.gradients)(ctx, grad_output)
-        return MixLinear.gradients(ctx, grad_output)
-
-    @staticmethod
-    def gradients(ctx, grad_output):
+        # Here and not where the gradients are differentiated, as torch's once_differentiable has it: that error stands
+        # on no way from them to the operands, so torch.autograd.grad goes past it, and what is lost is zero in silence.
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError(DIFFERENTIATES_ONCE)
         weight, target, seed, index, columns, input = ctx.saved_tensors
         p, mask, factor, backend, static = ctx.arguments
         needs_input, needs_weight, _, needs_bias, *_ = ctx.needs_input_grad
@@ -115,4 +121,4 @@ class MixLinear(torch.autograd.Function):
             grad_output, input, index, columns, weight, wide, seed, p, mask, factor,
             (needs_input, needs_weight, needs_bias), static,
         )  # fmt: skip
-        return grad_input, grad_weight, None, grad_bias, None, None, None, None, None
+        return grad_input, grad_weight, None, grad_bias, None, None, None, None, None, None

@@ -2,14 +2,17 @@
 
 import dataclasses
 import itertools
+from functools import partial
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from mixout_fast import backends, mix_linear, mixout, reference, testing
+from mixout_fast.autograd import is_in_cpp
 from mixout_fast.backends import cpu, operators
 from mixout_fast.functional import DTYPES, MASKS
 
@@ -206,9 +209,9 @@ def test_second_derivative_of_mix_linear_is_refused(rows, mask, device, backend,
     case = testing.random_case(rows, 17, 5, p=0.5, mask=mask, device=device, seed=seed)
     weight = case.weight.requires_grad_()
     output = mix_linear(case.input, weight, case.target, None, case.p, mask=mask, backend=backend)
-    (grad,) = torch.autograd.grad(output.square().sum(), weight, create_graph=True)
-    with pytest.raises(RuntimeError, match="differentiate twice"):
-        grad.sum().backward()
+    for loss in (output.square().sum(), output.sum()):
+        with pytest.raises(RuntimeError, match="differentiates once"):
+            torch.autograd.grad(loss, weight, create_graph=True)
 
 
 @masks
@@ -225,11 +228,17 @@ def test_second_derivative_through_mixout(mask, device, backend, seed):
     testing.assert_same_values("second derivative", product, want, case)
 
 
+def skip_without_cpp(backend):
+    if not is_in_cpp(backends.BACKENDS[backend]):
+        pytest.skip(f"no autograd function in C++ for {backend}: {operators.AUTOGRAD_ERROR}")
+
+
 @masks
 @pytest.mark.parametrize("p", (0.1, 0.9))
 @pytest.mark.parametrize("trained", ("x", "w", "b", "xw", "wb", "xwb", ""))
 def test_autograd_function_in_python_is_the_same(trained, p, mask, device, backend, path, seed, monkeypatch):
     """The one that a compiler traces, and that serves where the one in C++ was not built for this torch."""
+    skip_without_cpp(backend)
 
     def results_and_bytes_saved(case):
         leaves = {"x": case.input, "w": case.weight, "b": case.bias}
@@ -356,6 +365,37 @@ def test_transforms_are_refused(device, backend):
         torch.func.grad(lambda weight: mix_linear(x, weight, p=0.5, backend=backend).sum())(weight)
 
 
+@masks
+def test_vmap_is_refused_or_right(mask, device, backend):
+    x, weight = torch.randn(3, 5, 64, device=device), torch.ones(64, 64, device=device)
+    seed = torch.tensor(1, device=device)
+    calls = partial(mix_linear, weight=weight, p=0.5, mask=mask, seed=seed, backend=backend)
+    try:
+        mapped = torch.vmap(lambda x: calls(x))(x)
+    except RuntimeError as error:
+        assert "functorch transforms" in str(error)
+    else:
+        assert torch.equal(mapped, torch.stack([calls(one) for one in x]))
+
+
+def test_forward_mode_is_refused(device, backend):
+    operands = {"input": torch.eye(64), "weight": torch.ones(64, 64), "bias": torch.ones(64)}
+    operands |= {"target": torch.zeros(64, 64)}
+    operands = {name: tensor.to(device) for name, tensor in operands.items()}
+    for name, operand in operands.items():
+        with forward_ad.dual_level(), pytest.raises((NotImplementedError, RuntimeError), match="jvp"):
+            mix_linear(**operands | {name: forward_ad.make_dual(operand, operand)}, p=0.5, backend=backend)
+
+
+def test_meta_tensors_give_the_shape():
+    """As nn.functional.linear's: for models that are laid out before they are loaded."""
+    x, weight = torch.ones(2, 3, 64, device="meta"), torch.ones(32, 64, device="meta", requires_grad=True)
+    for p in (0.3, 0.9):
+        output = mix_linear(x, weight, p=p)
+        output.backward(torch.empty_like(output))
+        assert (output.device.type, output.shape, weight.grad.shape) == ("meta", (2, 3, 32), (32, 64))
+
+
 class OperatorCalls(TorchDispatchMode):
     """Notes the calls of the package's registered operators."""
 
@@ -373,19 +413,21 @@ class OperatorCalls(TorchDispatchMode):
 @pytest.mark.parametrize("p", (0.3, 0.9))
 @pytest.mark.parametrize("ways", tuple(itertools.product((False, True), repeat=4)), ids=str)
 def test_both_autograd_functions_call_the_operators_alike(ways, p, mask, device, backend, seed, monkeypatch):
-    """With one pass for y and not for dX, say; a backend without one in C++ has nothing to compare."""
+    """With one pass for y and not for dX, say."""
+    skip_without_cpp(backend)
     module = backends.BACKENDS[backend]
-    if not hasattr(module, "mix_linear"):
-        return
     monkeypatch.setattr(module.mix_linear.__self__, "ways", lambda *_: ways)
     case = testing.random_case(40, 95, 33, p=p, mask=mask, device=device, seed=seed)
     calls = []
-    for error in (operators.AUTOGRAD_ERROR, "left out"):
+    for error in (None, "left out"):
         monkeypatch.setattr(operators, "AUTOGRAD_ERROR", error)
         with OperatorCalls() as recorder:
             testing.run(case, backend)
+            with torch.no_grad():  # with a weight that would be trained: nothing is gathered for it
+                weight = case.weight.detach().requires_grad_()
+                mix_linear(case.input, weight, p=p, mask=mask, seed=case.seed, backend=backend)
         options = [(func, [a for a in args if not isinstance(a, torch.Tensor)]) for func, (args, _) in recorder.calls]
-        assert [func.name().partition("::")[2] for func, _ in options] == ["linear", "linear_backward"]
+        assert [func.name().partition("::")[2] for func, _ in options] == ["linear", "linear_backward", "linear"]
         calls.append(options)
     assert calls[0] == calls[1]
 

@@ -26,8 +26,7 @@ def test_each_backend_is_said_to_serve_or_why_not(monkeypatch, capsys):
     monkeypatch.setattr(backends, "BACKENDS", {"unable": Unable, "reference": backends.BACKENDS["reference"]})
     assert __main__.main([]) == 0
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
-    assert lines[1].startswith("autograd in ")
-    assert lines[2:5] == ["cpu:", "unable cannot serve: no compiler for cpu", "reference serves this device"]
+    assert lines[1:] == ["cpu:", "unable cannot serve: no compiler for cpu", "reference serves this device"]
 
 
 def test_a_bad_environment_variable_is_named(monkeypatch, capsys):

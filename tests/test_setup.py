@@ -48,5 +48,26 @@ def test_cpu_says_nothing_of_cuda(tmp_path):
     assert "CUDA" not in result.stdout
 
 
+def test_auto_goes_on_behind_a_library_that_does_not_build(tmp_path):
+    """The others are built all the same, and the one that is missing is named."""
+    program = """
+import runpy, sys
+from torch.utils.cpp_extension import BuildExtension
+def build_extension(self, extension):
+    print("builds", extension.name)
+    if extension.name == "mixout_fast._C":
+        raise RuntimeError("broken")
+BuildExtension.build_extension = build_extension
+sys.argv = ["setup.py", "build_ext", "--build-lib", sys.argv[1]]
+runpy.run_path("setup.py", run_name="__main__")
+"""
+    environment = os.environ | {"MIXOUT_FAST_BUILD": "auto"}
+    arguments = [sys.executable, "-c", program, str(tmp_path / "build")]
+    result = subprocess.run(arguments, capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert result.returncode == 0, result.stderr
+    assert "without the compiled library mixout_fast._C: broken" in result.stdout
+    assert "builds mixout_fast._autograd_" in result.stdout
+
+
 def test_an_unknown_choice_is_named(tmp_path):
     assert "it takes auto, none, cpu or cuda" in setup(tmp_path, MIXOUT_FAST_BUILD="gpu").stderr

@@ -1,6 +1,5 @@
-// The operators on CUDA tensors: schemas, checks, allocation. A library of its own, so that the CPU's loads where there
-// is no CUDA; its operators differ from the CPU's in that a gather has always the capacity as its size, which the host
-// knows without waiting, and that fp32 products may be allowed TF32. mixout_fast/reference.py says what each computes.
+// The operators on CUDA tensors: checks, allocation. A library of its own, so that the CPU's loads where there is no
+// CUDA. mixout_fast/reference.py says what each computes.
 #include <dlfcn.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>

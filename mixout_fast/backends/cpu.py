@@ -41,10 +41,8 @@ THIN_ROWS = {
 
 
 def _load_error() -> str | None:
-    libraries = sorted(operators.PACKAGE.glob("_C*.so"))
-    if not libraries:
-        return "its C++ library was not built (no compiler at installation?)"
-    error = operators.load(libraries[0])
+    not_built = "its C++ library was not built (no compiler at installation?)"
+    error = operators.load(operators.PACKAGE / "_C.so", not_built)
     if error is None:
         operators.register("mixout_fast", on_gpu=False)
     return error

@@ -31,15 +31,13 @@ MANY_OUTPUTS_ROWS = {
 def _load_error() -> str | None:
     if torch.version.cuda is None:
         return "this PyTorch is built without CUDA"
-    libraries = sorted(operators.PACKAGE.glob("_CUDA*.so"))
-    if not libraries:
-        return "its CUDA library was not built (no nvcc at installation, or MIXOUT_FAST_BUILD without cuda?)"
-    return load(libraries[0])
+    return load(operators.PACKAGE / "_CUDA.so")
 
 
 def load(library: Path) -> str | None:
     """Load the operators; None, or why they do not load."""
-    error = operators.load(library)
+    not_built = "its CUDA library was not built (no nvcc at installation, or MIXOUT_FAST_BUILD without cuda?)"
+    error = operators.load(library, not_built)
     if error is None:
         operators.register("mixout_fast_cuda", on_gpu=True)
     return error

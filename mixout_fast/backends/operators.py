@@ -73,8 +73,10 @@ class Functions:
         )
 
 
-def load(library: Path) -> str | None:
-    """Load a library of operators; None, or why it does not load."""
+def load(library: Path, not_built: str) -> str | None:
+    """Load a library of operators; None, or why there are none of its."""
+    if not library.exists():
+        return not_built
     try:
         torch.ops.load_library(library)
     except OSError as error:
@@ -84,8 +86,7 @@ def load(library: Path) -> str | None:
 
 def _load_autograd() -> str | None:
     version = re.sub(r"\W", "_", torch.__version__)  # as setup.py has it
-    library = PACKAGE / f"_autograd_{version}.so"
-    return load(library) if library.exists() else f"none was built for torch {torch.__version__}"
+    return load(PACKAGE / f"_autograd_{version}.so", f"none in C++ was built for torch {torch.__version__}")
 
 
 AUTOGRAD_ERROR = _load_autograd()
