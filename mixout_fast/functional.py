@@ -93,9 +93,9 @@ def mix_linear(
         p, training, mask, grad_scale, distribution, seed, backend: as for `mixout`.
 
     Returns:
-        y, (…, N), of x's dtype (autocast's under autocast). Once differentiable in input, weight and bias; for a second
-        derivative use F.linear(input, mixout(weight, …), bias). Gradients: dX = dY W', db = Σ dY,
-        dW = m ⊙ (dYᵀ X) / (1-p).
+        y, (…, N), of x's dtype (autocast's under autocast). Once differentiable in input, weight and bias: a backward
+        with create_graph=True raises RuntimeError; for a second derivative use F.linear(input, mixout(weight, …),
+        bias). Gradients: dX = dY W', db = Σ dY, dW = m ⊙ (dYᵀ X) / (1-p).
 
     Limit: torch.compile with an activation memory budget below 1 (torch._functorch.config.activation_memory_budget) may
     draw the seed once more in backward, so with a mask that is not forward's (pytorch/pytorch#190758). Pass `seed`, a
