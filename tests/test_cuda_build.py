@@ -145,12 +145,13 @@ def run(program, **environment):
 def test_it_loads_beside_a_cpu_torch_and_has_fakes_for_a_gpu():
     """Shapes, types and devices of a whole step on a GPU that is not there."""
     program = f"""
+from pathlib import Path
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from mixout_fast import mix_linear, backends
 from mixout_fast.backends import cuda
 assert backends.describe("cuda")["cuda"] == "this PyTorch is built without CUDA"
-assert cuda.load("{LIBRARY}") is None
+assert cuda.load(Path("{LIBRARY}")) is None
 cuda.LOAD_ERROR = None
 assert backends.select(None, "cuda") is cuda
 with FakeTensorMode():
@@ -180,11 +181,12 @@ print("fakes hold")
 def test_a_gpu_that_has_no_kernels_is_left_to_the_next_backend():
     """As one that is too old, or newer than what was compiled without PTX. Here it is the driver that is missing."""
     program = f"""
+from pathlib import Path
 import torch
 from mixout_fast import backends
 from mixout_fast.backends import cuda
 if cuda.LOAD_ERROR:
-    assert cuda.load("{LIBRARY}") is None
+    assert cuda.load(Path("{LIBRARY}")) is None
 cuda.LOAD_ERROR = None
 assert backends.select(None, "cuda") is cuda, "nobody has used CUDA yet"
 torch.cuda.is_initialized = lambda: True
