@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 # Any arguments of pip install, an index among them. Nothing is installed where the environment has a torch already.
 TORCH ?= torch==2.13.0
-# As setup.py reads it: auto, none, cpu or cuda.
+# As setup.py reads it: auto, none, cpu, cuda or autograd.
 export MIXOUT_FAST_BUILD ?= auto
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 

@@ -2,9 +2,9 @@
 wheel serves every Python. _C and _CUDA serve every torch too, _autograd_VERSION the torch it was built beside.
 
 MIXOUT_FAST_BUILD=auto (default) builds what it can, _CUDA beside a CUDA torch only, and says why where it can't; cpu
-builds all but _CUDA and cuda all, and failure is fatal; none skips them. Without _C or _CUDA the package works on its
-other backends, without _autograd_VERSION on all of them, at a greater cost to the host. _CUDA takes nvcc, and neither a
-GPU nor a CUDA torch. TORCH_CUDA_ARCH_LIST names the GPUs it serves.
+builds all but _CUDA, cuda all, autograd that one alone, and failure is fatal; none skips them. Without _C or _CUDA the
+package works on its other backends, without _autograd_VERSION on all of them, at a greater cost to the host. _CUDA
+takes nvcc, and neither a GPU nor a CUDA torch. TORCH_CUDA_ARCH_LIST names the GPUs it serves.
 """
 
 import os
@@ -21,8 +21,8 @@ from setuptools.errors import CompileError
 from setuptools.modified import newer_group
 
 BUILD = os.environ.get("MIXOUT_FAST_BUILD", "auto")
-if BUILD not in ("auto", "none", "cpu", "cuda"):
-    raise SystemExit(f"MIXOUT_FAST_BUILD: {BUILD!r}; it takes auto, none, cpu or cuda")
+if BUILD not in ("auto", "none", "cpu", "cuda", "autograd"):
+    raise SystemExit(f"MIXOUT_FAST_BUILD: {BUILD!r}; it takes auto, none, cpu, cuda or autograd")
 
 OLDEST_TORCH = (2, 11)
 # The stable ABI as of OLDEST_TORCH: a binary built against a newer torch must not use anything that came later.
@@ -36,7 +36,7 @@ PTXAS_REPORT = Path("build/cuda/ptxas.txt")
 
 
 def give_up(reason, library="library"):
-    if BUILD in ("cpu", "cuda"):
+    if BUILD not in ("auto", "none"):
         raise SystemExit(f"mixout_fast: MIXOUT_FAST_BUILD={BUILD}, but the {library} cannot be built: {reason}")
     print(f"mixout_fast: installing without the compiled {library}: {reason}")
     return []
@@ -72,7 +72,7 @@ def extensions():
         py_limited_api=True,
         optional=BUILD == "auto",
     )
-    return [library, *cuda_extensions(torch.version.cuda), autograd]
+    return [autograd] if BUILD == "autograd" else [library, *cuda_extensions(torch.version.cuda), autograd]
 
 
 def cuda_extensions(torch_cuda):

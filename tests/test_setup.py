@@ -70,4 +70,4 @@ runpy.run_path("setup.py", run_name="__main__")
 
 
 def test_an_unknown_choice_is_named(tmp_path):
-    assert "it takes auto, none, cpu or cuda" in setup(tmp_path, MIXOUT_FAST_BUILD="gpu").stderr
+    assert "it takes auto, none, cpu, cuda or autograd" in setup(tmp_path, MIXOUT_FAST_BUILD="gpu").stderr
