@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from mixout_fast import backends, mix_linear, reference, testing
-from mixout_fast.backends import cuda, gpu
+from mixout_fast.backends import cuda, gpu, operators
 from mixout_fast.functional import DTYPES, MASKS
 
 DEVICES = ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",)
@@ -56,7 +56,7 @@ def limit_capacity(monkeypatch):
 
     def limit(limit):
         capacity = reference.capacity
-        for module in (reference, cuda):
+        for module in (reference, operators):
             monkeypatch.setattr(module, "capacity", lambda count, p: min(limit, capacity(count, p)))
         monkeypatch.setattr(cuda_emulation.variable("capacity_limit"), "value", limit)
 
