@@ -83,8 +83,7 @@ ls "${libraries[@]}" >/dev/null 2>&1 ||
   MIXOUT_FAST_BUILD=$device step "build" 240 "$python" setup.py -q build_ext --inplace
 # Of this torch alone, and so perhaps missing where the others were brought along. All works without, at a greater cost to
 # the host.
-version=$("$python" -c 'import re, torch; print(re.sub(r"\W", "_", torch.__version__))')
-if [ ! -e "mixout_fast/_autograd_$version.so" ]; then
+if ! "$python" -c "import sys; from mixout_fast.backends import operators; sys.exit(operators.AUTOGRAD_ERROR)"; then
   MIXOUT_FAST_BUILD=autograd step "build for autograd" 90 "$python" setup.py -q build_ext --inplace
   status=0
 fi
