@@ -10,6 +10,7 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
+from torch.utils.flop_counter import FlopCounterMode
 
 from mixout_fast import backends, mix_linear, mixout, reference, testing
 from mixout_fast.autograd import is_in_cpp
@@ -163,6 +164,27 @@ def test_only_the_needed_products_are_computed(device, backend, seed):
     assert counted_backward_products(case, backend, "w") == compact
     assert counted_backward_products(case, backend, "x") == dense
     assert counted_backward_products(case, backend, "xw") == dense + compact
+
+
+@masks
+@pytest.mark.parametrize("p", (0.1, 0.6, 0.9))
+def test_torch_counts_the_operations(p, mask, device, backend, seed, mixes_first):
+    """FlopCounterMode sees no product inside an operator, so the operators tell it."""
+    rows, in_features, out_features = 3 * 64, 255, 64
+    case = testing.random_case(rows, in_features, out_features, p=p, mask=mask, device=device, seed=seed)
+    leaves = [t.detach().requires_grad_() for t in (case.input.view(3, 64, in_features), case.weight)]
+    with FlopCounterMode(display=False) as forward:
+        output = mix_linear(*leaves, case.target, None, p, mask=mask, seed=case.seed, backend=backend)
+    with FlopCounterMode(display=False) as backward:
+        output.backward(case.grad_output.view_as(output))
+    product = 2 * rows * in_features * out_features
+    assert forward.get_total_flops() == product
+    width = in_features * (backward.get_total_flops() - product) / product
+    if mask == "element" or (p == 0.1 and backend != "reference"):
+        assert width == in_features
+    else:  # the kept columns, or a bound or the mean of their number
+        kept = int(reference.keep_mask(case.seed, case.weight.shape, p, mask).sum())
+        assert min(kept, (1 - p) * in_features - 1) <= width <= reference.capacity(in_features, p)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -40,6 +40,9 @@ def load(library: Path) -> str | None:
     error = operators.load(library, not_built)
     if error is None:
         operators.register("mixout_fast_cuda", on_gpu=True)
+        # Not as decorators: they import torch's compiler, 1.3 s that a machine without CUDA has no need of.
+        torch.compiler.assume_constant_result(_why_no_kernels)
+        torch.compiler.assume_constant_result(_allows_tf32)
     return error
 
 
@@ -50,7 +53,6 @@ def unavailable(device_type: str) -> str | None:
     return LOAD_ERROR or _why_no_kernels()
 
 
-@torch.compiler.assume_constant_result
 def _why_no_kernels() -> str | None:
     # Asking would initialise CUDA, after which a process cannot fork; where there is a CUDA tensor it is.
     return _asked_of_the_gpu() if torch.cuda.is_initialized() else None
@@ -78,7 +80,6 @@ def _ways(dtype: torch.dtype, rows: int, shape: torch.Size, p: float, mask: str)
     return *one_pass, tf32, mask == "element" or gpu.takes_full_product(p, *shape)
 
 
-@torch.compiler.assume_constant_result
 def _allows_tf32() -> bool:
     """Whether PyTorch lets fp32 products round operands to TF32; a compiled graph keeps the answer of its tracing."""
     return torch.backends.cuda.matmul.fp32_precision == "tf32"

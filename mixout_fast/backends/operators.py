@@ -1,11 +1,13 @@
 """The C++ operators of csrc/cpu and csrc/cuda as Python sees them: alike on every device, in a namespace for each."""
 
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from mixout_fast.reference import capacity
 
@@ -94,8 +96,9 @@ AUTOGRAD_ERROR = _load_autograd()
 
 
 def register(namespace: str, on_gpu: bool) -> None:
-    """For tracing, the results of the operators; and nothing to do for any of them under autograd's key: autograd
-    functions call them, and its fallback takes 6 us from cold caches.
+    """For tracing, the results of the operators; the operations of their products for torch's FlopCounterMode; and
+    nothing to do for any of them under autograd's key: autograd functions call them, and its fallback takes 6 us from
+    cold caches.
 
     A GPU's gather always has the capacity as its size, and its gradients lie by rows, where a CPU's of a weight that
     lies by columns does too.
@@ -135,6 +138,21 @@ def register(namespace: str, on_gpu: bool) -> None:
             grad_weight.t() if needs_weight and by_columns else grad_weight,
             grad.new_empty(out_features) if needs_bias else None,
         )
+
+    operators = getattr(torch.ops, namespace)
+
+    @register_flop_formula(operators.linear)
+    def _(input, weight, *_, **__):
+        return 2 * math.prod(input) * weight[0]
+
+    @register_flop_formula(operators.linear_backward)
+    def _(grad, input, index, columns, weight, target, seed, needs_input, needs_weight, needs_bias, p, *options, **__):
+        in_features, full_product = weight[1], options[-1]
+        if columns is not None:
+            width = columns[1]
+        else:  # how many a CPU keeps, only the mask tells: as many as on average
+            width = in_features if full_product else capacity(in_features, p) if on_gpu else (1 - p) * in_features
+        return 2 * math.prod(grad) * round(needs_input * in_features + needs_weight * width)
 
 
 def _lies_by_columns(matrix: Tensor | None) -> bool:
