@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import subprocess
+import sysconfig
 from glob import glob
 from pathlib import Path
 
@@ -82,7 +83,8 @@ def cuda_extensions(torch_cuda):
         reason = "this torch is built without CUDA (MIXOUT_FAST_BUILD=cuda builds it all the same)"
         return give_up(reason, "CUDA library")
     if nvcc() is None:
-        return give_up("nvcc is neither on PATH nor in CUDA_HOME", "CUDA library")
+        reason = "nvcc is neither on PATH nor in CUDA_HOME, nor installed from PyPI (as the README's Install tells)"
+        return give_up(reason, "CUDA library")
     # kernels.cu among the sources would have torch's build look for a CUDA torch.
     depends = sorted(["csrc/cuda/kernels.cu", *glob("csrc/*.h"), *glob("csrc/cuda/*.h")])
     options = {"depends": depends, "py_limited_api": True, "optional": BUILD == "auto"}
@@ -90,8 +92,10 @@ def cuda_extensions(torch_cuda):
 
 
 def nvcc():
-    home = os.environ.get("CUDA_HOME")
-    return shutil.which("nvcc") or (shutil.which("nvcc", path=os.path.join(home, "bin")) if home else None)
+    """On PATH, in CUDA_HOME, or as it is installed from PyPI, beside the libraries of a CUDA torch."""
+    homes = [os.environ.get("CUDA_HOME"), *glob(os.path.join(sysconfig.get_path("purelib"), "nvidia", "cu*"))]
+    places = [os.environ.get("PATH", os.defpath), *(os.path.join(home, "bin") for home in homes if home)]
+    return shutil.which("nvcc", path=os.pathsep.join(places))
 
 
 def architecture_flags():
@@ -119,7 +123,9 @@ def build_cuda(library):
     flags += ["-Xptxas=-v", "-Xcompiler=-fPIC,-fvisibility=hidden,-ffp-contract=off"]
     flags += [f"-DTORCH_TARGET_VERSION={TARGET_VERSION}"]
     includes = [f"-isystem={path}" for path in cpp_extension.include_paths()]
-    libraries = [*(f"-L{path}" for path in cpp_extension.library_paths()), "-ltorch_cpu", "-ldl"]
+    # nvcc from PyPI does not find its own libraries, which stand in lib and not lib64.
+    paths = [Path(nvcc()).resolve().parents[1] / "lib", *cpp_extension.library_paths()]
+    libraries = [*(f"-L{path}" for path in paths), "-ltorch_cpu", "-ldl"]
     sources = ["csrc/cuda/ops.cpp", "csrc/cuda/kernels.cu"]
     command = [nvcc(), *flags, *architecture_flags(), *includes, *sources, "-o", library, *libraries]
     Path(library).parent.mkdir(parents=True, exist_ok=True)

@@ -11,11 +11,15 @@ ROOT = Path(__file__).parent.parent
 
 
 def setup(tmp_path, torch_cuda="None", **environment):
-    """setup.py's first words, with a PATH that has a C++ compiler and no nvcc, beside a torch of that CUDA version."""
+    """setup.py's first words, with a PATH that has a C++ compiler and no nvcc, beside a torch of that CUDA version.
+
+    What is installed from PyPI stands in tmp_path.
+    """
     (tmp_path / "c++").touch(mode=0o755)
     program = f"""
-import runpy, sys, torch
+import runpy, sys, sysconfig, torch
 torch.version.cuda = {torch_cuda}
+sysconfig.get_path = lambda name: {str(tmp_path)!r}
 sys.argv = ["setup.py", "--version"]
 runpy.run_path("setup.py", run_name="__main__")
 """
@@ -40,6 +44,15 @@ def test_cuda_fails_without_nvcc(tmp_path):
     result = setup(tmp_path, MIXOUT_FAST_BUILD="cuda")
     assert result.returncode == 1
     assert "the CUDA library cannot be built: nvcc is neither on PATH nor in CUDA_HOME" in result.stderr
+
+
+@pytest.mark.parametrize("place", ("toolkit/bin", "nvidia/cu13/bin"))
+def test_nvcc_is_found_in_cuda_home_and_from_pypi(place, tmp_path):
+    nvcc = tmp_path / place / "nvcc"
+    nvcc.parent.mkdir(parents=True)
+    nvcc.touch(mode=0o755)
+    result = setup(tmp_path, MIXOUT_FAST_BUILD="cuda", CUDA_HOME=str(tmp_path / "toolkit"))
+    assert result.returncode == 0, result.stderr
 
 
 def test_cpu_says_nothing_of_cuda(tmp_path):
