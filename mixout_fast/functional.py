@@ -113,6 +113,11 @@ def mix_linear(
     _check_linear(input, bias, dtype, device, shape, autocast)
     if p == 0.0 or not training or 0 in shape:
         return F.linear(input, weight, bias)
+    if input.layout is not torch.strided:
+        raise TypeError(
+            f"input: layout {input.layout}; in training mix_linear takes a dense tensor: "
+            "compute F.linear(input, mixout(weight, ...), bias)"
+        )
     chosen = _select_backend(backend, device_type, distribution)
     seed = _seed_tensor(seed, device)
     if distribution == "gaussian":

@@ -128,6 +128,17 @@ def test_bad_linear_under_autocast(arguments, error, fragments):
         mix_linear(*arguments, 0.5)
 
 
+def test_ragged_input_is_for_eval_or_the_mixed_weight():
+    ragged = torch.nested.nested_tensor([X, X[:1]], layout=torch.jagged)
+    want = torch.nn.functional.linear(ragged, W, B).values()
+    assert torch.equal(mix_linear(ragged, W, W, B, 0.5, training=False).values(), want)
+    assert torch.equal(torch.nn.functional.linear(ragged, mixout(W, W, 0.5, True), B).values(), want)
+    with refused(TypeError, "input: layout torch.jagged", "dense", "F.linear(input, mixout(weight"):
+        mix_linear(ragged, W, W, B, 0.5)
+    with refused(TypeError, "input: layout torch.sparse_coo", "dense"):
+        mix_linear(X.to_sparse(), W, W, B, 0.5)
+
+
 def test_bad_mixout_input():
     with refused(ValueError, "input: ", "0-d", "vector", "matrix"):
         mixout(torch.tensor(1.0), p=0.5, training=True)
