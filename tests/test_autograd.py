@@ -393,7 +393,7 @@ def test_vmap_is_refused_or_right(mask, device, backend):
     seed = torch.tensor(1, device=device)
     calls = partial(mix_linear, weight=weight, p=0.5, mask=mask, seed=seed, backend=backend)
     try:
-        mapped = torch.vmap(lambda x: calls(x))(x)
+        mapped = torch.vmap(calls)(x)
     except RuntimeError as error:
         assert "functorch transforms" in str(error)
     else:
