@@ -158,6 +158,7 @@ def test_only_the_needed_products_are_computed(device, backend, seed):
     case = testing.random_case(rows, in_features, out_features, p=0.9, dtype=dtype, device=device, seed=seed)
     assert not any(testing.is_one_pass(case, backend))
     kept = int(reference.keep_mask(case.seed, case.weight.shape, case.p, "input").sum())
+    kept = max(kept, reference.THIN_OUTPUT)  # filled up to so many: one seed in 80 keeps fewer
     if backends.BACKENDS[backend] not in (cpu, reference):
         kept = reference.capacity(in_features, case.p)  # the static size: what cannot wait for the device pads
     dense, compact = rows * in_features * out_features, rows * kept * out_features

@@ -83,10 +83,19 @@ template <typename T>
 MIXOUT_INLINE Vector<T> broadcast(T value) {
   return value - Vector<T>{}; // not +: it would turn -0 into 0
 }
+#if defined(__aarch64__)
+MIXOUT_INLINE Vector<float> multiply_add(Vector<float> a, Vector<float> b, Vector<float> c) {
+  return (Vector<float>)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+}
+MIXOUT_INLINE Vector<double> multiply_add(Vector<double> a, Vector<double> b, Vector<double> c) {
+  return (Vector<double>)vfmaq_f64((float64x2_t)c, (float64x2_t)a, (float64x2_t)b);
+}
+#else
 template <typename V>
 MIXOUT_INLINE V multiply_add(V a, V b, V c) {
   return a * b + c;
 }
+#endif
 MIXOUT_INLINE Vector<uint64_t> multiply_low_halves(Vector<uint64_t> a, uint32_t b) { return (a & 0xFFFFFFFF) * b; }
 #if defined(__x86_64__)
 MIXOUT_INLINE void stream_vector(const void* source, void* destination) {

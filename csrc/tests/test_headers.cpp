@@ -184,7 +184,9 @@ void special_values() {
   CHECK(std::isnan(widen(narrow<bfloat16>(bit_cast<float>(0x7FFFFFFFu)))), "bf16 NaN that rounding would overflow");
 }
 
-#if defined(__FLT16_MANT_DIG__)
+// GCC has the macro before it has the type in C++: on AArch64 up to 12.
+#if defined(__FLT16_MANT_DIG__) && (defined(__clang__) || defined(__x86_64__) || __GNUC__ >= 13)
+#define MIXOUT_HAS_FLOAT16
 void fp16_compiler_agrees() {
   for (uint64_t bits = 0; bits < (uint64_t{1} << 32); bits += 4097) {
     const float value = bit_cast<float>(static_cast<uint32_t>(bits));
@@ -244,7 +246,7 @@ int main() {
       {"bf16_ties", bf16_ties},
       {"bf16_many_floats", bf16_many_floats},
       {"special_values", special_values},
-#if defined(__FLT16_MANT_DIG__)
+#if defined(MIXOUT_HAS_FLOAT16)
       {"fp16_compiler_agrees", fp16_compiler_agrees},
 #endif
       {"mixing_fp32", mixing_fp32},
