@@ -328,8 +328,8 @@ def test_a_wrong_layer_is_not_timed(broken, monkeypatch):
 def measure_layer(tmp_path):
     """Runs the layer suite on one small shape and returns its results."""
 
-    def measure(folder):
-        cell = ["--shapes", "256x64x48", "--p", "0.9", "--contenders", "dropout", "--seconds", "0.05"]
+    def measure(folder, seconds=0.05):
+        cell = ["--shapes", "256x64x48", "--p", "0.9", "--contenders", "dropout", "--seconds", str(seconds)]
         assert run.main(["--suite", "layer", "--device", "cpu", "--results", str(tmp_path / folder), *cell]) == 0
         (records,) = report.load(tmp_path / folder, "layer")
         return records
@@ -338,7 +338,8 @@ def measure_layer(tmp_path):
 
 
 def test_a_slowed_layer_shows_in_the_report(measure_layer, monkeypatch):
-    (usual,) = report.measured(measure_layer("usual"))
+    """Of enough rounds that a busy machine does not hide it."""
+    (usual,) = report.measured(measure_layer("usual", seconds=1))
     forward = MixLinear.forward
 
     def slowed(self, input):
@@ -346,7 +347,7 @@ def test_a_slowed_layer_shows_in_the_report(measure_layer, monkeypatch):
         return forward(self, input)
 
     monkeypatch.setattr(MixLinear, "forward", slowed)
-    records = measure_layer("slowed")
+    records = measure_layer("slowed", seconds=1)
     (slow,) = report.measured(records)
     for other in ("linear", "dropout"):
         assert report.step_ratio(slow, other) > 2 * report.step_ratio(usual, other)
