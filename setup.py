@@ -124,10 +124,11 @@ def build_cuda(library):
     flags += [f"-DTORCH_TARGET_VERSION={TARGET_VERSION}"]
     includes = [f"-isystem={path}" for path in cpp_extension.include_paths()]
     # nvcc from PyPI does not find its own libraries, which stand in lib and not lib64.
-    paths = [Path(nvcc()).resolve().parents[1] / "lib", *cpp_extension.library_paths()]
+    compiler = nvcc()
+    paths = [Path(compiler).resolve().parents[1] / "lib", *cpp_extension.library_paths()]
     libraries = [*(f"-L{path}" for path in paths), "-ltorch_cpu", "-ldl"]
     sources = ["csrc/cuda/ops.cpp", "csrc/cuda/kernels.cu"]
-    command = [nvcc(), *flags, *architecture_flags(), *includes, *sources, "-o", library, *libraries]
+    command = [compiler, *flags, *architecture_flags(), *includes, *sources, "-o", library, *libraries]
     Path(library).parent.mkdir(parents=True, exist_ok=True)
     result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if result.returncode:
