@@ -91,12 +91,12 @@ def measured(records: Records) -> list[dict]:
 
 
 def caption(records: Records) -> str:
-    """Where, with what and by which command, in one paragraph."""
+    """Where, with what and by which commands."""
     facts, run = records.environment, records.runs[-1]
     device = facts["device"] if is_gpu(records) else f"{facts['device']}, {facts['threads']} threads"
     versions = [f"{name} {facts[name]}" for name in ("torch", "cuda", "driver", "triton") if name in facts]
-    commands = " and ".join(f"`{command}`" for command in dict.fromkeys(run["command"] for run in records.runs))
-    return f"**{device}**: {', '.join(versions)}, backend {facts['backend']}, commit {run['commit']}; {commands}."
+    commands = "".join(f"\n    {command}" for command in dict.fromkeys(run["command"] for run in records.runs))
+    return f"**{device}**: {', '.join(versions)}, backend {facts['backend']}, commit {run['commit']}.\n{commands}"
 
 
 def is_gpu(records: Records) -> bool:
@@ -359,6 +359,7 @@ def draw(records: Records) -> None:
 def readme_parts(results: dict[str, list[Records]], folder: Path) -> dict[str, str]:
     """The README's measured parts by the names of their markers."""
     parts = {
+        "summary": summary_table(results),
         "layers": "\n\n".join(map(layer_part, results["layer"])),
         "models": "\n\n".join(f"{caption(records)}\n\n{model_table(records)}" for records in results["model"]),
         "memory": "\n\n".join(f"{caption(records)}\n\n{memory_table(records)}" for records in results["memory"]),
@@ -370,6 +371,33 @@ def readme_parts(results: dict[str, list[Records]], folder: Path) -> dict[str, s
     if finetune.exists():
         parts["finetune"] = finetune_part(json.loads(finetune.read_text()))
     return parts
+
+
+def summary_table(results: dict[str, list[Records]]) -> str:
+    """The least and the most that a step takes over another's, machine by machine: models, and layers at p = 0.9."""
+    columns: dict[str, dict[str, list[float]]] = {}
+    for suite in ("model", "layer"):
+        for records in results[suite]:
+            for cell in measured(records):
+                for title, ratio in summarised(suite, cell).items():
+                    columns.setdefault(title, {}).setdefault(records.environment["device"], []).append(ratio)
+    devices = dict.fromkeys(device for of_column in columns.values() for device in of_column)
+    rows = [[title, *(span(of_column.get(device)) for device in devices)] for title, of_column in columns.items()]
+    return table(["time of a step", *devices], rows)
+
+
+def summarised(suite: str, cell: dict) -> dict[str, float]:
+    """What a cell has for the summary: title -> ratio."""
+    if suite == "model":
+        medians = {name: ratios["step"]["median"] for name, ratios in cell["ratios"].items()}
+        return {f"finetuning with {name} / with {BASELINE}": median for name, median in medians.items()}
+    if cell["cell"]["p"] != 0.9:
+        return {}
+    return {f"a layer with mixout(0.9) / {TITLES[name]}": step_ratio(cell, name) for name in ("linear", "dropout")}
+
+
+def span(values: list[float] | None) -> str:
+    return f"{min(values):.2f} to {max(values):.2f}" if values else "–"
 
 
 def layer_part(records: Records) -> str:

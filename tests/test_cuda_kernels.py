@@ -181,7 +181,7 @@ def test_columns_are_found_in_the_index(kept, padding, seed):
 
 @pytest.mark.parametrize("module", (cuda, backends.BACKENDS["triton"]), ids=("cuda", "triton"))
 def test_one_pass_is_for_few_rows_or_a_large_grid(module):
-    few, many = module.MANY_OUTPUTS - 1, module.MANY_OUTPUTS
+    few, many = gpu.MANY_OUTPUTS - 1, gpu.MANY_OUTPUTS
     for rows, outputs, ways in (
         (16, few, (True, True)),
         (17, few, (False, False)),

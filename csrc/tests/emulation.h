@@ -1,8 +1,11 @@
 // A GPU on the CPU, for tests: what csrc/cuda/kernels.cu takes from CUDA, so that the kernels' index arithmetic, masks
-// and barriers can be checked where there is no GPU. Blocks run one after the other; a thread is a fibre that runs
-// until it waits. Threads take turns in a random order, so that a barrier that is missing shows as a wrong result.
+// and barriers can be checked where there is no GPU. Blocks run one after the other, in a random order, and find huge
+// numbers in shared memory; a thread is a fibre that runs until it waits. Threads take turns in a random order. So what
+// reads memory that nothing was written to yet, by a barrier that is missing too, shows as a wrong result.
 #pragma once
 
+#include <dlfcn.h>
+#include <link.h>
 #include <setjmp.h>
 #include <ucontext.h>
 
@@ -13,6 +16,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <numeric>
 #include <random>
 #include <vector>
 
@@ -22,8 +26,8 @@
 #define __device__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
-// One block at a time.
-#define __shared__ static
+// One block at a time. As thread-local memory, of which this library has no other, it is found as a whole.
+#define __shared__ static thread_local
 
 // What tests set and read, through tests/cuda_emulation.py.
 extern "C" {
@@ -137,6 +141,17 @@ private:
   uint64_t progress = 0;
   std::mt19937 random{0};
 };
+
+// The thread-local memory of the one of all libraries that is this one, with numbers that are huge in any dtype.
+inline int fill_shared_memory(dl_phdr_info* library, size_t, void*) {
+  Dl_info own;
+  dladdr(&launches, &own);
+  if (own.dli_fbase != reinterpret_cast<void*>(library->dlpi_addr) || !library->dlpi_tls_data) return 0;
+  for (int i = 0; i < library->dlpi_phnum; ++i)
+    if (library->dlpi_phdr[i].p_type == PT_TLS)
+      std::memset(library->dlpi_tls_data, 0x7F, library->dlpi_phdr[i].p_memsz);
+  return 1;
+}
 
 inline Block& the_block() {
   static Block block;
@@ -267,8 +282,13 @@ const char* launch_kernel(void (*kernel)(Parameters...), int64_t blocks, int thr
   if (blocks < 1 || blocks > 0x7FFFFFFF) return "invalid configuration argument";
   ++launches;
   const std::function<void()> body = [&] { kernel(parameters...); };
-  for (int64_t block = 0; block < blocks; ++block) {
-    blockIdx.x = static_cast<unsigned>(block);
+  static std::mt19937 random{0};
+  std::vector<unsigned> order(blocks);
+  std::iota(order.begin(), order.end(), 0u);
+  std::shuffle(order.begin(), order.end(), random);
+  for (const unsigned block : order) {
+    blockIdx.x = block;
+    dl_iterate_phdr(emulation::fill_shared_memory, nullptr);
     emulation::the_block().run(body);
   }
   return nullptr;

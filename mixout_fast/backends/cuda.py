@@ -19,7 +19,6 @@ from mixout_fast.backends import gpu, operators
 # 10; dX of 16 rows at 768x768 4 / 7, and a launch more where there is a bias, of 4096 outputs at 1024 in_features 20
 # / 13.
 ONE_PASS_ROWS = dict.fromkeys((torch.float32, torch.float64, torch.bfloat16, torch.float16), (16, 16))
-MANY_OUTPUTS = 2048
 MANY_OUTPUTS_ROWS = {
     torch.float32: (16, -1),
     torch.float64: (16, -1),
@@ -70,8 +69,7 @@ def is_one_pass(dtype: torch.dtype, rows: int, out_features: int) -> tuple[bool,
 
     The operators mix first all the same where an operand's columns are not neighbours in memory or are more than 2^18.
     """
-    forward, backward = (ONE_PASS_ROWS if out_features < MANY_OUTPUTS else MANY_OUTPUTS_ROWS)[dtype]
-    return rows <= forward, rows <= backward
+    return gpu.is_one_pass(ONE_PASS_ROWS, MANY_OUTPUTS_ROWS, dtype, rows, out_features)
 
 
 def _ways(dtype: torch.dtype, rows: int, shape: torch.Size, p: float, mask: str) -> tuple[bool, bool, bool, bool]:

@@ -1,6 +1,20 @@
 """What the backends for GPUs choose alike."""
 
+import torch
+
 from mixout_fast import reference
+
+MANY_OUTPUTS = 2048
+"""From so many outputs on, products in one pass have a table of their own: for y their grid fills the device."""
+
+Rows = dict[torch.dtype, tuple[int, int]]
+"""Up to how many rows y, and dX, are computed in one pass."""
+
+
+def is_one_pass(few: Rows, many: Rows, dtype: torch.dtype, rows: int, out_features: int) -> tuple[bool, bool]:
+    """Whether y, and whether dX, is computed in one pass, by a table for few outputs and one for many."""
+    forward, backward = (few if out_features < MANY_OUTPUTS else many)[dtype]
+    return rows <= forward, rows <= backward
 
 
 def takes_full_product(p: float, out_features: int, in_features: int) -> bool:

@@ -54,7 +54,6 @@ ONE_PASS_ROWS = {
     torch.float32: (16, 16),
     torch.float64: (-1, -1),
 }
-MANY_OUTPUTS = 2048
 MANY_OUTPUTS_ROWS = {
     torch.bfloat16: (64, -1),
     torch.float16: (64, -1),
@@ -100,8 +99,7 @@ def unavailable(device_type: str) -> str | None:
 
 def is_one_pass(dtype: torch.dtype, rows: int, out_features: int) -> tuple[bool, bool]:
     """Whether y, and whether dX, of so many rows and outputs is computed in one pass."""
-    forward, backward = (ONE_PASS_ROWS if out_features < MANY_OUTPUTS else MANY_OUTPUTS_ROWS)[dtype]
-    return rows <= forward, rows <= backward
+    return gpu.is_one_pass(ONE_PASS_ROWS, MANY_OUTPUTS_ROWS, dtype, rows, out_features)
 
 
 def mix(weight: Tensor, target: Tensor | None, seed: Tensor, p: float, mask: str, dtype: torch.dtype) -> Tensor:
