@@ -25,9 +25,16 @@ def pytest_addoption(parser):
     parser.addoption(
         "--emulate-cuda", action="store_true", help="test the CUDA backend and no other, its kernels run on the CPU"
     )
+    parser.addoption(
+        "--guard-pages", choices=("end", "start"), help="memory beside a CPU tensor faults, past its end or its start"
+    )
 
 
 def pytest_configure(config):
+    if config.getoption("--guard-pages"):
+        import guard_pages
+
+        guard_pages.install(config.getoption("--guard-pages"))
     if config.getoption("--emulate-cuda"):
         import cuda_emulation
 

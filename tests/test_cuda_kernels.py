@@ -95,7 +95,8 @@ def test_whole_vectors_from_addresses_that_are_none(name, dtype, compute, mask, 
     options = {"mask": mask, "dtype": dtype, "compute": compute, "device": DEVICE, "seed": seed}
     case = testing.integer_case(9, 64, 48, p=0.75, **options)
     tensor = getattr(case, name)
-    behind = torch.cat((tensor.new_zeros(1), tensor.flatten()))[1:].view(tensor.shape)
+    entry = tensor.new_zeros(1)
+    behind = torch.cat((entry, tensor.flatten(), entry))[1:-1].view(tensor.shape)
     assert behind.data_ptr() % 16 != 0
     testing.check_exact(dataclasses.replace(case, **{name: behind}, origin=f"{name} unaligned"), "cuda")
 
