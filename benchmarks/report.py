@@ -375,14 +375,14 @@ def readme_parts(results: dict[str, list[Records]], folder: Path) -> dict[str, s
 
 def summary_table(results: dict[str, list[Records]]) -> str:
     """The least and the most that a step takes over another's, machine by machine: models, and layers at p = 0.9."""
-    columns: dict[str, dict[str, list[float]]] = {}
+    ratios: dict[str, dict[str, list[float]]] = {}  # by title and device
     for suite in ("model", "layer"):
         for records in results[suite]:
             for cell in measured(records):
                 for title, ratio in summarised(suite, cell).items():
-                    columns.setdefault(title, {}).setdefault(records.environment["device"], []).append(ratio)
-    devices = dict.fromkeys(device for of_column in columns.values() for device in of_column)
-    rows = [[title, *(span(of_column.get(device)) for device in devices)] for title, of_column in columns.items()]
+                    ratios.setdefault(title, {}).setdefault(records.environment["device"], []).append(ratio)
+    devices = dict.fromkeys(device for by_device in ratios.values() for device in by_device)
+    rows = [[title, *(span(by_device.get(device)) for device in devices)] for title, by_device in ratios.items()]
     return table(["time of a step", *devices], rows)
 
 

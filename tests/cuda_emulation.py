@@ -6,11 +6,10 @@ rounding of the tensor cores' sums, and time.
 
 import ctypes
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
-from torch.utils import cpp_extension
+from compilation import build
 
 from mixout_fast import backends
 from mixout_fast.backends import cuda
@@ -18,19 +17,10 @@ from mixout_fast.backends import cuda
 ROOT = Path(__file__).parent.parent
 LIBRARY = ROOT / "build" / "emulation" / "_CUDA.so"
 SOURCES = [ROOT / "csrc" / "cuda" / name for name in ("ops.cpp", "kernels.cu")]
-FLAGS = ["-shared", "-fPIC", "-std=c++20", "-O2", "-ffp-contract=off", "-fvisibility=hidden", "-Wno-unknown-pragmas"]
+FLAGS = ["-ffp-contract=off", "-fvisibility=hidden", "-Wno-unknown-pragmas"]
 # A GPU faults on a vector access at an address that is no multiple of its size, and the emulation traps.
 FLAGS += ["-fsanitize=alignment", "-fsanitize-undefined-trap-on-error"]
 MACROS = ["-DMIXOUT_EMULATION", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
-
-
-def build() -> None:
-    LIBRARY.parent.mkdir(parents=True, exist_ok=True)
-    includes = [f"-isystem{path}" for path in cpp_extension.include_paths()]
-    paths = [f"-L{path}" for path in cpp_extension.library_paths()]
-    subprocess.run(
-        ["c++", *FLAGS, *MACROS, *includes, "-xc++", *SOURCES, "-o", LIBRARY, *paths, "-ltorch_cpu", "-ldl"], check=True
-    )
 
 
 def variable(name: str) -> ctypes.c_int64:
@@ -44,7 +34,7 @@ def install() -> None:
         pytest.exit("--emulate-cuda: the CUDA library itself is loaded here and tested in its stead", returncode=0)
     if shutil.which("c++") is None:
         pytest.exit("--emulate-cuda: there is no C++ compiler to build the emulation", returncode=0)
-    build()
+    build(LIBRARY, *FLAGS, *MACROS, "-xc++", *SOURCES, "-ltorch_cpu", "-ldl")
     error = cuda.load(LIBRARY)
     if error:
         pytest.exit(f"--emulate-cuda: {error}", returncode=1)
