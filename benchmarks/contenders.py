@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mixout_fast import MixLinear, backends
-from mixout_fast.testing import Case, random_case
+from mixout_fast.testing import Case, by_columns, random_case
 
 
 @dataclass(frozen=True)
@@ -37,10 +37,7 @@ class Shape:
 def _tensors(shape: Shape, dtype: torch.dtype, device: str) -> Case:
     case = random_case(*astuple(shape)[:3], p=0.5, dtype=dtype, device=device)
     case.input.requires_grad_()
-    if shape.by_columns:
-        weight, target = (tensor.t().contiguous().t() for tensor in (case.weight, case.target))
-        case = replace(case, weight=weight, target=target)
-    return case
+    return by_columns(case) if shape.by_columns else case
 
 
 def problem(shape: Shape, p: float, dtype: torch.dtype, device: str = "cpu") -> Case:

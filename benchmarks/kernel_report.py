@@ -104,7 +104,7 @@ def launches(quick: bool) -> list[Launch]:
                 draw = (seed, p, mask)
                 record(f"mix, {mask}", backend.mix, weight, weight, *draw, compute)
                 record(f"mask_grad, {mask}", backend.mask_grad, weight, *draw, 2.0, dtype)
-                mixing = (*draw, 2.0, False, compute)
+                mixing = (*draw, 2.0, False, False, compute)
                 record(f"mix, {mask}, sum", backend.prologue, weight, weight, None, grad, *mixing)
                 precisions = ("ieee", "tf32") if compute == torch.float32 else ("ieee",)
                 for rows, precision in itertools.product((16, 32, 64), precisions):
@@ -115,17 +115,33 @@ def launches(quick: bool) -> list[Launch]:
                     with mock.patch.object(backend, "_precision", lambda dtype, precision=precision: precision):
                         record(f"y, {mask}", backend.product, x, weight, weight, weight[0], *draw, False)
                         record(f"dX, {mask}", backend.product, x, weight, weight, None, *draw, True)
-            for sums, summed in ((", sum", parts), ("", None)):
-                dW = torch.empty(out_features, in_features, dtype=compute)
-                record(f"mask_grad of dW'{sums}", backend.prologue, dW, None, None, summed, *draw, 2.0, True, dtype)
-                compact = torch.empty(backend.capacity(in_features, p), out_features, dtype=compute)
-                index = torch.empty(len(compact), dtype=torch.int32)
-                record(f"expand{sums}", backend.expanded, compact, index, summed, in_features, 2.0, dtype)
-            x, draw = torch.empty(4096, in_features, dtype=compute), (seed, p, "input", 2.0, False, compute)
+            x, draw = torch.empty(4096, in_features, dtype=compute), (seed, p, "input", 2.0)
+            index = torch.empty(backend.capacity(in_features, p), dtype=torch.int32)
+            compact = torch.empty(len(index), out_features, dtype=compute)
             for sums, summed in ((", sum", grad), ("", None)):
-                record(f"gather{sums}", backend.prologue, None, None, x, summed, *draw)
-                record(f"mix, gather{sums}", backend.prologue, weight, weight, x, summed, *draw)
+                record(f"gather{sums}", backend.prologue, None, None, x, summed, *draw, False, False, compute)
+            for by_columns in (False, True):
+                where = ", columns" if by_columns else ""
+                W, dW = (lying(out_features, in_features, d, by_columns) for d in (dtype, compute))
+                for sums, summed in ((", sum", parts), ("", None)):
+                    ending = (summed, *draw, True, by_columns, dtype)
+                    record(f"mask_grad of dW'{sums}{where}", backend.prologue, dW, None, None, *ending)
+                    record(
+                        f"expand{sums}{where}", backend.expanded, compact, index, summed, in_features, 2.0, *ending[-2:]
+                    )
+                for sums, summed in ((", sum", grad), ("", None)):
+                    ending = (summed, *draw, False, by_columns, compute)
+                    record(f"mix, gather{sums}{where}", backend.prologue, W, W, x, *ending)
+                    if by_columns:
+                        record(f"mix{sums}{where}", backend.prologue, W, W, None, *ending)
     return list(seen.values())
+
+
+def lying(out_features: int, in_features: int, dtype: torch.dtype, by_columns: bool) -> torch.Tensor:
+    """(N, K) that lies by rows or by columns."""
+    if by_columns:
+        return torch.empty(in_features, out_features, dtype=dtype).t()
+    return torch.empty(out_features, in_features, dtype=dtype)
 
 
 def note_launches(seen: dict, dtype: torch.dtype, compute: torch.dtype, what: str, function, *arguments) -> None:

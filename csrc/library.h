@@ -42,6 +42,11 @@ inline torch::stable::Tensor rows_of(const torch::stable::Tensor& tensor, int64_
   return tensor.dim() == 2 ? tensor : torch::stable::reshape(tensor, {-1, columns});
 }
 
+// Neighbouring rows, and not neighbouring columns, are neighbours in memory, as of the weight of GPT-2's Conv1D.
+inline bool lies_by_columns(const torch::stable::Tensor& matrix) {
+  return matrix.stride(0) == 1 && matrix.stride(1) != 1;
+}
+
 // A result whose rows are those of `operand` (..., any number), with its leading dimensions. Not as a view: what an
 // autograd function returns could then not be changed in place, as nn.ReLU(inplace=True) does.
 inline torch::stable::Tensor shaped_as(const torch::stable::Tensor& operand, const torch::stable::Tensor& result) {

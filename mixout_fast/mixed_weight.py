@@ -7,7 +7,7 @@ works too. What differs: the Parameter stays where it is, under its name. parame
 transformers find parameters; its modules cannot be pickled; and removing a parametrization from a deep copy breaks the
 original (both share the class from which the property is deleted).
 
-Of these modules Conv1D computes x W + b and no more: on CPUs its forward is exchanged too, for mix_linear.
+Of these modules Conv1D computes x W + b and no more: its forward is exchanged too, for mix_linear.
 """
 
 import functools
@@ -139,10 +139,9 @@ def _mixed_class(plain_class: type[nn.Module], names: tuple[str, ...]) -> type[n
 
 
 def _conv1d_forward(module: nn.Module, input: Tensor) -> Tensor:
-    # Tied to an nn.Linear the weight is mixed by that one's inputs, which are Conv1D's outputs. On GPUs the kernels
-    # would read the weight across its rows.
+    # Tied to an nn.Linear the weight is mixed by that one's inputs, which are Conv1D's outputs.
     mixing = module._modules[PREFIX + "weight"]
-    if mixing.training and mixing.p and mixing.mask == "input" and mixing.input_dims == (0,) and input.is_cpu:
+    if mixing.training and mixing.p and mixing.mask == "input" and mixing.input_dims == (0,):
         return mixing.linear(input, module._parameters["weight"], module.bias)
     return module.plain_class.forward(module, input)
 

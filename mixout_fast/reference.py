@@ -130,6 +130,15 @@ def gather(rows: Tensor, seed: Tensor, p: float, static: bool) -> tuple[Tensor, 
     return index, columns.masked_fill(index < 0, 0) if static else columns
 
 
+def lies_by_columns(weight: Tensor, target: Tensor | None) -> bool:
+    """Whether W and U (N, K) are transposes of matrices in rows, as GPT-2's Conv1D has them.
+
+    Of an input mask backends for a device then take them as those, and dW lies as W does: else autograd copies it,
+    transposed, for the parameter whose view W is.
+    """
+    return all(t is None or (t.stride(0) == 1 and t.stride(1) != 1) for t in (weight, target))
+
+
 def shaped(output: Tensor, shape: tuple) -> Tensor:
     """A product in a shape, and not as a view: what an autograd function returns could then not be changed in place."""
     return output if len(shape) == 2 else torch.ops.aten._unsafe_view(output, shape)

@@ -20,7 +20,7 @@ import contextlib
 import functools
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 
 import torch
@@ -186,6 +186,12 @@ def _case(tensors, generator, p, mask, dtype, compute, device, origin) -> Case:
     moved = (None if t is None else t.to(device, d) for t, d in zip(tensors, dtypes, strict=True))
     seed = torch.randint(-(2**63), 2**63 - 1, (), generator=generator)
     return Case(*moved, seed.to(device), p, mask, compute, origin)
+
+
+def by_columns(case: Case) -> Case:
+    """The case with W and U as transposes of matrices in rows, as GPT-2's Conv1D has them."""
+    weight, target = (None if t is None else t.t().contiguous().t() for t in (case.weight, case.target))
+    return replace(case, weight=weight, target=target, origin=f"{case.origin}, by columns")
 
 
 def run(case: Case, backend: str | None = None, grad_scale: str = "exact") -> dict[str, Tensor]:

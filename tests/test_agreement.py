@@ -8,6 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from mixout_fast import backends, mix_linear, reference, testing
+from mixout_fast.backends import triton
 from mixout_fast.functional import DTYPES, MASKS
 
 PRECISIONS = [(dtype, dtype) for dtype in DTYPES] + [(torch.float32, dtype) for dtype in testing.AUTOCAST_DTYPES]
@@ -132,6 +133,47 @@ def test_weight_equal_to_target_changes_nothing(make, shape, backend, path):
             dtype = testing.product_dtype(case, backend)
             plain = F.linear(*(t.to(case.compute).to(dtype) for t in (case.input, case.weight, case.bias)))
             testing.assert_same_bits("y of W == U", testing.run(case, backend)["y"], plain.to(case.compute), case)
+
+
+COLUMN_SHAPES = ((12, 70, 300), (130, 520, 72), (33, 1100, 17), (255, 33, 257))
+"""Of whole vectors and parts, of one block of outputs or of in_features and of more."""
+if triton.INTERPRETS:
+    COLUMN_SHAPES = ((5, 17, 259),)
+
+column_shapes = pytest.mark.parametrize("shape", COLUMN_SHAPES, ids=lambda shape: "x".join(map(str, shape)))
+
+
+@column_shapes
+@precisions
+@masks
+@pytest.mark.parametrize("p", (0.1, 0.5, 0.9))
+def test_weights_by_columns_are_mixed_as_those_by_rows(make, shape, p, mask, backend, path):
+    """And dW lies as the weight does: else autograd copies it, transposed, for the parameter that the weight views."""
+    case = testing.by_columns(make(testing.random_case, *shape, p=p))
+    if mask == "input":
+        testing.check_grad_weight(case, backend)
+    testing.check_mixed_weight(case, backend)
+    testing.check_mask_grad(case, backend)
+    testing.check_each_gradient_alone(case, backend)
+    testing.check_repeatable(case, backend)
+    identity = torch.eye(shape[1], dtype=case.input.dtype, device=case.weight.device)
+    mixed = dataclasses.replace(case, input=identity, bias=None, grad_output=case.weight.t().to(case.compute))
+    want = reference.mix(case.weight, case.target, case.seed, p, mask, case.compute).t()
+    testing.assert_same_values("y of x = 1", testing.run(mixed, backend)["y"], want, case)
+    if mask == "input" and backend != "reference":
+        assert testing.run(case, backend)["dW"].stride() == case.weight.stride()
+    if p == 0.5:
+        testing.check_exact(testing.by_columns(make(testing.integer_case, *shape, p=p)), backend)
+
+
+@column_shapes
+@precisions
+@masks
+@pytest.mark.parametrize("p", (0.1, 0.9))
+def test_error_of_weights_by_columns(dtype, compute, mask, shape, p, device, backend, path, seed):
+    options = {"p": p, "mask": mask, "dtype": dtype, "compute": compute, "device": device}
+    cases = testing.error_cases(testing.random_case, shape, seed, **options)
+    testing.check_error(map(testing.by_columns, cases), backend)
 
 
 @masks

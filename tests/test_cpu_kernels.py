@@ -1,6 +1,5 @@
 """What only the C++ kernels for CPUs need: every instruction set, and sizes at which their sums change form."""
 
-import dataclasses
 import os
 import platform
 import re
@@ -39,12 +38,6 @@ def test_error_is_at_most_twice_the_librarys(shape, dtype, seed):
     testing.check_error(testing.error_cases(testing.random_case, shape, seed, p=0.9, dtype=dtype), "cpu")
 
 
-def by_columns(case):
-    """W and U the transposes of matrices in rows, as GPT-2's Conv1D has them."""
-    weight, target = (None if t is None else t.t().contiguous().t() for t in (case.weight, case.target))
-    return dataclasses.replace(case, weight=weight, target=target, origin=f"{case.origin} by columns")
-
-
 @pytest.mark.parametrize("dtype", dict.fromkeys((*OWN_PRODUCTS, torch.bfloat16, torch.float16)), ids=str)
 @pytest.mark.parametrize("rows", (12, 300))
 def test_error_of_weights_by_columns(rows, dtype, seed):
@@ -52,14 +45,7 @@ def test_error_of_weights_by_columns(rows, dtype, seed):
     for shape in ((rows, 70, 300), (rows, 1600, 96), (rows, 64, 1601)):
         for options in ({"p": 0.9}, {"p": 0.1, "target": False, "bias": False}):
             cases = testing.error_cases(testing.random_case, shape, seed, dtype=dtype, **options)
-            testing.check_error(map(by_columns, cases), "cpu")
-
-
-def test_gradient_of_a_weight_by_columns_lies_as_the_weight(seed):
-    """Else autograd copies it, transposed, for the parameter whose view the weight is."""
-    for p in (0.1, 0.5, 0.9):
-        case = by_columns(testing.random_case(12, 70, 300, p=p, seed=seed))
-        assert testing.run(case, "cpu")["dW"].stride() == case.weight.stride()
+            testing.check_error(map(testing.by_columns, cases), "cpu")
 
 
 @pytest.mark.parametrize("dtype", OWN_PRODUCTS, ids=str)
@@ -93,7 +79,7 @@ def test_results_do_not_depend_on_the_threads(shape, dtype, seed):
         pytest.skip("the library's products depend on the threads")
     case = testing.random_case(*shape, p=0.7, dtype=dtype, seed=seed)
     assert_same_for_any_threads(case, testing.RESULTS)
-    assert_same_for_any_threads(by_columns(case), ("y", "dX"))
+    assert_same_for_any_threads(testing.by_columns(case), ("y", "dX"))
 
 
 @pytest.mark.parametrize("shape", ((601, 300, 49), (300, 49, 800), (300, 512, 200)), ids=str)

@@ -80,7 +80,14 @@ def test_rows_of_whole_vectors(shape, dtype, compute, mask, path, take, seed):
     take(path)
     options = {"mask": mask, "dtype": dtype, "compute": compute, "device": DEVICE, "seed": seed}
     check_bits(testing.random_case(*shape, p=0.3, **options))
-    testing.check_exact(testing.integer_case(*shape, p=0.75, **options), "cuda")
+    by_columns = testing.by_columns(testing.random_case(*shape, p=0.9, **options))
+    testing.check_each_gradient_alone(by_columns, "cuda")
+    if mask == "input":
+        testing.check_grad_weight(by_columns, "cuda")
+        assert testing.run(by_columns, "cuda")["dW"].stride() == by_columns.weight.stride()
+    case = testing.integer_case(*shape, p=0.75, **options)
+    testing.check_exact(case, "cuda")
+    testing.check_exact(testing.by_columns(case), "cuda")
     del options["seed"]
     testing.check_error(testing.error_cases(testing.random_case, shape, seed, p=0.5, **options), "cuda")
 
@@ -114,6 +121,7 @@ def test_kept_columns_past_a_lowered_capacity_are_dropped(in_features, limit, pa
     kept = reference.keep_mask(case.seed, case.weight.shape, 0.5, "input")
     assert kept.sum() == min(limit, reference.mask_words(case.seed, in_features).ge(2**31).sum())
     testing.check_exact(case, "cuda")
+    testing.check_exact(testing.by_columns(case), "cuda")
 
 
 @emulated
@@ -167,13 +175,15 @@ KEPT = {
 
 @pytest.mark.parametrize("padding", (0, 5, 600))
 @pytest.mark.parametrize("kept", KEPT.values(), ids=KEPT)
-def test_columns_are_found_in_the_index(kept, padding, seed):
-    """A block spreads a strip of 128 columns; of an index of more than 384 it looks for the strip's part."""
+@pytest.mark.parametrize("by_columns", (False, True), ids=("rows", "columns"))
+def test_columns_are_found_in_the_index(by_columns, kept, padding, seed):
+    """A block spreads a strip of 128 columns, or by columns 32; of an index of more than 384 (480) it looks for them."""
     torch.manual_seed(seed)
     index = torch.tensor([*kept, *padding * [-1]], dtype=torch.int32, device=DEVICE)
     columns, grad = (torch.randint(-3, 4, (3, count), device=DEVICE).float() for count in (len(index), 40))
     draw = torch.tensor(seed, device=DEVICE), 0.5, "input"
     weight, needs = torch.empty(40, 1500, device=DEVICE), (False, True, False)
+    weight = weight.t().contiguous().t() if by_columns else weight
     _, dW, _ = cuda.gradients(grad, None, index, columns, weight, None, *draw, 2.0, needs, False)
     want = torch.zeros_like(weight)
     want[:, list(kept)] = 2 * grad.t() @ columns[:, : len(kept)]

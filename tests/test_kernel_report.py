@@ -85,9 +85,9 @@ def test_another_p_compiles_nothing_anew():
     for p in (0.9, 0.8, 0.7, 0.5):
         compact = torch.empty(triton.capacity(1024, p), 128)
         index = torch.empty(len(compact), dtype=torch.int32)
-        note(triton.prologue, weight, weight, x, None, seed, p, "input", triton.scale(p), False, torch.float32)
+        note(triton.prologue, weight, weight, x, None, seed, p, "input", triton.scale(p), False, False, torch.float32)
         note(triton.product, x, weight, weight, None, seed, p, "input", False)
-        note(triton.expanded, compact, index, None, 1024, triton.scale(p), torch.float32)
+        note(triton.expanded, compact, index, None, 1024, triton.scale(p), False, torch.float32)
     assert [kernel for kernel, *_ in seen] == [
         triton.kernels.prologue_kernel, triton.kernels.one_pass_kernel, triton.kernels.expand_kernel
     ]  # fmt: skip

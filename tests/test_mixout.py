@@ -9,6 +9,7 @@ from mixout_fast.functional import DTYPES, MASKS
 
 masks = pytest.mark.parametrize("mask", MASKS)
 SHAPES = ((17,), (1,), (5, 17), (5, 17, 3), (5, 17, 3, 2), (5, 1, 3, 3), (1, 17, 1, 2, 3))
+SHAPES += ((1, 70, 300), (2, 9, 300))  # of many neighbours in memory that share an entry
 
 
 def operands(shape, dtype, device):

@@ -45,7 +45,8 @@ def small_blocks(monkeypatch):
         ("BLOCK_COLUMNS", 16),
         ("PROGRAMS", 3),
         ("ELEMENT_BLOCK", 64),
-        ("EXPANDED", (16, 16)),
+        ("BLOCK_OUTPUTS", 8),
+        ("EXPANDED", ((16, 16), (16, 16))),
         ("SUMMED_COLUMNS", 16),
         ("GATHER_PROGRAMS", 3),
     ):
@@ -65,19 +66,23 @@ def test_bits_over_many_blocks(dtype, compute, mask, served, seed, small_blocks)
             if mask == "input":
                 testing.check_gather(case, "triton")
                 testing.check_grad_weight(case, "triton")
+                testing.check_grad_weight(testing.by_columns(case), "triton")
+        by_columns = testing.by_columns(testing.integer_case(*shape, p=0.5, mask=mask, device=served, seed=seed))
+        testing.check_exact(by_columns, "triton")
 
 
 @masks
 def test_weights_of_three_dimensions_and_any_strides(mask, served, seed, small_blocks):
     torch.manual_seed(seed)
-    weight = torch.randn(5, 3, 18, device=served).transpose(1, 2)
-    target = torch.randn(18, 5, 3, device=served).transpose(0, 1)
     draw = torch.tensor(seed, device=served), 0.5, mask
-    for ours, theirs in zip(*[
-        (m.mix(weight, target, *draw, torch.float16), m.mask_grad(weight, *draw, 2.0, torch.float32))
-        for m in (triton, reference)
-    ], strict=True):  # fmt: skip
-        testing.assert_same_bits("of (5, 18, 3)", ours, theirs, f"mask={mask!r}, seed={seed}")
+    for n, k, r in ((5, 18, 3), (2, 6, 19), (1, 6, 16)):
+        weight = torch.randn(n, r, k, device=served).transpose(1, 2)
+        target = torch.randn(k, n, r, device=served).transpose(0, 1)
+        for ours, theirs in zip(*[
+            (m.mix(weight, target, *draw, torch.float16), m.mask_grad(weight, *draw, 2.0, torch.float32))
+            for m in (triton, reference)
+        ], strict=True):  # fmt: skip
+            testing.assert_same_bits(f"of {n, k, r}", ours, theirs, f"mask={mask!r}, seed={seed}")
 
 
 def test_more_columns_than_are_counted_at_once(served, seed):
@@ -99,6 +104,7 @@ def test_kept_columns_past_the_capacity_are_dropped(in_features, most, served, m
     testing.check_mixed_weight(case, "triton")
     assert testing.is_one_pass(case, "triton") == (True, True)
     testing.check_exact(case, "triton")
+    testing.check_exact(testing.by_columns(case), "triton")
 
 
 # What launches nothing: views, and memory that nothing is written to.
@@ -244,17 +250,18 @@ def test_operators_are_pure_and_have_fakes(served, seed):
     case = testing.random_case(5, 33, 17, p=0.9, device=served, seed=seed)
     operands, draw = (case.weight, case.target), (case.seed, case.p)
     x, grad = case.input, case.grad_output
-    _, index, columns, parts = triton.prologue(None, None, x, grad, *draw, "input", 1.0, False, torch.float32)
+    _, index, columns, parts = triton.prologue(None, None, x, grad, *draw, "input", 1.0, False, False, torch.float32)
+    lying = [tensor.t().contiguous().t() for tensor in operands]
     for function, arguments in (
-        (triton.prologue, (*operands, None, None, *draw, "input", 10.0, False, torch.bfloat16)),
-        (triton.prologue, (*operands, x, grad, *draw, "input", 10.0, False, torch.float32)),
-        (triton.prologue, (None, None, x, None, *draw, "input", 1.0, False, torch.float32)),
-        (triton.prologue, (*operands, None, grad, *draw, "element", 10.0, False, torch.float32)),
-        (triton.prologue, (case.weight, None, None, parts, *draw, "element", 10.0, True, torch.bfloat16)),
+        (triton.prologue, (*operands, None, None, *draw, "input", 10.0, False, False, torch.bfloat16)),
+        (triton.prologue, (*lying, x, grad, *draw, "input", 10.0, False, True, torch.float32)),
+        (triton.prologue, (None, None, x, None, *draw, "input", 1.0, False, False, torch.float32)),
+        (triton.prologue, (*operands, None, grad, *draw, "element", 10.0, False, False, torch.float32)),
+        (triton.prologue, (case.weight, None, None, parts, *draw, "element", 10.0, True, False, torch.bfloat16)),
         (triton.product, (x, *operands, case.bias, *draw, "input", False)),
         (triton.product, (grad, *operands, None, *draw, "element", True)),
-        (triton.expanded, (columns.t() @ grad, index, parts, 33, 10.0, torch.bfloat16)),
-        (triton.expanded, (columns.t() @ grad, index, None, 33, 10.0, torch.bfloat16)),
+        (triton.expanded, (columns.t() @ grad, index, parts, 33, 10.0, False, torch.bfloat16)),
+        (triton.expanded, (columns.t() @ grad, index, None, 33, 10.0, True, torch.bfloat16)),
     ):
         torch.library.opcheck(function.operator, arguments)
 

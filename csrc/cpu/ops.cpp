@@ -214,9 +214,6 @@ struct Layer {
 
   // (N, K) of what lies as the weight does.
   Tensor by_outputs(const Tensor& matrix) const { return is_transposed ? transposed(matrix) : matrix; }
-
-private:
-  static bool lies_by_columns(const Tensor& tensor) { return tensor.stride(0) == 1 && tensor.stride(1) != 1; }
 };
 
 // One thread's part of the work.

@@ -338,8 +338,8 @@ MIXOUT_INLINE int64_t gather_blocks(const Gather& gather) {
 template <typename Operand, typename Result>
 constexpr int lane_columns = sizeof(Operand) == 2 || sizeof(Result) == 2 ? 8 : 4;
 
-// A lane's part of a matrix in mix_kernel and mask_grad_kernel: `width` columns of mix_rows rows, `warps` apart. Blocks
-// stand along strips of 32 lanes' columns.
+// A lane's part of a matrix in mix_kernel, mask_grad_kernel and expand_rows_kernel: `width` columns of mix_rows rows,
+// `warps` apart. Blocks stand along strips of 32 lanes' columns.
 template <int width>
 struct Part {
   int64_t strip, column, first_row;
@@ -351,18 +351,50 @@ struct Part {
     first_row = block / strips * warps * mix_rows + warp_of_thread();
   }
 
-  // Bit i: does an input mask keep column + i.
-  __device__ uint32_t keep_bits(const Mask& mask, Scratch& scratch) const {
-    const int64_t first = strip / mask.repeats;
-    draw(mask, first, blocks_of(strip + 32 * width, mask.repeats) - first, scratch.mask.keep, scratch.mask.sums);
-    return column_keep_bits<width>(mask, scratch.mask.keep, first, column);
+  // The row that a lane takes i-th.
+  __device__ int64_t row(int i) const { return first_row + i * warps; }
+};
+
+// Which entries of a lane's part are kept.
+template <int width, bool neurons_are_rows>
+struct Kept {
+  const Mask& mask;
+  const Part<width>& part;
+  uint32_t drawn = 0; // for all the block: bit j: is column + j kept, or bit i * warps: is row(i)
+
+  __device__ Kept(const Mask& mask, const Part<width>& part, Scratch& scratch) : mask(mask), part(part) {
+    auto& [keep, sums] = scratch.mask;
+    if constexpr (neurons_are_rows) {
+      static_assert(warps * mix_rows == 32);
+      draw(mask, part.first_row - warp_of_thread(), 32, keep, sums);
+      drawn = keep[0] >> warp_of_thread();
+    } else if (!mask.per_element) {
+      const int64_t first = part.strip / mask.repeats;
+      draw(mask, first, blocks_of(part.strip + 32 * width, mask.repeats) - first, keep, sums);
+      drawn = column_keep_bits<width>(mask, keep, first, part.column);
+    }
+  }
+
+  // Whether row(i) has kept entries, as far as all the block knows: W is not read where it has none.
+  __device__ bool any(int i) const { return !neurons_are_rows || drawn >> i * warps & 1; }
+
+  // Bit j: is column + j of row(i) kept.
+  __device__ uint32_t bits(int i, int64_t columns) const {
+    if (neurons_are_rows) return any(i) ? ~0u : 0;
+    if (!mask.per_element) return drawn;
+    return element_keep_bits<width>(*mask.seed, mask.threshold, part.row(i) * columns + part.column);
   }
 };
 
-// W', and before it, for these take longest, the gather and the parts of sums. A lane's mask, of an input mask, is the
-// same in all its rows.
 template <typename Operand, typename Result>
-__global__ void __launch_bounds__(threads)
+int64_t blocks_of_parts(int64_t rows, int64_t columns) {
+  return blocks_of(columns, 32 * lane_columns<Operand, Result>) * blocks_of(rows, warps * mix_rows);
+}
+
+// W', and before it, for these take longest, the gather and the parts of sums. Rounded to 16 bits, fp32 needs 90 and more
+// registers: left alone (0), the compiler takes 80 on sm_90a and spills.
+template <typename Operand, typename Result, bool neurons_are_rows>
+__global__ void __launch_bounds__(threads, sizeof(Operand) > sizeof(Result) ? 2 : 0)
     mix_kernel(Mixing mixing, Result* out, Gather gather, int64_t gathers, ColumnSums sums, int64_t others) {
   using T = Compute<Operand>;
   constexpr int width = lane_columns<Operand, Result>;
@@ -372,20 +404,19 @@ __global__ void __launch_bounds__(threads)
   if (blockIdx.x < others) return sum_rows_block<Result>(sums, blockIdx.x - gathers, scratch);
   const Part<width> part(mixing.columns, blockIdx.x - others);
   const int64_t column = part.column;
-  uint32_t keep = mask.per_element ? 0 : part.keep_bits(mask, scratch);
+  const Kept<width, neurons_are_rows> kept(mask, part, scratch);
   Operand weight[mix_rows][width], target[mix_rows][width];
 #pragma unroll
   for (int i = 0; i < mix_rows; ++i) {
-    const int64_t row = part.first_row + i * warps;
-    const int64_t valid = row < mixing.rows ? mixing.columns - column : 0;
-    load_row<false>(mixing.weight, row, column, valid, weight[i]);
+    const int64_t row = part.row(i), valid = row < mixing.rows ? mixing.columns - column : 0;
+    load_row<false>(mixing.weight, row, column, kept.any(i) ? valid : 0, weight[i]);
     load_row<false>(mixing.target, row, column, valid, target[i]);
   }
 #pragma unroll
   for (int i = 0; i < mix_rows; ++i) {
-    const int64_t row = part.first_row + i * warps;
+    const int64_t row = part.row(i);
     if (row >= mixing.rows || column >= mixing.columns) break;
-    if (mask.per_element) keep = element_keep_bits<width>(*mask.seed, mask.threshold, row * mixing.columns + column);
+    const uint32_t keep = kept.bits(i, mixing.columns);
     Result mixed[width];
 #pragma unroll
     for (int j = 0; j < width; ++j)
@@ -396,7 +427,7 @@ __global__ void __launch_bounds__(threads)
 }
 
 // mask * grad * factor, laid out as mix_kernel, and before it the sums of parts.
-template <typename Operand, typename Result>
+template <typename Operand, typename Result, bool neurons_are_rows>
 __global__ void __launch_bounds__(threads)
     mask_grad_kernel(Matrix grad, int64_t rows, int64_t columns, Mask mask, double factor, Result* out, ColumnSums sums,
                      int64_t sum_blocks) {
@@ -406,24 +437,46 @@ __global__ void __launch_bounds__(threads)
   if (blockIdx.x < sum_blocks) return sum_parts_block<Operand>(sums, blockIdx.x);
   const Part<width> part(columns, blockIdx.x - sum_blocks);
   const int64_t column = part.column;
-  uint32_t keep = mask.per_element ? 0 : part.keep_bits(mask, scratch);
+  const Kept<width, neurons_are_rows> kept(mask, part, scratch);
   Operand values[mix_rows][width];
 #pragma unroll
   for (int i = 0; i < mix_rows; ++i) {
-    const int64_t row = part.first_row + i * warps;
-    load_row<false>(grad, row, column, row < rows ? columns - column : 0, values[i]);
+    const int64_t row = part.row(i);
+    load_row<false>(grad, row, column, row < rows && kept.any(i) ? columns - column : 0, values[i]);
   }
 #pragma unroll
   for (int i = 0; i < mix_rows; ++i) {
-    const int64_t row = part.first_row + i * warps;
+    const int64_t row = part.row(i);
     if (row >= rows || column >= columns) break;
-    if (mask.per_element) keep = element_keep_bits<width>(*mask.seed, mask.threshold, row * columns + column);
+    const uint32_t keep = kept.bits(i, columns);
     Result scaled[width];
 #pragma unroll
     for (int j = 0; j < width; ++j)
       scaled[j] = narrow<Result>(keep >> j & 1 ? multiply(widen(values[i][j]), static_cast<T>(factor)) : T{0});
     store_row(out, row, columns, column, scaled);
   }
+}
+
+// slots[i]: which entry of the index is `first` + i, or -1. The index ascends, -1 being its largest number.
+template <int places>
+__device__ __forceinline__ void find_slots(const int32_t* index, int64_t count, int64_t first,
+                                           int32_t (&slots)[places]) {
+  for (int i = threadIdx.x; i < places; i += threads) slots[i] = -1;
+  __syncthreads();
+  // The first entry wanted stands in [start, start + spread], halved until a thread reads two entries at most: a read
+  // waits for memory, and of short indices there is none more.
+  int64_t start = 0, spread = count;
+  while (spread + places > 2 * threads) {
+    const int64_t half = (spread + 1) / 2;
+    if (static_cast<uint32_t>(index[start + half - 1]) < first) start += half;
+    spread -= half;
+  }
+  const int64_t end = start + spread + places < count ? start + spread + places : count;
+  for (int64_t j = start + threadIdx.x; j < end; j += threads) {
+    const int64_t place = index[j] - first;
+    if (place >= 0 && place < places) slots[place] = static_cast<int32_t>(j);
+  }
+  __syncthreads();
 }
 
 // compact (count, rows) into its columns of out (rows, columns), through a tile in shared memory that turns it, and
@@ -442,26 +495,11 @@ __global__ void __launch_bounds__(threads)
   __shared__ int32_t slots[expand_columns];
   const int64_t strips = blocks_of(columns, expand_columns);
   const int64_t first_column = block % strips * expand_columns;
+  find_slots(index, count, first_column, slots);
   const int64_t first_row = block / strips * expand_rows;
-  for (int i = threadIdx.x; i < expand_columns; i += threads) slots[i] = -1;
-  __syncthreads();
-  // The index ascends, -1 being its largest number. The strip's first entry stands in [start, start + spread], halved
-  // until a thread reads two entries at most: a read waits for memory, and of short indices there is none more.
-  int64_t start = 0, spread = count;
-  while (spread + expand_columns > 2 * threads) {
-    const int64_t half = (spread + 1) / 2;
-    if (static_cast<uint32_t>(index[start + half - 1]) < first_column) start += half;
-    spread -= half;
-  }
-  const int64_t end = start + spread + expand_columns < count ? start + spread + expand_columns : count;
-  for (int64_t j = start + threadIdx.x; j < end; j += threads) {
-    const int64_t place = index[j] - first_column;
-    if (place >= 0 && place < expand_columns) slots[place] = static_cast<int32_t>(j);
-  }
-  __syncthreads();
   const int lane = lane_of_thread();
   const int64_t row = first_row + lane;
-  const Operand* from = static_cast<const Operand*>(compact.data) + row * compact.column_stride;
+  const Operand* from = static_cast<const Operand*>(compact.data) + row;
 #pragma unroll 1
   for (int vector = warp_of_thread(); vector < vectors; vector += warps) {
     Operand entries[width];
@@ -482,6 +520,33 @@ __global__ void __launch_bounds__(threads)
     Result values[width];
     load_vector(&tile[i / vectors][i % vectors * width], values);
     store_row(out, first_row + i / vectors, columns, column, values);
+  }
+}
+
+// compact (count, rows) into its rows of out (columns, rows), laid out as mix_kernel, and before it the sums of parts.
+template <typename Operand, typename Result>
+__global__ void __launch_bounds__(threads)
+    expand_rows_kernel(Matrix compact, const int32_t* index, int64_t count, int64_t rows, int64_t columns,
+                       double factor, Result* out, ColumnSums sums, int64_t sum_blocks) {
+  using T = Compute<Operand>;
+  constexpr int width = lane_columns<Operand, Result>;
+  if (blockIdx.x < sum_blocks) return sum_parts_block<Operand>(sums, blockIdx.x);
+  __shared__ int32_t slots[warps * mix_rows];
+  const Part<width> part(rows, blockIdx.x - sum_blocks);
+  find_slots(index, count, part.first_row - warp_of_thread(), slots);
+  Operand values[mix_rows][width];
+#pragma unroll
+  for (int i = 0; i < mix_rows; ++i) {
+    const int32_t slot = slots[part.row(i) % (warps * mix_rows)];
+    load_row<false>(compact, slot, part.column, slot >= 0 ? rows - part.column : 0, values[i]);
+  }
+#pragma unroll
+  for (int i = 0; i < mix_rows; ++i) {
+    if (part.row(i) >= columns || part.column >= rows) break;
+    Result scaled[width];
+#pragma unroll
+    for (int j = 0; j < width; ++j) scaled[j] = narrow<Result>(multiply(widen(values[i][j]), static_cast<T>(factor)));
+    store_row(out, part.row(i), rows, part.column, scaled);
   }
 }
 
@@ -761,18 +826,18 @@ const char* multiply(Dtype operand, Dtype result, const Product& product, bool t
 
 } // namespace
 
-const char* why_no_kernels() { return why_no_kernel(mix_kernel<float, float>); }
+const char* why_no_kernels() { return why_no_kernel(mix_kernel<float, float, false>); }
 
 const char* launch_mix(Dtype operand, Dtype result, const Mixing& mixing, void* out, const Gather& gather,
                        const ColumnSums& sums, Launch launch) {
   return with_types(operand, result, [&](auto types) {
     using Operand = typename decltype(types)::Operand;
     using Result = typename decltype(types)::Result;
-    const int64_t mix_blocks =
-        blocks_of(mixing.columns, 32 * lane_columns<Operand, Result>) * blocks_of(mixing.rows, warps * mix_rows);
+    const int64_t mix_blocks = blocks_of_parts<Operand, Result>(mixing.rows, mixing.columns);
     const int64_t gathers = gather_blocks(gather), others = gathers + sum_rows_blocks<Result>(sums);
-    return launch_blocks(mix_kernel<Operand, Result>, others + mix_blocks, launch, mixing, static_cast<Result*>(out),
-                         gather, gathers, sums, others);
+    return launch_blocks(mixing.mask.neurons_are_rows ? mix_kernel<Operand, Result, true>
+                                                      : mix_kernel<Operand, Result, false>,
+                         others + mix_blocks, launch, mixing, static_cast<Result*>(out), gather, gathers, sums, others);
   });
 }
 
@@ -781,10 +846,11 @@ const char* launch_mask_grad(Dtype operand, Dtype result, Matrix grad, int64_t r
   return with_gradient_types(operand, result, [&](auto types) {
     using Operand = typename decltype(types)::Operand;
     using Result = typename decltype(types)::Result;
-    const int64_t blocks = blocks_of(columns, 32 * lane_columns<Operand, Result>) * blocks_of(rows, warps * mix_rows);
+    const int64_t blocks = blocks_of_parts<Operand, Result>(rows, columns);
     const int64_t sum_blocks = sum_parts_blocks(sums);
-    return launch_blocks(mask_grad_kernel<Operand, Result>, sum_blocks + blocks, launch, grad, rows, columns, mask,
-                         factor, static_cast<Result*>(out), sums, sum_blocks);
+    return launch_blocks(
+        mask.neurons_are_rows ? mask_grad_kernel<Operand, Result, true> : mask_grad_kernel<Operand, Result, false>,
+        sum_blocks + blocks, launch, grad, rows, columns, mask, factor, static_cast<Result*>(out), sums, sum_blocks);
   });
 }
 
@@ -805,15 +871,17 @@ const char* launch_grad_input(Dtype operand, Dtype result, const Mixing& mixing,
 }
 
 const char* launch_expand(Dtype operand, Dtype result, Matrix compact, const int32_t* index, int64_t count,
-                          int64_t rows, int64_t columns, double factor, void* out, const ColumnSums& sums,
+                          int64_t rows, int64_t columns, bool by_rows, double factor, void* out, const ColumnSums& sums,
                           Launch launch) {
   return with_gradient_types(operand, result, [&](auto types) {
     using Operand = typename decltype(types)::Operand;
     using Result = typename decltype(types)::Result;
-    const int64_t blocks = blocks_of(columns, expand_columns) * blocks_of(rows, expand_rows);
+    const int64_t blocks = by_rows ? blocks_of_parts<Operand, Result>(columns, rows)
+                                   : blocks_of(columns, expand_columns) * blocks_of(rows, expand_rows);
     const int64_t sum_blocks = sum_parts_blocks(sums);
-    return launch_blocks(expand_kernel<Operand, Result>, sum_blocks + blocks, launch, compact, index, count, rows,
-                         columns, factor, static_cast<Result*>(out), sums, sum_blocks);
+    return launch_blocks(by_rows ? expand_rows_kernel<Operand, Result> : expand_kernel<Operand, Result>,
+                         sum_blocks + blocks, launch, compact, index, count, rows, columns, factor,
+                         static_cast<Result*>(out), sums, sum_blocks);
   });
 }
 

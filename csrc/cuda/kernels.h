@@ -20,8 +20,9 @@ struct Matrix {
 struct Mask {
   const int64_t* seed; // on the device
   uint64_t threshold;
-  bool per_element; // one entry per element, row-major; else one per `repeats` neighbouring columns, the three below
-  int64_t entries;  // of an input mask
+  bool per_element;      // one entry per element, row-major; else one per input neuron, which the four below are of
+  bool neurons_are_rows; // an entry is of a row; else of `repeats` neighbouring columns
+  int64_t entries;
   int64_t capacity; // kept entries past it count as dropped
   int64_t repeats;  // the offsets of a convolution's input channel share its entry
 };
@@ -78,7 +79,8 @@ const char* launch_mask_grad(Dtype operand, Dtype result, Matrix grad, int64_t r
 // The same of nothing to mix.
 const char* launch_gather(Dtype dtype, const Mask& mask, const Gather& gather, const ColumnSums& sums, Launch launch);
 
-// One pass over W and U that writes no W'. Neighbouring columns of all three are neighbours in memory. linear: out (m,
+// One pass over W and U that writes no W'. Neighbouring columns of all three are neighbours in memory, and
+// neurons are not rows. linear: out (m,
 // rows) = x W'^T + bias, bias data null for none. grad_input: out (m, columns) = x W'. x is of the result's type; tf32
 // allows fp32 products to round their operands.
 const char* launch_linear(Dtype operand, Dtype result, const Mixing& mixing, Matrix x, int64_t m, Matrix bias,
@@ -88,10 +90,10 @@ const char* launch_grad_input(Dtype operand, Dtype result, const Mixing& mixing,
 // Columns that linear takes: their mask stands in shared memory, a bit each.
 constexpr int64_t one_pass_columns = 1 << 18;
 
-// out (rows, columns): column index[j] is compact's row j (count, rows) times factor, the others are 0. In the same
-// launch the sums of their parts, of compact's type.
+// out (rows, columns): column index[j] is compact's row j (count, rows) times factor, the others are 0; or by_rows, out
+// (columns, rows): its row index[j] is that. In the same launch the sums of their parts, of compact's type.
 const char* launch_expand(Dtype operand, Dtype result, Matrix compact, const int32_t* index, int64_t count,
-                          int64_t rows, int64_t columns, double factor, void* out, const ColumnSums& sums,
+                          int64_t rows, int64_t columns, bool by_rows, double factor, void* out, const ColumnSums& sums,
                           Launch launch);
 
 } // namespace mixout_fast::cuda

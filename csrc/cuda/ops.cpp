@@ -11,6 +11,7 @@
 #include <optional>
 #include <string>
 #include <tuple>
+#include <utility>
 
 #include "../library.h"
 #include "kernels.h"
@@ -65,21 +66,58 @@ Tensor allocate(const Tensor& like, std::initializer_list<int64_t> sizes, Scalar
   return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()), type);
 }
 
-// (N, K), or (N, K, R) seen as (N, K * R).
-Matrix matrix_of(const Tensor& tensor) {
-  Matrix matrix{tensor.const_data_ptr(), tensor.stride(0), 0, false};
-  if (tensor.dim() == 2) {
-    matrix.column_stride = tensor.stride(1);
-  } else {
-    STD_TORCH_CHECK(tensor.dim() == 3, "takes 2 or 3 dimensions");
+Matrix matrix_of(const Tensor& tensor, int64_t row_stride, int64_t column_stride) {
+  const bool vectors = column_stride == 1 && reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0 &&
+                       row_stride * static_cast<int64_t>(tensor.element_size()) % 16 == 0;
+  return {tensor.const_data_ptr(), row_stride, column_stride, vectors};
+}
+
+Matrix matrix_of(const Tensor& tensor) { return matrix_of(tensor, tensor.stride(0), tensor.stride(1)); }
+
+// How the kernels see a weight: (N, K) as it is, or where it lies by columns and is seen `transposed`, as (K, N) in
+// rows; (N, K, R) as (N, K * R), or of one output as (K, R).
+struct View {
+  bool transposed;
+  int64_t rows, columns, in_features;
+  bool neurons_are_rows;
+
+  explicit View(const Tensor& weight, bool seen_transposed = false)
+      : transposed(seen_transposed), rows(weight.size(0)), columns(weight.size(1)), in_features(weight.size(1)),
+        neurons_are_rows(seen_transposed) {
+    STD_TORCH_CHECK(weight.dim() == 2 || weight.dim() == 3, "takes 2 or 3 dimensions");
+    if (transposed) std::swap(rows, columns);
+    if (weight.dim() == 2) return;
+    neurons_are_rows = rows == 1;
+    if (neurons_are_rows) rows = columns, columns = weight.size(2);
+    else columns *= weight.size(2);
+  }
+
+  Matrix matrix(const Tensor& tensor) const {
+    if (transposed) return matrix_of(tensor, tensor.stride(1), tensor.stride(0));
+    if (tensor.dim() == 2) return matrix_of(tensor);
+    if (neurons_are_rows) return matrix_of(tensor, tensor.stride(1), tensor.stride(2));
     STD_TORCH_CHECK(tensor.stride(1) == tensor.size(2) * tensor.stride(2) || tensor.size(1) <= 1,
                     "the last two of three dimensions must be laid out as one");
-    matrix.column_stride = tensor.stride(2);
+    return matrix_of(tensor, tensor.stride(0), tensor.stride(2));
   }
-  matrix.vectors = matrix.column_stride == 1 && reinterpret_cast<uintptr_t>(matrix.data) % 16 == 0 &&
-                   matrix.row_stride * static_cast<int64_t>(tensor.element_size()) % 16 == 0;
-  return matrix;
-}
+
+  Mask mask(const Tensor& seed, double p, bool per_neuron) const {
+    return {static_cast<const int64_t*>(seed.const_data_ptr()),
+            threshold_of(p),
+            !per_neuron,
+            per_neuron && neurons_are_rows,
+            in_features,
+            per_neuron ? capacity_of(in_features, p) : 0,
+            neurons_are_rows || in_features == 0 ? 1 : columns / in_features};
+  }
+
+  // A result, in the dimensions of the weight it is for, of the memory that the kernels have written in rows.
+  Tensor result(const Tensor& weight, ScalarType dtype) const {
+    if (transposed) return torch::stable::transpose(allocate(weight, {rows, columns}, dtype), 0, 1);
+    return weight.dim() == 2 ? allocate(weight, {rows, columns}, dtype)
+                             : allocate(weight, {weight.size(0), weight.size(1), weight.size(2)}, dtype);
+  }
+};
 
 // One pass takes matrices whose columns are neighbours in memory; others are mixed first.
 bool is_by_rows(const Matrix& matrix, int64_t columns) {
@@ -87,28 +125,19 @@ bool is_by_rows(const Matrix& matrix, int64_t columns) {
 }
 
 bool takes_one_pass(const Mixing& mixing, const Matrix& x, int64_t length) {
-  return is_by_rows(mixing.weight, mixing.columns) && is_by_rows(mixing.target, mixing.columns) &&
-         is_by_rows(x, length) && mixing.columns <= one_pass_columns;
+  return !mixing.mask.neurons_are_rows && is_by_rows(mixing.weight, mixing.columns) &&
+         is_by_rows(mixing.target, mixing.columns) && is_by_rows(x, length) && mixing.columns <= one_pass_columns;
 }
 
-int64_t repeats_of(const Tensor& tensor) { return tensor.dim() == 3 ? tensor.size(2) : 1; }
-
-Mask mask_of(const Tensor& seed, double p, bool per_column, int64_t entries, int64_t repeats = 1) {
-  return {static_cast<const int64_t*>(seed.const_data_ptr()), threshold_of(p), !per_column, entries,
-          per_column ? capacity_of(entries, p) : 0,           repeats};
+Mixing mixing_of(const View& view, const Tensor& weight, const std::optional<Tensor>& target, const Tensor& seed,
+                 double p, bool per_column) {
+  return {view.matrix(weight),           target ? view.matrix(*target) : Matrix{}, view.rows, view.columns, scale_of(p),
+          view.mask(seed, p, per_column)};
 }
 
-Mixing mixing_of(const Tensor& weight, const std::optional<Tensor>& target, const Tensor& seed, double p,
-                 bool per_column) {
-  const int64_t repeats = repeats_of(weight);
-  return {matrix_of(weight), target ? matrix_of(*target) : Matrix{},
-          weight.size(0),    weight.size(1) * repeats,
-          scale_of(p),       mask_of(seed, p, per_column, weight.size(1), repeats)};
-}
-
-Tensor like_weight(const Tensor& weight, ScalarType dtype) {
-  return weight.dim() == 3 ? allocate(weight, {weight.size(0), weight.size(1), weight.size(2)}, dtype)
-                           : allocate(weight, {weight.size(0), weight.size(1)}, dtype);
+// That of a layer's (N, K).
+View view_of(const Tensor& weight, const std::optional<Tensor>& target, bool per_column) {
+  return View(weight, per_column && lies_by_columns(weight) && (!target || lies_by_columns(*target)));
 }
 
 // The kept columns of rows, as tensors and as what the kernels take.
@@ -146,9 +175,9 @@ std::string why_no_kernels_here() {
 }
 
 // W', and in the same launch the gather and the sums' parts.
-Tensor mixed(const Tensor& weight, const Mixing& mixing, ScalarType dtype, const Gather& gather, const ColumnSums& sums,
-             Launch launch) {
-  Tensor out = like_weight(weight, dtype);
+Tensor mixed(const View& view, const Tensor& weight, const Mixing& mixing, ScalarType dtype, const Gather& gather,
+             const ColumnSums& sums, Launch launch) {
+  Tensor out = view.result(weight, dtype);
   check(launch_mix(dtype_of(weight), dtype_of(dtype), mixing, out.mutable_data_ptr(), gather, sums, launch));
   return out;
 }
@@ -156,23 +185,23 @@ Tensor mixed(const Tensor& weight, const Mixing& mixing, ScalarType dtype, const
 Tensor mix(const Tensor& weight, const std::optional<Tensor>& target, const Tensor& seed, double p, bool per_column,
            ScalarType dtype) {
   const OnDevice device(weight);
-  return mixed(weight, mixing_of(weight, target, seed, p, per_column), dtype, {}, {}, device.launch);
+  const View view(weight);
+  return mixed(view, weight, mixing_of(view, weight, target, seed, p, per_column), dtype, {}, {}, device.launch);
 }
 
 // mask * grad * factor, and in the same launch the sums of their parts.
-Tensor masked(const Tensor& grad, const Tensor& seed, double p, bool per_column, double factor, ScalarType dtype,
+Tensor masked(const View& view, const Tensor& grad, const Mask& mask, double factor, ScalarType dtype,
               const ColumnSums& sums, Launch launch) {
-  const int64_t repeats = repeats_of(grad);
-  Tensor out = like_weight(grad, dtype);
-  check(launch_mask_grad(dtype_of(grad), dtype_of(dtype), matrix_of(grad), grad.size(0), grad.size(1) * repeats,
-                         mask_of(seed, p, per_column, grad.size(1), repeats), factor, out.mutable_data_ptr(), sums,
-                         launch));
+  Tensor out = view.result(grad, dtype);
+  check(launch_mask_grad(dtype_of(grad), dtype_of(dtype), view.matrix(grad), view.rows, view.columns, mask, factor,
+                         out.mutable_data_ptr(), sums, launch));
   return out;
 }
 
 Tensor mask_grad(const Tensor& grad, const Tensor& seed, double p, bool per_column, double factor, ScalarType dtype) {
   const OnDevice device(grad);
-  return masked(grad, seed, p, per_column, factor, dtype, {}, device.launch);
+  const View view(grad);
+  return masked(view, grad, view.mask(seed, p, per_column), factor, dtype, {}, device.launch);
 }
 
 Output linear(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& target,
@@ -180,8 +209,9 @@ Output linear(const Tensor& input, const Tensor& weight, const std::optional<Ten
               bool tf32, bool gathers, bool /*fixed_size*/) {
   const OnDevice device(weight);
   const ScalarType dtype = input.scalar_type();
-  const Mixing mixing = mixing_of(weight, target, seed, p, per_column);
-  const Tensor rows = rows_of(input, mixing.columns);
+  const View view = view_of(weight, target, per_column);
+  const Mixing mixing = mixing_of(view, weight, target, seed, p, per_column);
+  const Tensor rows = rows_of(input, weight.size(1));
   std::optional<Gathered> gathered;
   if (gathers) gathered.emplace(rows, mixing.mask.capacity);
   const Gather gather = gathered ? gathered->gather : Gather{};
@@ -189,8 +219,8 @@ Output linear(const Tensor& input, const Tensor& weight, const std::optional<Ten
   if (gathered) index = gathered->index, columns = gathered->columns;
 
   const Matrix x = matrix_of(rows);
-  if (!one_pass || !takes_one_pass(mixing, x, mixing.columns))
-    return {library_linear(input, mixed(weight, mixing, dtype, gather, {}, device.launch), bias), index, columns};
+  if (!one_pass || !takes_one_pass(mixing, x, weight.size(1)))
+    return {library_linear(input, mixed(view, weight, mixing, dtype, gather, {}, device.launch), bias), index, columns};
   Tensor output = allocate(weight, {rows.size(0), mixing.rows}, dtype);
   const Matrix bias_row = bias ? Matrix{bias->const_data_ptr(), 0, bias->stride(0), false} : Matrix{};
   check(launch_linear(dtype_of(weight), dtype_of(dtype), mixing, x, rows.size(0), bias_row, tf32,
@@ -200,14 +230,22 @@ Output linear(const Tensor& input, const Tensor& weight, const std::optional<Ten
 
 // Of an input mask: the product of the kept columns of x with dY by the library, then spread into the dense dW; in the
 // same launch the sums of their parts.
-Tensor expanded(const Tensor& columns, const Tensor& grad, const Tensor& index, const Tensor& weight, double factor,
-                const ColumnSums& sums, Launch launch) {
+Tensor expanded(const View& view, const Tensor& columns, const Tensor& grad, const Tensor& index, const Tensor& weight,
+                double factor, const ColumnSums& sums, Launch launch) {
   const Tensor compact = library_mm(torch::stable::transpose(columns, 0, 1), grad);
-  Tensor out = like_weight(weight, weight.scalar_type());
+  Tensor out = view.result(weight, weight.scalar_type());
   check(launch_expand(dtype_of(compact), dtype_of(out), matrix_of(compact),
                       static_cast<const int32_t*>(index.const_data_ptr()), index.numel(), weight.size(0),
-                      weight.size(1), factor, out.mutable_data_ptr(), sums, launch));
+                      weight.size(1), view.transposed, factor, out.mutable_data_ptr(), sums, launch));
   return out;
+}
+
+// dYᵀ X (N, K), in rows as the view has them.
+Tensor full_product(const View& view, const Tensor& grad, const Tensor& x) {
+  const auto product = [](const Tensor& a, const Tensor& b) {
+    return library_mm(torch::stable::transpose(a, 0, 1), b);
+  };
+  return view.transposed ? torch::stable::transpose(product(x, grad), 0, 1) : product(grad, x);
 }
 
 Gradients linear_backward(const Tensor& grad_output, const std::optional<Tensor>& input,
@@ -217,18 +255,19 @@ Gradients linear_backward(const Tensor& grad_output, const std::optional<Tensor>
                           double factor, bool one_pass, bool tf32, bool in_full_product) {
   const OnDevice device(weight);
   const ScalarType dtype = grad_output.scalar_type();
-  const Mixing mixing = mixing_of(weight, target, seed, p, per_column);
-  const Tensor grad = rows_of(grad_output, mixing.rows);
+  const View view = view_of(weight, target, per_column);
+  const Mixing mixing = mixing_of(view, weight, target, seed, p, per_column);
+  const Tensor grad = rows_of(grad_output, weight.size(0));
   STD_TORCH_CHECK(!needs_weight || input || (kept_index && kept_columns), nothing_for_dw);
   std::optional<Tensor> x;
-  if (needs_weight && input) x = rows_of(*input, mixing.columns);
+  if (needs_weight && input) x = rows_of(*input, weight.size(1));
   std::optional<Gathered> gathered;
   if (x && !in_full_product) gathered.emplace(*x, mixing.mask.capacity);
   const Gather gather = gathered ? gathered->gather : Gather{};
 
   std::optional<Tensor> grad_input, grad_weight, grad_bias;
   const Matrix dy = matrix_of(grad);
-  const bool input_in_one_pass = one_pass && takes_one_pass(mixing, dy, mixing.rows);
+  const bool input_in_one_pass = one_pass && takes_one_pass(mixing, dy, weight.size(0));
   const bool mixes = needs_input && !input_in_one_pass;
   // db is summed in two of the other launches where there are two for it; the library's sum is one more.
   std::optional<Summed> summed;
@@ -242,16 +281,17 @@ Gradients linear_backward(const Tensor& grad_output, const std::optional<Tensor>
                             device.launch));
     grad_input = shaped_as(grad_output, out);
   } else if (needs_input) {
-    grad_input = shaped_as(grad_output, library_mm(grad, mixed(weight, mixing, dtype, gather, sums, device.launch)));
+    grad_input =
+        shaped_as(grad_output, library_mm(grad, mixed(view, weight, mixing, dtype, gather, sums, device.launch)));
   }
   if (gathered && !mixes) check(launch_gather(dtype_of(dtype), mixing.mask, gather, sums, device.launch));
 
   if (x && in_full_product)
-    grad_weight = masked(library_mm(torch::stable::transpose(grad, 0, 1), *x), seed, p, per_column, factor,
-                         weight.scalar_type(), sums, device.launch);
+    grad_weight =
+        masked(view, full_product(view, grad, *x), mixing.mask, factor, weight.scalar_type(), sums, device.launch);
   else if (needs_weight)
-    grad_weight = expanded(gathered ? gathered->columns : *kept_columns, grad, gathered ? gathered->index : *kept_index,
-                           weight, factor, sums, device.launch);
+    grad_weight = expanded(view, gathered ? gathered->columns : *kept_columns, grad,
+                           gathered ? gathered->index : *kept_index, weight, factor, sums, device.launch);
   return {grad_input, grad_weight, grad_bias};
 }
 

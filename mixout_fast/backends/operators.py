@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from mixout_fast.reference import capacity
+from mixout_fast.reference import capacity, lies_by_columns
 
 PACKAGE = Path(__file__).parent.parent
 
@@ -100,8 +100,7 @@ def register(namespace: str, on_gpu: bool) -> None:
     nothing to do for any of them under autograd's key: autograd functions call them, and its fallback takes 6 us from
     cold caches.
 
-    A GPU's gather always has the capacity as its size, and its gradients lie by rows, where a CPU's of a weight that
-    lies by columns does too.
+    A GPU's gather always has the capacity as its size.
     """
     library = torch.library.Library(namespace, "IMPL")
     for name in ("mix", "mask_grad", "linear", "linear_backward"):
@@ -130,7 +129,7 @@ def register(namespace: str, on_gpu: bool) -> None:
     @fake(f"{namespace}::linear_backward")
     def _(grad, input, index, columns, weight, target, seed, needs_input, needs_weight, needs_bias, p, *options):
         out_features, in_features = weight.shape
-        by_columns = not on_gpu and options[0] and all(map(_lies_by_columns, (weight, target)))
+        by_columns = options[0] and lies_by_columns(weight, target)
         shape = (in_features, out_features) if by_columns else (out_features, in_features)
         grad_weight = weight.new_empty(shape) if needs_weight else None
         return (
@@ -153,7 +152,3 @@ def register(namespace: str, on_gpu: bool) -> None:
         else:  # how many a CPU keeps, only the mask tells: as many as on average
             width = in_features if full_product else capacity(in_features, p) if on_gpu else (1 - p) * in_features
         return 2 * math.prod(grad) * round(needs_input * in_features + needs_weight * width)
-
-
-def _lies_by_columns(matrix: Tensor | None) -> bool:
-    return matrix is None or (matrix.stride(0) == 1 and matrix.stride(1) != 1)

@@ -30,7 +30,7 @@ from torch.nn import functional as F
 
 from mixout_fast import reference
 from mixout_fast.backends import gpu
-from mixout_fast.reference import capacity, scale, threshold
+from mixout_fast.reference import capacity, lies_by_columns, scale, threshold
 
 # A constant: torch.compile traces `unavailable` and cannot trace a search for a module.
 INSTALLED = importlib.util.find_spec("triton") is not None
@@ -73,11 +73,14 @@ WIDE_PROGRAMS = 128
 # Bytes of a tile of one operand: 4 loads of 16 bytes a thread.
 TILE_BYTES = 8192
 BLOCK_COLUMNS = 1024
+# Outputs of such a tile where an input neuron's weights are neighbours in memory: of weights by columns, and of three
+# dimensions whose last is so long. Those of a dropped neuron are not read.
+BLOCK_OUTPUTS = 256
 # Programs of a streaming kernel: 4 on each of an H100's 132 multiprocessors.
 PROGRAMS = 528
 ELEMENT_BLOCK = 2048
-# Of the dense gradient, (BLOCK_N, BLOCK_K).
-EXPANDED = (32, 64)
+# Of the dense gradient, (BLOCK_N, BLOCK_K), by rows and by columns.
+EXPANDED = (32, 64), (64, 32)
 # Columns of dY, and tiles of so many, that a program sums: 32 KiB, where one that mixes moves 24 or more. Parts so
 # short keep the error, at 130 to 30000 rows of fp32, at 0.7 to 0.8 of that of PyTorch's sum on a CPU.
 SUMMED_COLUMNS, SUMMED_TILES = 64, 4
@@ -103,11 +106,11 @@ def is_one_pass(dtype: torch.dtype, rows: int, out_features: int) -> tuple[bool,
 
 
 def mix(weight: Tensor, target: Tensor | None, seed: Tensor, p: float, mask: str, dtype: torch.dtype) -> Tensor:
-    return prologue(weight, target, None, None, seed, p, mask, scale(p), False, dtype)[0]
+    return prologue(weight, target, None, None, seed, p, mask, scale(p), False, False, dtype)[0]
 
 
 def mask_grad(grad: Tensor, seed: Tensor, p: float, mask: str, factor: float, dtype: torch.dtype) -> Tensor:
-    return prologue(grad, None, None, None, seed, p, mask, factor, True, dtype)[0]
+    return prologue(grad, None, None, None, seed, p, mask, factor, True, False, dtype)[0]
 
 
 def linear(
@@ -115,12 +118,13 @@ def linear(
     gathers: bool, static: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     rows = input.reshape(-1, weight.shape[1])
-    one_pass, _ = is_one_pass(input.dtype, rows.shape[0], weight.shape[0])
+    by_columns = mask == "input" and lies_by_columns(weight, target)
+    one_pass = not by_columns and is_one_pass(input.dtype, rows.shape[0], weight.shape[0])[0]
     index = columns = None
     if gathers or not one_pass:
         operands = (None, None) if one_pass else (weight, target)
         x = rows if gathers else None
-        mixed, index, columns, _ = prologue(*operands, x, None, seed, p, mask, scale(p), False, input.dtype)
+        mixed, index, columns, _ = prologue(*operands, x, None, seed, p, mask, scale(p), False, by_columns, input.dtype)
     if not one_pass:
         output = F.linear(input, mixed, bias)
         return reference.shaped(output, output.shape), index, columns
@@ -138,7 +142,8 @@ def gradients(
     out_features, in_features = weight.shape
     rows, draw = grad.reshape(-1, out_features), (seed, p, mask)
     x = input.reshape(-1, in_features) if needs_weight and input is not None else None
-    _, one_pass = is_one_pass(grad.dtype, *rows.shape)
+    by_columns = mask == "input" and lies_by_columns(weight, target)
+    one_pass = not by_columns and is_one_pass(grad.dtype, *rows.shape)[1]
     in_full = mask == "element" or gpu.takes_full_product(p, out_features, in_features)
     mixes, gathers = needs_input and not one_pass, x is not None and not in_full
     in_parts = needs_bias and needs_weight and (mixes or gathers)
@@ -146,15 +151,16 @@ def gradients(
     if mixes or gathers:
         operands = (weight, target) if mixes else (None, None)
         operands += (x if gathers else None, rows if in_parts else None)
-        mixed, *gathered, parts = prologue(*operands, *draw, scale(p), False, grad.dtype)
+        mixed, *gathered, parts = prologue(*operands, *draw, scale(p), False, by_columns, grad.dtype)
         index, columns = gathered if gathers else (index, columns)
     if needs_input:
         dX = rows.mm(mixed) if mixes else product(rows, weight, target, None, *draw, True)
         dX = dX.view(*grad.shape[:-1], in_features)
     if x is not None and in_full:
-        dW, _, _, db = prologue(rows.t().mm(x), None, None, parts, *draw, factor, True, weight.dtype)
+        full = x.t().mm(rows).t() if by_columns else rows.t().mm(x)
+        dW, _, _, db = prologue(full, None, None, parts, *draw, factor, True, by_columns, weight.dtype)
     elif needs_weight:
-        dW, db = expanded(columns.t().mm(rows), index, parts, in_features, factor, weight.dtype)
+        dW, db = expanded(columns.t().mm(rows), index, parts, in_features, factor, by_columns, weight.dtype)
     if needs_bias and not in_parts:
         db = rows.sum(0)
     return dX, dW, db
@@ -223,24 +229,32 @@ def traced(fake: Callable, schema: str | None = None) -> Callable:
 
 
 @functools.lru_cache(4096)
-def prologue_blocks(in_features: int, outputs: int, rows: int, size: int) -> tuple[int, int, int, int, int, int]:
-    """BLOCK_N, BLOCK_K; of W' and then of X[:, kept] the rows that a program takes and how many programs that makes.
+def prologue_blocks(
+    in_features: int, outputs: int, rows: int, size: int, along_outputs: bool
+) -> tuple[dict, int, int, int, int]:
+    """The blocks; of W' the row blocks, then of X[:, kept] the rows, that a program takes, and how many programs.
 
     One gathers even where there are no rows: the index. Entries have so many bytes. Remembered, this saves 1 us of the
     host's 25 a launch.
     """
-    block_k = min(BLOCK_COLUMNS, max(16, _power_of_2(in_features)))
-    block_n = max(1, TILE_BYTES // (block_k * size))
+    block_x = min(BLOCK_COLUMNS, max(16, _power_of_2(in_features)))
+    block_m = max(1, TILE_BYTES // (block_x * size))
+    block_n, block_k = (BLOCK_OUTPUTS, TILE_BYTES // (BLOCK_OUTPUTS * size)) if along_outputs else (block_m, block_x)
     column_blocks = _blocks(in_features, block_k)
     weight_rows, row_blocks = _split(outputs, block_n, column_blocks)
-    tiles = max(1, min(GATHERED_TILES, _blocks(rows, block_n) // GATHER_PROGRAMS))
-    gathered = _split(max(rows, 1), block_n, 1, tiles)
-    return block_n, block_k, weight_rows, row_blocks * column_blocks, *gathered
+    tiles = max(1, min(GATHERED_TILES, _blocks(rows, block_m) // GATHER_PROGRAMS))
+    gathered = _split(max(rows, 1), block_m, 1, tiles)
+    blocks = {"BLOCK_N": block_n, "BLOCK_K": block_k, "BLOCK_M": block_m, "BLOCK_X": block_x}
+    return blocks, weight_rows // block_n, row_blocks * column_blocks, *gathered
 
 
-def _fake_prologue(weight, target, rows, summed, seed, p, mask, factor, is_gradient, dtype):
-    # Not torch.empty(weight.shape): a torch.Size takes 1 us to read.
-    mixed = None if weight is None else torch.empty_like(weight, dtype=dtype, memory_format=torch.contiguous_format)
+def _fake_prologue(weight, target, rows, summed, seed, p, mask, factor, is_gradient, by_columns, dtype):
+    mixed = None
+    if weight is not None:
+        # Not torch.empty(weight.shape): a torch.Size takes 1 us to read.
+        lying = weight.t() if by_columns else weight
+        mixed = torch.empty_like(lying, dtype=dtype, memory_format=torch.contiguous_format)
+        mixed = mixed.t() if by_columns else mixed
     index = columns = None
     if rows is not None:
         count = capacity(rows.shape[1], p)
@@ -252,20 +266,21 @@ def _fake_prologue(weight, target, rows, summed, seed, p, mask, factor, is_gradi
 @traced(
     _fake_prologue,
     "(Tensor? weight, Tensor? target, Tensor? rows, Tensor? summed, Tensor seed, float p, str mask, float factor, "
-    "bool is_gradient, ScalarType dtype) -> (Tensor?, Tensor?, Tensor?, Tensor?)",
+    "bool is_gradient, bool by_columns, ScalarType dtype) -> (Tensor?, Tensor?, Tensor?, Tensor?)",
 )
 def prologue(
     weight: Tensor | None, target: Tensor | None, rows: Tensor | None, summed: Tensor | None, seed: Tensor, p: float,
-    mask: str, factor: float, is_gradient: bool, dtype: torch.dtype,
+    mask: str, factor: float, is_gradient: bool, by_columns: bool, dtype: torch.dtype,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """In one launch, each where its operand is given:
 
-    W' of weight (N, K) or (N, K, R), in `dtype`, contiguous; of a gradient m ⊙ weight · factor;
+    W' of weight (N, K) or (N, K, R), in `dtype`, contiguous, or of one (N, K) that lies by columns as that does; of a
+    gradient m ⊙ weight · factor;
     of rows (M, K) the kept indices (C,) int32 and the kept columns (M, C), padded with -1 and 0;
     of summed (M, N) the sums of the columns, beside W' of parts of them, (P, N), beside a gradient (N,) in its dtype.
     """
     mixed, index, columns, sums = _fake_prologue(
-        weight, target, rows, summed, seed, p, mask, factor, is_gradient, dtype
+        weight, target, rows, summed, seed, p, mask, factor, is_gradient, by_columns, dtype
     )
     draw = seed, threshold(p), factor
     if mask == "element":
@@ -281,20 +296,22 @@ def prologue(
     matrix = rows if weight is None else weight
     in_features = matrix.shape[1]
     bound = capacity(in_features, p)
-    outputs, offsets = (0, 1) if weight is None else (weight.shape[0], weight.shape[2] if weight.dim() == 3 else 1)
+    outputs = 0 if weight is None else weight.shape[0]
+    offsets = weight.shape[2] if weight is not None and weight.dim() == 3 else None
     row_count = 0 if rows is None else rows.shape[0]
-    block_n, block_k, weight_rows, weight_programs, gathered_rows, gather_programs = prologue_blocks(
-        in_features, outputs * offsets, row_count, matrix.element_size()
+    along_outputs = by_columns or (offsets or 1) >= BLOCK_OUTPUTS
+    blocks, weight_blocks, weight_programs, gathered_rows, gather_programs = prologue_blocks(
+        in_features, outputs * (offsets or 1), row_count, matrix.element_size(), along_outputs
     )
     if rows is None:
         gather_programs = 0
     launch_and_sum(
         kernels.prologue_kernel, weight_programs + gather_programs, matrix.device, summed, sums,
         weight, target, mixed, rows, columns, index, *draw, outputs, in_features, offsets, row_count, bound,
-        *_strides(weight, 3), *_strides(target, 3), *_strides(rows, 2),
-        weight_programs, weight_rows, gathered_rows,
-        IS_GRADIENT=is_gradient, BOUNDED=bound < in_features, COMPUTE=_compute(matrix),
-        BLOCK_N=block_n, BLOCK_K=block_k,
+        *_strides(weight, 3), *_strides(target, 3), *_strides(mixed, 3), *_strides(rows, 2),
+        weight_programs, weight_blocks, gathered_rows,
+        IS_GRADIENT=is_gradient, BOUNDED=bound < in_features, KEPT_ALONE=along_outputs, COMPUTE=_compute(matrix),
+        **blocks,
     )  # fmt: skip
     return mixed, index, columns, sums
 
@@ -333,31 +350,33 @@ def product(
     return output
 
 
-def _fake_expanded(compact, index, parts, in_features, factor, dtype):
-    dense = compact.new_empty(compact.shape[1], in_features, dtype=dtype)
-    return dense, empty_sums(parts, compact.dtype)
+def _fake_expanded(compact, index, parts, in_features, factor, by_columns, dtype):
+    outputs = compact.shape[1]
+    dense = compact.new_empty((in_features, outputs) if by_columns else (outputs, in_features), dtype=dtype)
+    return dense.t() if by_columns else dense, empty_sums(parts, compact.dtype)
 
 
 @traced(
     _fake_expanded,
-    "(Tensor compact, Tensor index, Tensor? parts, SymInt in_features, float factor, ScalarType dtype) "
-    "-> (Tensor, Tensor?)",
+    "(Tensor compact, Tensor index, Tensor? parts, SymInt in_features, float factor, bool by_columns, "
+    "ScalarType dtype) -> (Tensor, Tensor?)",
 )
 def expanded(
-    compact: Tensor, index: Tensor, parts: Tensor | None, in_features: int, factor: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor | None]:
+    compact: Tensor, index: Tensor, parts: Tensor | None, in_features: int, factor: float, by_columns: bool,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """The dense gradient (N, K) in `dtype`: compact (C, N) times factor in the kept columns, 0 elsewhere.
 
     Beside it the sums of the columns of parts (P, N), where given: (N,) in compact's dtype.
     """
-    dense, sums = _fake_expanded(compact, index, parts, in_features, factor, dtype)
+    dense, sums = _fake_expanded(compact, index, parts, in_features, factor, by_columns, dtype)
     count, outputs = compact.shape
-    block_n, block_k = EXPANDED
+    block_n, block_k = EXPANDED[by_columns]
     column_blocks = _blocks(in_features, block_k)
     row_count, row_blocks = _split(outputs, block_n, column_blocks)
     launch_and_sum(
         kernels.expand_kernel, column_blocks * row_blocks, compact.device, parts, sums,
-        compact, index, dense, factor, outputs, in_features, count, *compact.stride(), row_count,
+        compact, index, dense, factor, outputs, in_features, count, *compact.stride(), *dense.stride(), row_count,
         STEPS=in_features.bit_length(), COMPUTE=_compute(compact), BLOCK_N=block_n, BLOCK_K=block_k,
     )  # fmt: skip
     return dense, sums

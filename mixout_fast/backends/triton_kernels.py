@@ -17,7 +17,7 @@ INTERPRETS = tl.constexpr(triton.knobs.runtime.interpret)
 # Arguments that change between calls of a layer: p's and numbers of rows, parts and programs. Triton compiles a kernel
 # again for an integer that is 1 or divisible by 16 where those before were not.
 VARIABLE = (
-    "threshold", "M", "weight_programs", "weight_rows", "gathered_rows", "programs", "summed_rows",
+    "threshold", "M", "weight_programs", "weight_blocks", "gathered_rows", "programs", "summed_rows",
     "part_rows",
 )  # fmt: skip
 
@@ -106,12 +106,17 @@ def drawn_entries(seed, threshold, row, start, K, IN_FOURS: tl.constexpr, BLOCK:
 
 
 @triton.jit
-def mixed_tile(weight_ptr, target_ptr, weight_offset, target_offset, inside, keep, scale, IS_GRADIENT: tl.constexpr):
+def mixed_tile(
+    weight_ptr, target_ptr, weight_offset, target_offset, inside, keep, scale,
+    IS_GRADIENT: tl.constexpr, KEPT_ALONE: tl.constexpr,
+):  # fmt: skip
     """u + (w - u) · s where kept and u itself where dropped; of a gradient g, g · s and 0. In scale's dtype.
 
     Offsets, inside and keep broadcast to the tile's shape. Entries not `inside` are 0. target_ptr None: u = 0.
+    KEPT_ALONE: W's dropped entries are not read. They are whole vectors of neighbours then.
     """
-    weight = widen(tl.load(weight_ptr + weight_offset, mask=inside, other=0), scale.dtype)
+    read = inside & keep if KEPT_ALONE else inside
+    weight = widen(tl.load(weight_ptr + weight_offset, mask=read, other=0), scale.dtype)
     if IS_GRADIENT:
         return tl.where(keep, weight * scale, 0.0)
     if target_ptr is None:
@@ -152,22 +157,26 @@ def column_sums(
 def prologue_kernel(
     weight_ptr,  # (N, K, R), any strides
     target_ptr,  # the same, or None
-    mixed_ptr,  # (N, K, R), contiguous: written
+    mixed_ptr,  # (N, K, R), any strides: written
     rows_ptr,  # (M, K), any strides
     columns_ptr,  # (M, C), contiguous: written
     index_ptr,  # (C,) int32: written
     seed_ptr,  # int64
-    threshold: tl.int64, factor: tl.float64, N, K, R, M, C,
-    stride_wn, stride_wk, stride_wr, stride_un, stride_uk, stride_ur, stride_xm, stride_xk,
+    threshold: tl.int64, factor: tl.float64, N, K,
+    R,  # None: of matrices
+    M, C, stride_wn, stride_wk, stride_wr, stride_un, stride_uk, stride_ur, stride_mn, stride_mk, stride_mr,
+    stride_xm, stride_xk,
     weight_programs,
-    weight_rows,  # of N·R, that a program mixes
+    weight_blocks,  # of rows, that a program mixes
     gathered_rows,  # of M, that a program gathers
     programs,  # those that mix and gather; others sum
     summed_ptr,  # dY (M, N), any strides
     sums_ptr,  # (parts, N), contiguous: written
     summed_rows, summed_columns, part_rows, stride_sm, stride_sn,
-    IS_GRADIENT: tl.constexpr, BOUNDED: tl.constexpr, COMPUTE: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SUM_ROWS: tl.constexpr, SUM_COLUMNS: tl.constexpr,
+    IS_GRADIENT: tl.constexpr, BOUNDED: tl.constexpr, KEPT_ALONE: tl.constexpr, COMPUTE: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,  # a tile of W'
+    BLOCK_M: tl.constexpr, BLOCK_X: tl.constexpr,  # of x
+    SUM_ROWS: tl.constexpr, SUM_COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Input mask. The first `weight_programs` programs write W', the next index and X[:, kept], padded with -1 and 0.
 
@@ -182,27 +191,32 @@ def prologue_kernel(
             # Programs of one row block stand together and share pages of memory.
             column_blocks = tl.cdiv(K, BLOCK_K)
             start = program % column_blocks * BLOCK_K
-            first_row = program // column_blocks * weight_rows
+            first_block = program // column_blocks * weight_blocks
             scale = tl.full((), factor, COMPUTE)
             end = mask_end(seed, threshold, min(K, start + BLOCK_K), C, BOUNDED)
             keep = drawn_columns(seed, threshold, start, end, BLOCK_K)[None, :]
             column = (start + tl.arange(0, BLOCK_K))[None, :]
             k = column.to(tl.int64)
-            for row_start in range(first_row, min(first_row + weight_rows, N * R), BLOCK_N):
-                row = (row_start + tl.arange(0, BLOCK_N))[:, None]
-                n, r = (row // R).to(tl.int64), (row % R).to(tl.int64)
-                inside = (row < N * R) & (column < K)
+            rows = N if R is None else N * R
+            for block in range(first_block, min(first_block + weight_blocks, tl.cdiv(rows, BLOCK_N))):
+                row = (block * BLOCK_N + tl.arange(0, BLOCK_N))[:, None]
+                if R is None:  # Of row // 1 and row % 1 the compiler does not see that they are neighbours.
+                    n, r = row.to(tl.int64), tl.zeros((1, 1), tl.int64)
+                else:
+                    n, r = (row // R).to(tl.int64), (row % R).to(tl.int64)
+                inside = (row < rows) & (column < K)
                 weight_offset = n * stride_wn + r * stride_wr + k * stride_wk
                 target_offset = n * stride_un + r * stride_ur + k * stride_uk
                 mixed = mixed_tile(
-                    weight_ptr, target_ptr, weight_offset, target_offset, inside, keep, scale, IS_GRADIENT
+                    weight_ptr, target_ptr, weight_offset, target_offset, inside, keep, scale, IS_GRADIENT, KEPT_ALONE
                 )
-                tl.store(mixed_ptr + (n * K + k) * R + r, narrow(mixed, mixed_ptr.dtype.element_ty), mask=inside)
+                offset = n * stride_mn + r * stride_mr + k * stride_mk
+                tl.store(mixed_ptr + offset, narrow(mixed, mixed_ptr.dtype.element_ty), mask=inside)
     elif program < programs:
         if rows_ptr is not None:
             gather_rows(
                 rows_ptr, columns_ptr, index_ptr, seed, threshold, (program - weight_programs) * gathered_rows,
-                gathered_rows, M, K, C, stride_xm, stride_xk, BLOCK_N, BLOCK_K,
+                gathered_rows, M, K, C, stride_xm, stride_xk, BLOCK_M, BLOCK_X,
             )  # fmt: skip
     else:
         column_sums(
@@ -275,7 +289,9 @@ def element_kernel(
         else:
             n, k = entry // K, entry % K
             weight_offset, target_offset = n * stride_wn + k * stride_wk, n * stride_un + k * stride_uk
-        mixed = mixed_tile(weight_ptr, target_ptr, weight_offset, target_offset, inside, keep, scale, IS_GRADIENT)
+        mixed = mixed_tile(
+            weight_ptr, target_ptr, weight_offset, target_offset, inside, keep, scale, IS_GRADIENT, False
+        )
         tl.store(mixed_ptr + entry, narrow(mixed, mixed_ptr.dtype.element_ty), mask=inside)
     else:
         column_sums(
@@ -340,7 +356,7 @@ def one_pass_kernel(
         inside = (n < N)[:, None] & (k < K)[None, :]
         n, k = n.to(tl.int64)[:, None], k.to(tl.int64)[None, :]
         weight_offset, target_offset = n * stride_wn + k * stride_wk, n * stride_un + k * stride_uk
-        mixed = mixed_tile(weight_ptr, target_ptr, weight_offset, target_offset, inside, keep, scale, False)
+        mixed = mixed_tile(weight_ptr, target_ptr, weight_offset, target_offset, inside, keep, scale, False, False)
         mixed = narrow(mixed, x.dtype)
         if TRANSPOSED:
             mixed = tl.trans(mixed)
@@ -368,8 +384,8 @@ def one_pass_kernel(
 def expand_kernel(
     compact_ptr,  # (C, N), any strides
     index_ptr,  # (C,) int32, ascending, then -1
-    dense_ptr,  # (N, K), contiguous: written
-    factor: tl.float64, N, K, C, stride_cc, stride_cn,
+    dense_ptr,  # (N, K), any strides: written
+    factor: tl.float64, N, K, C, stride_cc, stride_cn, stride_dn, stride_dk,
     row_count,  # of N, that a program writes
     programs,  # those that write dW; others sum
     summed_ptr,  # sums of parts of dY (parts, N), or None
@@ -398,8 +414,8 @@ def expand_kernel(
             offset = slot.to(tl.int64)[:, None] * stride_cc + row.to(tl.int64)[None, :] * stride_cn
             compact = tl.load(compact_ptr + offset, mask=kept[:, None] & (row < N)[None, :], other=0)
             scaled = narrow(widen(compact, COMPUTE) * scale, dense_ptr.dtype.element_ty)
-            offset = row.to(tl.int64)[:, None] * K + column[None, :]
-            tl.store(dense_ptr + offset, tl.trans(scaled), mask=(row < N)[:, None] & (column < K)[None, :])
+            offset = column.to(tl.int64)[:, None] * stride_dk + row.to(tl.int64)[None, :] * stride_dn
+            tl.store(dense_ptr + offset, scaled, mask=(column < K)[:, None] & (row < N)[None, :])
     else:
         column_sums(
             program - programs, summed_ptr, sums_ptr, summed_rows, summed_columns, part_rows, stride_sm, stride_sn,
