@@ -91,10 +91,11 @@ def apply_mixout(
 ) -> nn.Module:
     """Have every weight matrix of a model trained with mixout (Lee et al. 2020), in place.
 
-    nn.Linear, nn.Embedding, nn.Conv1d to 3d, nn.MultiheadAttention, Hugging Face's Conv1D and XLNet's attention, and
-    subclasses, are mixed; `INPUT_DIMS` takes others. A weight used in several modules (tied) is mixed with one mask a
-    forward pass in all of them, or in none. Of a PEFT LoRA layer, A is mixed toward zero: mixout of the sum W + BA
-    toward the frozen W. Load the pretrained weights before, wrap the model (DDP, FSDP2, torch.compile) after.
+    nn.Linear, nn.Embedding, nn.Conv1d to 3d, nn.MultiheadAttention, Hugging Face's Conv1D, XLNet's attention and
+    transformers' stacked experts, and subclasses, are mixed; `INPUT_DIMS` takes others. A weight used in several
+    modules (tied) is mixed with one mask a forward pass in all of them, or in none. Of a PEFT LoRA layer, A is mixed
+    toward zero: mixout of the sum W + BA toward the frozen W. Load the pretrained weights before, wrap the model (DDP,
+    FSDP2, torch.compile) after.
 
     Args:
         model: the pretrained model. Its module and Parameter objects stay; state_dict keeps its keys.

@@ -28,9 +28,9 @@ class Mixing(nn.Module):
     """How one weight of its parent module is mixed: weight -> W' in training, weight itself in eval mode.
 
     Every reading of the weight draws a mask, as every call of MixLinear does, unless `seed` is set.
-    `input_dims` are the weight's dimensions that number its input neurons: (1,) for (out, in, …), (0,) for (in, …), and
-    (1, 2) for (out, in, in). `p`, `mask`, `grad_scale`, `backend` and `seed` are as for `mixout_fast.mixout` and may be
-    reassigned; `target` is a non-persistent buffer of the weight's shape, None for zero.
+    `input_dims` are the weight's dimensions that number its input neurons: (1,) for (out, in, …), (0,) for (in, …),
+    (2,) for (out, out, in) and (1, 2) for (out, in, in). `p`, `mask`, `grad_scale`, `backend` and `seed` are as for
+    `mixout_fast.mixout` and may be reassigned; `target` is a non-persistent buffer of its shape, or None for zero.
     """
 
     target: Tensor | None
@@ -92,6 +92,8 @@ class Mixing(nn.Module):
         """A view whose dimension 1 numbers the input neurons, as mixout takes it."""
         if self.input_dims == (0,):
             return weight.unsqueeze(0)
+        if self.input_dims == (2,):
+            return weight.flatten(0, 1)
         return weight if self.input_dims == (1,) else weight.flatten(1)
 
     def extra_repr(self) -> str:

@@ -36,10 +36,14 @@ INPUT_DIMS: dict[str, dict[str, tuple[int, ...]]] = {
         "o": (1, 2),
     },
 }
-"""Class -> its weights -> the dimensions that number the weight's input neurons: (1,), (0,), or (1, 2) of three.
+"""Class -> its weights -> the dimensions that number its input neurons: (1,), (0,), or of three (2,) or (1, 2).
 
 Subclasses are covered. Add the classes of your own that hold weights directly.
 """
+
+EXPERTS = ("gate_up_proj", "up_proj", "down_proj")
+"""Weights of the classes that transformers' use_experts_implementation makes, one class a model: (expert, out, in), or
+transposed (expert, in, out). Experts share a mask: entry k of x, or hidden neuron k, is dropped for all of them."""
 
 SIBLINGS = (
     ("query", "key", "value"),
@@ -99,10 +103,10 @@ def find_uses(model: nn.Module, frozen: bool, mask: str) -> list[Use]:
             if parameter is None:
                 continue
             input_dims = _input_dims(module, attribute)
-            if input_dims not in ((), (0,), (1,)) and not (input_dims == (1, 2) and parameter.dim() == 3):
+            if input_dims not in ((), (0,), (1,)) and not (input_dims in ((2,), (1, 2)) and parameter.dim() == 3):
                 raise ValueError(
                     f"INPUT_DIMS: {input_dims!r} for {join_names(module_name, attribute)} of shape "
-                    f"{tuple(parameter.shape)}; it takes (0,), (1,), or, of three dimensions, (1, 2)"
+                    f"{tuple(parameter.shape)}; it takes (0,), (1,), or, of three dimensions, (2,) or (1, 2)"
                 )
             kind = type(module).__name__
             use = Use(module_name, module, attribute, parameter, input_dims, kind, None, parameter in lora_a)
@@ -143,6 +147,9 @@ def _input_dims(module: nn.Module, attribute: str) -> tuple[int, ...]:
         dims = INPUT_DIMS.get(f"{cls.__module__}.{cls.__qualname__}", {})
         if attribute in dims:
             return dims[attribute]
+    # What transformers' decorator of experts' classes sets.
+    if attribute in EXPERTS and hasattr(module, "_apply_gate") and hasattr(module, "is_transposed"):
+        return (1,) if module.is_transposed else (2,)
     return ()
 
 

@@ -50,10 +50,23 @@ def llama(**options) -> nn.Module:
     return transformers.LlamaForCausalLM(config)
 
 
+MIXTURE = {"vocab_size": VOCABULARY, "max_position_embeddings": 32, "num_key_value_heads": 1, "num_local_experts": 3}
+
+
+def mixtral(**options) -> nn.Module:
+    return transformers.MixtralForCausalLM(transformers.MixtralConfig(**SIZES | MIXTURE | options))
+
+
+def gpt_oss(**options) -> nn.Module:
+    """Its experts' weights are (expert, in, out)."""
+    config = transformers.GptOssConfig(head_dim=16, num_experts_per_tok=2, **SIZES | MIXTURE | options)
+    return transformers.GptOssForCausalLM(config)
+
+
 MODELS: dict[str, Callable[..., nn.Module]] = {
-    function.__name__: function for function in (bert, roberta, xlnet, gpt2, vit, llama)
+    function.__name__: function for function in (bert, roberta, xlnet, gpt2, vit, llama, mixtral, gpt_oss)
 }
-LANGUAGE_MODELS = ("gpt2", "llama")
+LANGUAGE_MODELS = ("gpt2", "llama", "mixtral", "gpt_oss")
 
 
 def batch(name: str, size: int = 4, device: str = "cpu") -> dict[str, Tensor]:

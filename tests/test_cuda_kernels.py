@@ -177,7 +177,7 @@ KEPT = {
 @pytest.mark.parametrize("kept", KEPT.values(), ids=KEPT)
 @pytest.mark.parametrize("by_columns", (False, True), ids=("rows", "columns"))
 def test_columns_are_found_in_the_index(by_columns, kept, padding, seed):
-    """A block spreads a strip of 128 columns, or by columns 32; of an index of more than 384 (480) it looks for them."""
+    """A block spreads 128 columns, by columns 32; of an index of more than 384, 480, it looks for its part."""
     torch.manual_seed(seed)
     index = torch.tensor([*kept, *padding * [-1]], dtype=torch.int32, device=DEVICE)
     columns, grad = (torch.randint(-3, 4, (3, count), device=DEVICE).float() for count in (len(index), 40))

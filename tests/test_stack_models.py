@@ -18,8 +18,10 @@ from mixout_fast.apply import mixed_parameters
 from mixout_fast.functional import MASKS
 from mixout_fast.mixed_weight import MixedWeights
 
-# Raw parameters that no x multiplies: a token's vector, positions, the embedding of segments.
+# Raw parameters that no x multiplies: a token's vector, positions, the embedding of segments; and what chooses experts.
 NOT_WEIGHTS = {
+    "mixtral": {"weight"},
+    "gpt_oss": {"weight", "sinks"},
     "xlnet": {"mask_emb", "seg_embed"},
     "vit": {"cls_token", "position_embeddings"},
 }
@@ -60,7 +62,10 @@ def test_first_output_is_as_accurate_as_the_plain_models(name):
 
     with torch.no_grad():
         exact_inputs = {key: value.double() if value.is_floating_point() else value for key, value in inputs.items()}
-        exact = states(copy.deepcopy(model).double(), exact_inputs)
+        exact_model = copy.deepcopy(model).double()
+        if name in ("mixtral", "gpt_oss"):
+            exact_model.set_experts_implementation("eager")  # torch's grouped_mm takes no fp64
+        exact = states(exact_model, exact_inputs)
         library = (states(model, inputs) - exact).abs().max()
         ours = (states(apply_mixout(model, 0.9), inputs) - exact).abs().max()
     assert ours <= testing.ERROR_RATIO * library
@@ -147,6 +152,21 @@ def test_xlnets_raw_parameters_are_masked_by_input():
         assert torch.equal(kept.flatten(1).any(1), kept.flatten(1).all(1)), "one draw for each of d_model"
     kept = attention.o != 0
     assert torch.equal(kept.any(0), kept.all(0)), "one draw for each (head, entry), which are o's inputs"
+
+
+@pytest.mark.parametrize(("name", "inputs"), (("mixtral", 2), ("gpt_oss", 1)))
+def test_experts_share_a_mask_of_their_inputs(name, inputs):
+    model = MODELS[name]().train()
+    apply_mixout(model, 0.5, target={key: torch.zeros_like(value) for key, value in model.state_dict().items()})
+    experts = model.model.layers[0].mlp.experts
+    for key in ("gate_up_proj", "down_proj"):
+        kept = (getattr(experts, key) != 0).transpose(inputs, 2).flatten(0, 1)
+        assert torch.equal(kept.any(0), kept.all(0))
+        assert 0 < kept.any(0).sum() < kept.shape[1]
+    assert experts.config._experts_implementation == "grouped_mm", "which reads a weight once; eager once an expert"
+    model.set_experts_implementation("eager")
+    model(**batch(name)).loss.backward()
+    assert experts._parameters["gate_up_proj"].grad.any()
 
 
 @architectures

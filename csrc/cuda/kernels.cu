@@ -391,8 +391,8 @@ int64_t blocks_of_parts(int64_t rows, int64_t columns) {
   return blocks_of(columns, 32 * lane_columns<Operand, Result>) * blocks_of(rows, warps * mix_rows);
 }
 
-// W', and before it, for these take longest, the gather and the parts of sums. Rounded to 16 bits, fp32 needs 90 and more
-// registers: left alone (0), the compiler takes 80 on sm_90a and spills.
+// W', and before it, for these take longest, the gather and the parts of sums. Rounded to 16 bits, fp32 needs 90 and
+// more registers: left alone (0), the compiler takes 80 on sm_90a and spills.
 template <typename Operand, typename Result, bool neurons_are_rows>
 __global__ void __launch_bounds__(threads, sizeof(Operand) > sizeof(Result) ? 2 : 0)
     mix_kernel(Mixing mixing, Result* out, Gather gather, int64_t gathers, ColumnSums sums, int64_t others) {

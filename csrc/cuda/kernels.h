@@ -91,7 +91,8 @@ const char* launch_grad_input(Dtype operand, Dtype result, const Mixing& mixing,
 constexpr int64_t one_pass_columns = 1 << 18;
 
 // out (rows, columns): column index[j] is compact's row j (count, rows) times factor, the others are 0; or by_rows, out
-// (columns, rows): its row index[j] is that. In the same launch the sums of their parts, of compact's type.
+// (columns, rows): its row index[j] is that. Neighbouring columns of compact are neighbours in memory. In the same
+// launch the sums of their parts, of compact's type.
 const char* launch_expand(Dtype operand, Dtype result, Matrix compact, const int32_t* index, int64_t count,
                           int64_t rows, int64_t columns, bool by_rows, double factor, void* out, const ColumnSums& sums,
                           Launch launch);
