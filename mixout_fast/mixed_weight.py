@@ -29,7 +29,7 @@ class Mixing(nn.Module):
 
     Every reading of the weight draws a mask, as every call of MixLinear does, unless `seed` is set.
     `input_dims` are the weight's dimensions that number its input neurons: (1,) for (out, in, …), (0,) for (in, …),
-    (2,) for (out, out, in) and (1, 2) for (out, in, in). `p`, `mask`, `grad_scale`, `backend` and `seed` are as for
+    (2,) for (expert, out, in) and (1, 2) for (out, in, in). `p`, `mask`, `grad_scale`, `backend` and `seed` are as for
     `mixout_fast.mixout` and may be reassigned; `target` is a non-persistent buffer of its shape, or None for zero.
     """
 
@@ -149,6 +149,10 @@ def _conv1d_forward(module: nn.Module, input: Tensor) -> Tensor:
 
 
 def _read(name: str, module: nn.Module) -> Tensor:
+    if (
+        name not in module._parameters
+    ):  # PEFT moves one that it adapts, for a forward pass, and asks whether it is there.
+        raise AttributeError(name)
     try:
         return module._modules[PREFIX + name](module._parameters[name])
     except AttributeError as error:

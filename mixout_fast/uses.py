@@ -35,6 +35,7 @@ INPUT_DIMS: dict[str, dict[str, tuple[int, ...]]] = {
         "r": (0,),
         "o": (1, 2),
     },
+    "transformers.models.llama4.modeling_llama4.Llama4TextExperts": {"gate_up_proj": (1,), "down_proj": (1,)},
 }
 """Class -> its weights -> the dimensions that number its input neurons: (1,), (0,), or of three (2,) or (1, 2).
 
@@ -43,7 +44,7 @@ Subclasses are covered. Add the classes of your own that hold weights directly.
 
 EXPERTS = ("gate_up_proj", "up_proj", "down_proj")
 """Weights of the classes that transformers' use_experts_implementation makes, one class a model: (expert, out, in), or
-transposed (expert, in, out). Experts share a mask: entry k of x, or hidden neuron k, is dropped for all of them."""
+transposed (expert, in, out). A mask is of all experts: entry k of x, or hidden neuron k, is dropped for all of them."""
 
 SIBLINGS = (
     ("query", "key", "value"),
@@ -96,7 +97,7 @@ class Use:
 
 def find_uses(model: nn.Module, frozen: bool, mask: str) -> list[Use]:
     """Every parameter in every module that holds it, with the reasons that lie in the parameter itself."""
-    lora_a, lora_b = _lora_weights(model)
+    lora_a, lora_b, lora_parameters = _lora_weights(model)
     uses = []
     for module_name, module in model.named_modules():
         for attribute, parameter in module._parameters.items():
@@ -116,6 +117,8 @@ def find_uses(model: nn.Module, frozen: bool, mask: str) -> list[Use]:
                 use.reason = f"dtype {str(parameter.dtype).removeprefix('torch.')}"
             elif parameter.is_meta:
                 raise ValueError(f"model: {use.name} is on the meta device; load its weights first")
+            elif parameter in lora_parameters:
+                use.reason = "LoRA of a parameter: PEFT reads it past its layer"
             elif parameter in lora_b:
                 use.reason = "LoRA's B: mixing A toward zero mixes the product"
             elif parameter in lora_a and mask == "element":
@@ -132,14 +135,17 @@ def find_uses(model: nn.Module, frozen: bool, mask: str) -> list[Use]:
     return uses
 
 
-def _lora_weights(model: nn.Module) -> tuple[set[nn.Parameter], set[nn.Parameter]]:
-    """The parameters of all A and of all B of PEFT's LoRA layers."""
-    a, b = set(), set()
+def _lora_weights(model: nn.Module) -> tuple[set[nn.Parameter], set[nn.Parameter], set[nn.Parameter | None]]:
+    """Of PEFT's LoRA layers the parameters of all A and all B, and those of its target_parameters, adapted and all."""
+    a, b, of_parameters = set(), set(), set()
     for module in model.modules():
         if any(cls.__name__ == "LoraLayer" and cls.__module__.startswith("peft.") for cls in type(module).__mro__):
             a.update(module.lora_A.parameters(), module.lora_embedding_A.parameters())
             b.update(module.lora_B.parameters(), module.lora_embedding_B.parameters())
-    return a, b
+            if hasattr(module, "parameter_name"):
+                of_parameters.update(module.lora_A.parameters(), module.lora_B.parameters())
+                of_parameters.add(module.get_base_layer()._parameters.get(module.parameter_name))
+    return a, b, of_parameters
 
 
 def _input_dims(module: nn.Module, attribute: str) -> tuple[int, ...]:

@@ -162,8 +162,11 @@ def test_weights_by_columns_are_mixed_as_those_by_rows(make, shape, p, mask, bac
     testing.assert_same_values("y of x = 1", testing.run(mixed, backend)["y"], want, case)
     if mask == "input" and backend != "reference":
         assert testing.run(case, backend)["dW"].stride() == case.weight.stride()
+        assert testing.run(dataclasses.replace(case, target=case.target.contiguous()), backend)["dW"].is_contiguous()
     if p == 0.5:
-        testing.check_exact(testing.by_columns(make(testing.integer_case, *shape, p=p)), backend)
+        case = testing.by_columns(make(testing.integer_case, *shape, p=p))
+        testing.check_exact(case, backend)
+        testing.check_exact(dataclasses.replace(case, target=case.target.contiguous()), backend)
 
 
 @column_shapes

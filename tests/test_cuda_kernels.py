@@ -89,7 +89,8 @@ def test_rows_of_whole_vectors(shape, dtype, compute, mask, path, take, seed):
     testing.check_exact(case, "cuda")
     testing.check_exact(testing.by_columns(case), "cuda")
     del options["seed"]
-    testing.check_error(testing.error_cases(testing.random_case, shape, seed, p=0.5, **options), "cuda")
+    if shape[0] > 1:  # Of one row all cases have too few results: their largest error is luck.
+        testing.check_error(testing.error_cases(testing.random_case, shape, seed, p=0.5, **options), "cuda")
 
 
 @paths

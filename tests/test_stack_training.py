@@ -7,7 +7,7 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 # ruff: noqa: E402
-from stack_models import MODELS, batch, bert, gpt2
+from stack_models import MODELS, batch, bert, gpt2, mixtral
 from torch.utils.data import DataLoader, Dataset
 
 from mixout_fast import (
@@ -144,6 +144,28 @@ def test_lora_on_a_mixed_model(mixes_first):
             optimizer.step()
         results.append(model(**inputs).logits)
     testing.assert_same_bits("logits", results[1], results[0], "with and without mixout")
+
+
+@pytest.mark.parametrize("first", ("mixout", "LoRA"))
+def test_lora_of_experts_is_left_alone(first, mixes_first):
+    """PEFT moves their weights away for a forward pass, and reads A past its layer."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, target_modules=[], target_parameters=["mlp.experts.gate_up_proj"], lora_dropout=0.0)
+    model, inputs = mixtral().train(), batch("mixtral")
+    if first == "mixout":
+        apply_mixout(model, 0.9, filter_fn=lambda module, name: name.endswith("experts"))
+    torch.manual_seed(1)
+    model = peft.get_peft_model(model, config).train()
+    plain = model(**inputs).loss
+    if first == "LoRA":
+        apply_mixout(model, 0.9, frozen=True)
+        reasons = {row.name: row.reason for row in mixout_report(model).rows}
+        of_gate = [reason for key, reason in reasons.items() if "lora_" in key or key.endswith("gate_up_proj")]
+        assert len(of_gate) == 6
+        assert set(of_gate) == {"LoRA of a parameter: PEFT reads it past its layer"}
+        assert all(reason is None for key, reason in reasons.items() if key.endswith("experts.down_proj"))
+    testing.assert_same_values("loss", model(**inputs).loss, plain, first)
+    model(**inputs).loss.backward()
 
 
 def test_mixout_of_lora_is_that_of_the_product(mixes_first):

@@ -20,8 +20,8 @@ struct Matrix {
 struct Mask {
   const int64_t* seed; // on the device
   uint64_t threshold;
-  bool per_element;      // one entry per element, row-major; else one per input neuron, which the four below are of
-  bool neurons_are_rows; // an entry is of a row; else of `repeats` neighbouring columns
+  bool per_element;      // an entry of each element, row-major; else of each input neuron, as all below
+  bool neurons_are_rows; // a neuron's weights are a row; else `repeats` neighbouring columns
   int64_t entries;
   int64_t capacity; // kept entries past it count as dropped
   int64_t repeats;  // the offsets of a convolution's input channel share its entry
@@ -79,10 +79,9 @@ const char* launch_mask_grad(Dtype operand, Dtype result, Matrix grad, int64_t r
 // The same of nothing to mix.
 const char* launch_gather(Dtype dtype, const Mask& mask, const Gather& gather, const ColumnSums& sums, Launch launch);
 
-// One pass over W and U that writes no W'. Neighbouring columns of all three are neighbours in memory, and
-// neurons are not rows. linear: out (m,
-// rows) = x W'^T + bias, bias data null for none. grad_input: out (m, columns) = x W'. x is of the result's type; tf32
-// allows fp32 products to round their operands.
+// One pass over W and U that writes no W'. Neighbouring columns of all three are neighbours in memory, and neurons are
+// not rows. linear: out (m, rows) = x W'^T + bias, bias data null for none. grad_input: out (m, columns) = x W'. x is
+// of the result's type; tf32 allows fp32 products to round their operands.
 const char* launch_linear(Dtype operand, Dtype result, const Mixing& mixing, Matrix x, int64_t m, Matrix bias,
                           bool tf32, void* out, const Gather& gather, Launch launch);
 const char* launch_grad_input(Dtype operand, Dtype result, const Mixing& mixing, Matrix x, int64_t m, bool tf32,

@@ -75,7 +75,7 @@ Matrix matrix_of(const Tensor& tensor, int64_t row_stride, int64_t column_stride
 Matrix matrix_of(const Tensor& tensor) { return matrix_of(tensor, tensor.stride(0), tensor.stride(1)); }
 
 // How the kernels see a weight: (N, K) as it is, or where it lies by columns and is seen `transposed`, as (K, N) in
-// rows; (N, K, R) as (N, K * R), or of one output as (K, R).
+// rows; (N, K, R) as (N, K * R), or of one output as (K, R), which a Conv1D's weight that is mixed alone is.
 struct View {
   bool transposed;
   int64_t rows, columns, in_features;
@@ -240,7 +240,7 @@ Tensor expanded(const View& view, const Tensor& columns, const Tensor& grad, con
   return out;
 }
 
-// dYᵀ X (N, K), in rows as the view has them.
+// dYᵀ X (N, K), lying as the view wants it.
 Tensor full_product(const View& view, const Tensor& grad, const Tensor& x) {
   const auto product = [](const Tensor& a, const Tensor& b) {
     return library_mm(torch::stable::transpose(a, 0, 1), b);

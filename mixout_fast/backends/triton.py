@@ -297,9 +297,9 @@ def prologue(
     in_features = matrix.shape[1]
     bound = capacity(in_features, p)
     outputs = 0 if weight is None else weight.shape[0]
-    offsets = weight.shape[2] if weight is not None and weight.dim() == 3 else None
+    offsets = weight.shape[2] if weight is not None and weight.dim() == 3 and weight.shape[2] != 1 else None
     row_count = 0 if rows is None else rows.shape[0]
-    along_outputs = by_columns or (offsets or 1) >= BLOCK_OUTPUTS
+    along_outputs = weight is not None and (by_columns or (offsets or 1) >= BLOCK_OUTPUTS)
     blocks, weight_blocks, weight_programs, gathered_rows, gather_programs = prologue_blocks(
         in_features, outputs * (offsets or 1), row_count, matrix.element_size(), along_outputs
     )
