@@ -101,7 +101,10 @@ def unavailable(device_type: str) -> str | None:
 
 
 def is_one_pass(dtype: torch.dtype, rows: int, out_features: int) -> tuple[bool, bool]:
-    """Whether y, and whether dX, of so many rows and outputs is computed in one pass."""
+    """Whether y, and whether dX, of so many rows and outputs is computed in one pass.
+
+    Of an input mask a weight that lies by columns is mixed first all the same.
+    """
     return gpu.is_one_pass(ONE_PASS_ROWS, MANY_OUTPUTS_ROWS, dtype, rows, out_features)
 
 
