@@ -42,9 +42,10 @@ inline torch::stable::Tensor rows_of(const torch::stable::Tensor& tensor, int64_
   return tensor.dim() == 2 ? tensor : torch::stable::reshape(tensor, {-1, columns});
 }
 
-// Neighbouring rows, and not neighbouring columns, are neighbours in memory, as of the weight of GPT-2's Conv1D.
-inline bool lies_by_columns(const torch::stable::Tensor& matrix) {
-  return matrix.stride(0) == 1 && matrix.stride(1) != 1;
+// As in mixout_fast/reference.py.
+inline bool lies_by_columns(const torch::stable::Tensor& weight, const std::optional<torch::stable::Tensor>& target) {
+  const auto lies = [](const torch::stable::Tensor& matrix) { return matrix.stride(0) == 1 && matrix.stride(1) != 1; };
+  return lies(weight) && (!target || lies(*target));
 }
 
 // A result whose rows are those of `operand` (..., any number), with its leading dimensions. Not as a view: what an

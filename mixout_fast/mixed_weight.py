@@ -149,9 +149,8 @@ def _conv1d_forward(module: nn.Module, input: Tensor) -> Tensor:
 
 
 def _read(name: str, module: nn.Module) -> Tensor:
-    if (
-        name not in module._parameters
-    ):  # PEFT moves one that it adapts, for a forward pass, and asks whether it is there.
+    # PEFT moves a parameter that it adapts away for a forward pass, and asks whether it is there.
+    if name not in module._parameters:
         raise AttributeError(name)
     try:
         return module._modules[PREFIX + name](module._parameters[name])

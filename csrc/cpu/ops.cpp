@@ -205,8 +205,7 @@ struct Layer {
   Mixing mixing;
 
   Layer(const Tensor& w, const std::optional<Tensor>& u, const Tensor& seed, double p, bool per_column)
-      : outputs(w.size(0)), in_features(w.size(1)),
-        is_transposed(per_column && lies_by_columns(w) && (!u || lies_by_columns(*u))),
+      : outputs(w.size(0)), in_features(w.size(1)), is_transposed(per_column && lies_by_columns(w, u)),
         weight(is_transposed ? transposed(w) : w), drawn(seed, p, per_column, in_features) {
     if (is_transposed) mixing = mixing_of(weight, u ? std::optional(transposed(*u)) : u, p, drawn.by_row(outputs));
     else mixing = mixing_of(weight, u, p, drawn.mask);

@@ -137,7 +137,7 @@ Mixing mixing_of(const View& view, const Tensor& weight, const std::optional<Ten
 
 // That of a layer's (N, K).
 View view_of(const Tensor& weight, const std::optional<Tensor>& target, bool per_column) {
-  return View(weight, per_column && lies_by_columns(weight) && (!target || lies_by_columns(*target)));
+  return View(weight, per_column && lies_by_columns(weight, target));
 }
 
 // The kept columns of rows, as tensors and as what the kernels take.
