@@ -7,6 +7,7 @@ import math
 import sys
 
 import cuda_emulation
+import dropped_pages
 import pytest
 import torch
 
@@ -23,7 +24,7 @@ PRECISION_IDS = [str(w)[6:] if w == c else f"{str(w)[6:]}->{str(c)[6:]}" for w, 
 
 precisions = pytest.mark.parametrize(("dtype", "compute"), PRECISIONS, ids=PRECISION_IDS)
 masks = pytest.mark.parametrize("mask", MASKS)
-emulated = pytest.mark.skipif(DEVICE != "cpu", reason="--emulate-cuda: a GPU's library has no variables of tests")
+emulated = pytest.mark.skipif(DEVICE != "cpu", reason="--emulate-cuda: tests neither set nor guard a GPU's memory")
 paths = pytest.mark.parametrize("path", ("one_pass", "mixed_first"))
 
 
@@ -108,6 +109,13 @@ def test_whole_vectors_from_addresses_that_are_none(name, dtype, compute, mask, 
     behind = torch.cat((entry, tensor.flatten(), entry))[1:-1].view(tensor.shape)
     assert behind.data_ptr() % 16 != 0
     testing.check_exact(dataclasses.replace(case, **{name: behind}, origin=f"{name} unaligned"), "cuda")
+
+
+@emulated
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("name", dropped_pages.MIXED)
+def test_weights_of_dropped_neurons_are_not_read(name, dtype, seed):
+    dropped_pages.check_they_are_not_read(name, cuda, dtype, seed)
 
 
 @emulated

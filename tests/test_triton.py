@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 from unittest import mock
 
+import dropped_pages
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
@@ -105,6 +106,13 @@ def test_kept_columns_past_the_capacity_are_dropped(in_features, most, served, m
     assert testing.is_one_pass(case, "triton") == (True, True)
     testing.check_exact(case, "triton")
     testing.check_exact(testing.by_columns(case), "triton")
+
+
+@pytest.mark.skipif("cpu" not in DEVICES, reason="only in the interpreter (TRITON_INTERPRET=1) is memory the CPU's")
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("name", dropped_pages.MIXED)
+def test_weights_of_dropped_neurons_are_not_read(name, dtype, seed):
+    dropped_pages.check_they_are_not_read(name, triton, dtype, seed)
 
 
 # What launches nothing: views, and memory that nothing is written to.
