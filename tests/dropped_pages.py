@@ -50,6 +50,7 @@ def check_they_are_not_read(name: str, module, dtype: torch.dtype, seed: int) ->
 
     process = multiprocessing.get_context("fork").Process(target=mix)
     process.start()
-    process.join()
+    process.join(120)
+    process.kill()
     read = f"{name} reads what is dropped: {dtype}, seed={seed}"
     assert process.exitcode == 0, read if process.exitcode == -signal.SIGSEGV else "its error is on stderr"
