@@ -5,6 +5,7 @@ where its module reads it (mixed_weight.py). Module and Parameter objects stay, 
 optimizers.
 """
 
+import warnings
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,8 @@ from mixout_fast.uses import Use, find_uses, join_names, lowest_common_module, m
 Probability = float | Callable[[nn.Module, str], float]
 HeadRule = tuple[str, float] | None
 
+NO_TARGET = "the target has no such parameter"
+
 
 @dataclass(frozen=True)
 class Row:
@@ -37,10 +40,14 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """What apply_mixout did: a row for every parameter of the model, and the Dropouts it set, with their former p."""
+    """What apply_mixout did: a row for every parameter of the model, and the Dropouts it set.
+
+    `dropouts` has their former p by their names, `dropout` the new one.
+    """
 
     rows: tuple[Row, ...]
     dropouts: dict[str, float]
+    dropout: float
 
     def __str__(self) -> str:
         header = ("parameter", "module", "p", "parameters", "")
@@ -58,7 +65,8 @@ class Report:
         mixed = sum(row.parameters for row in self.rows if row.reason is None)
         lines.append(f"{mixed:,} of {sum(row.parameters for row in self.rows):,} parameters mixed, ties counted each")
         if self.dropouts:
-            lines.append("p of " + ", ".join(f"{name} (was {p:g})" for name, p in self.dropouts.items()) + " set")
+            former = ", ".join(f"{name} (was {p:g})" for name, p in self.dropouts.items())
+            lines.append(f"Dropouts set to {self.dropout:g}: {former}")
         return "\n".join(lines)
 
 
@@ -89,7 +97,7 @@ def apply_mixout(
     backend: str | None = None,
     verbose: bool = False,
 ) -> nn.Module:
-    """Have every weight matrix of a model trained with mixout (Lee et al. 2020), in place.
+    """Train every weight matrix of a model with mixout (Lee et al. 2020); changes the model in place.
 
     nn.Linear, nn.Embedding, nn.Conv1d to 3d, nn.MultiheadAttention, Hugging Face's Conv1D, XLNet's attention and
     transformers' stacked experts, and subclasses, are mixed; `INPUT_DIMS` takes others. A weight used in several
@@ -100,12 +108,14 @@ def apply_mixout(
     Args:
         model: the pretrained model. Its module and Parameter objects stay; state_dict keeps its keys.
         p: probability in [0, 1] that an input neuron's weights are replaced by the target's, or a function
-            (module, name of the module) -> probability; at 0 a weight is left alone.
+            (module, name of the module) -> probability, which leaves a weight alone where it is 0. With the number 0
+            the model trains as a plain one.
         target: the weights to return to. None: a copy of the present ones. Another model, or a state dict with the
             model's keys: its tensors themselves where they lie on the parameter's device, in its or a smaller dtype.
+            A weight that it lacks is not mixed, with a warning.
         target_dtype: the dtype to keep the targets in, such as bfloat16 to save memory.
-        layers: "all" weights, or "paper", the published recipe: weights that a Dropout feeds in model(example), those
-            Dropouts' p set to 0, and of a transformers model the base model only.
+        layers: "all" weights, or "paper", mixout in the place of dropout, as the paper has it: weights that a Dropout
+            feeds in model(example), those Dropouts' p set to 0, and of a transformers model the base model only.
         filter_fn: (module, name of the module) -> whether its weights are mixed.
         head: what to do with the weights of freshly initialised modules (the paper's Table 3), by the modules' names:
             None leaves them alone, ("mixout", p) mixes toward their present weights, whatever `target`, and
@@ -139,7 +149,11 @@ def apply_mixout(
     ties = resolve_ties(uses)
     mixed = [use for use in uses if use.reason is None]
     if not mixed:
-        raise ValueError(_nothing_mixed(uses, filter_fn))
+        raise ValueError(_nothing_mixed(uses, filter_fn, sources))
+    missing = [use.name for use in uses if use.reason == NO_TARGET]
+    if missing:
+        others = f" and {len(missing) - 1} others" if len(missing) > 1 else ""
+        warnings.warn(f"target: it has no {missing[0]}{others}: not mixed; mixout_report(model) tells", stacklevel=2)
     _own_targets(mixed, uses, target_dtype)
 
     for use in mixed:
@@ -155,7 +169,7 @@ def apply_mixout(
     new_p = {module: 0.0 for use in mixed for module in feeds.get(id(use.parameter), ())} if feeds is not None else {}
     if dropout is not None:
         new_p |= {module: dropout for module in model.modules() if isinstance(module, DROPOUTS)}
-    model.mixout_report = Report(tuple(map(_row, uses)), _set_dropouts(model, new_p))
+    model.mixout_report = Report(tuple(map(_row, uses)), _set_dropouts(model, new_p), float(dropout or 0.0))
     # DDP broadcasts buffers at every forward pass; targets are constants.
     ignored = getattr(model, "_ddp_params_and_buffers_to_ignore", [])
     model._ddp_params_and_buffers_to_ignore = [*ignored, *_target_buffers(model)]
@@ -317,7 +331,7 @@ def _choose(use, model, p, filter_fn, head, feeds, mask, grad_scale) -> tuple[fl
             return None, "no Dropout feeds it"
         chosen = p(use.module, use.module_name) if callable(p) else p
     check_options(chosen, mask, grad_scale, "bernoulli")
-    return (None, "p = 0") if chosen == 0.0 else (chosen, None)
+    return (None, "p = 0") if callable(p) and chosen == 0.0 else (chosen, None)
 
 
 def _head_of(use: Use, head: Collection[str]) -> str | None:
@@ -336,7 +350,10 @@ def _example(model: nn.Module, example: Any) -> Any:
         device = next(model.parameters()).device
         example = {name: torch.as_tensor(value, device=device) for name, value in model.dummy_inputs.items()}
     if example is None:
-        raise ValueError('example: None; layers="paper" takes an argument of the model, or a tuple or mapping of them')
+        raise ValueError(
+            'example: None; layers="paper" takes an argument of the model, or a tuple or mapping of them, such as '
+            '{"pixel_values": images}'
+        )
     return example
 
 
@@ -358,7 +375,7 @@ def _source(use, uses, sources, head) -> tuple[Tensor | None, str | None]:
     names = [use.name, *(other.name for other in uses if other.parameter is use.parameter)]
     tensor = next((sources[name] for name in names if name in sources), None)
     if tensor is None:
-        return None, "the target has no such parameter"
+        return None, NO_TARGET
     if not isinstance(tensor, Tensor) or tensor.dtype not in DTYPES:
         got = getattr(tensor, "dtype", type(tensor).__name__)
         raise TypeError(f"target: {use.name} is {got}; it takes a floating-point tensor")
@@ -405,10 +422,13 @@ def _target_buffers(model: nn.Module) -> list[str]:
     return [join_names(name, "target") for name, module in model.named_modules() if module in mixings]
 
 
-def _nothing_mixed(uses: list[Use], filter_fn: Callable | None) -> str:
+def _nothing_mixed(uses: list[Use], filter_fn: Callable | None, sources: Mapping[str, Tensor] | None) -> str:
     candidates = [use for use in uses if use.parameter.dim() >= 2]
     if filter_fn is not None and candidates:
         names = ", ".join(use.module_name for use in candidates[:8])
         return f"filter_fn: it matches no layer that can be mixed, among {names}{', …' if len(candidates) > 8 else ''}"
+    wanted = [use.name for use in candidates if use.reason == NO_TARGET]
+    if wanted:
+        return f"target: it has no {wanted[0]} nor another weight to mix; its keys are {', '.join([*sources][:3])}, …"
     reasons = ", ".join(sorted({f"{use.name}: {use.reason}" for use in candidates})[:8])
     return f"model: nothing to mix ({reasons or 'it has no weight matrix'})"

@@ -1,5 +1,6 @@
 """wdecay(u, λ): weight decay toward a target, λ/2 ‖w - u‖² (Wiese et al. 2017; Lee et al. 2020, section 5)."""
 
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -24,10 +25,11 @@ def wdecay(
     decoupled: bool = True,
     include: Callable[[str, nn.Parameter], bool] = is_matrix,
 ) -> RemovableHandle:
-    """Have every step of an optimizer decay the model's weights w toward their targets u.
+    """Make every step of an optimizer decay the model's weights w toward their targets u.
 
     Decoupled, as in AdamW: w ← w - lr · decay · (w - u) before the step. Coupled, as in Adam or SGD with weight_decay:
-    decay · (w - u), the gradient of decay/2 ‖w - u‖², is added to w's. Set the optimizer's own weight_decay to 0.
+    decay · (w - u), the gradient of decay/2 ‖w - u‖², is added to w's. Set the optimizer's own weight_decay to 0: a
+    warning says where both decay.
     Parameters without a gradient do not decay, as with torch's optimizers. The targets are taken when this is called:
     move the model to its device, and make a MixoutScheduler with `ema`, before.
 
@@ -45,6 +47,10 @@ def wdecay(
     Raises:
         TypeError, ValueError: naming the argument, what it got and what it takes.
     """
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(f"optimizer: {type(optimizer).__name__}; it takes a torch.optim.Optimizer, before the model")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: {type(model).__name__}; it takes an nn.Module, behind the optimizer")
     if not isinstance(decay, (float, int)) or isinstance(decay, bool):
         raise TypeError(f"decay: {decay!r} of type {type(decay).__name__}; it takes a number of 0 or more")
     if not decay >= 0.0:
@@ -54,6 +60,13 @@ def wdecay(
     targets = _targets(model, target, include)
     if not any(parameter in targets for group in optimizer.param_groups for parameter in group["params"]):
         raise ValueError("optimizer: none of its parameters is one of the model's that decay")
+    own = [
+        group["weight_decay"]
+        for group in optimizer.param_groups
+        if group.get("weight_decay") and any(parameter in targets for parameter in group["params"])
+    ]
+    if own:
+        warnings.warn(f"optimizer: its own weight_decay, {own[0]}, decays the same weights toward 0", stacklevel=2)
 
     @torch.no_grad()
     def decay_weights(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:

@@ -42,6 +42,8 @@ class MixoutScheduler:
         mixed = mixed_parameters(model)
         if not mixed:
             raise ValueError("model: no weight of it is mixed; call apply_mixout first")
+        if p_factor is not None and not callable(p_factor):
+            raise TypeError(f"p_factor: {type(p_factor).__name__}; it takes a function step -> factor, or None")
         if hold is not None and (not isinstance(hold, int) or hold < 1):
             raise ValueError(f"hold: {hold!r}; it takes a number of steps, 1 or more")
         if ema is not None and (not isinstance(ema, (float, int)) or not 0.0 <= ema <= 1.0):

@@ -384,7 +384,8 @@ def test_the_models_own_weights_as_target_are_copied(net):
 def test_a_target_that_lacks_a_parameter_leaves_it_unmixed_and_says_so(net):
     state = net.state_dict()
     del state["head.weight"]
-    apply_mixout(net, 0.9, target=state)
+    with pytest.warns(UserWarning, match=r"target: it has no head\.weight: not mixed"):
+        apply_mixout(net, 0.9, target=state)
     assert reasons(net)["head.weight"] == "the target has no such parameter"
 
 
@@ -460,6 +461,15 @@ def test_p_of_each_layer_and_the_filter(net):
     assert reasons(net)["embed.weight"] == "filter_fn"
 
 
+def test_with_p_0_a_model_trains_as_a_plain_one(net, tokens):
+    plain = copy.deepcopy(net)
+    apply_mixout(net, 0.0)
+    for model in (plain, net):
+        train(model, tokens)
+    testing.assert_same_bits("output", output(net, tokens), output(plain, tokens), net)
+    remove_mixout(net)
+
+
 def test_frozen_layers_when_asked(net):
     apply_mixout(net, 0.5, frozen=True)
     assert net.frozen.p == 0.5
@@ -506,7 +516,7 @@ def test_paper_layers(device):
     assert {mixed.name for mixed in mixed_parameters(model)} == {"second.weight"}
     assert reasons(model)["first.weight"] == reasons(model)["third.weight"] == "no Dropout feeds it"
     assert (model.drop.p, model.unused_drop.p) == (0.0, 0.2)
-    assert "p of drop (was 0.1) set" in str(mixout_report(model))
+    assert "Dropouts set to 0: drop (was 0.1)" in str(mixout_report(model))
     assert model.training and model.drop.training
     assert not model.drop._forward_hooks
     remove_mixout(model)
@@ -566,8 +576,8 @@ def test_unmixable_modules_are_listed(device):
     got = reasons(model)
     assert got["grouped.weight"] == "grouped convolution"
     assert got["renormed.weight"] == "max_norm changes it in place"
-    assert got["rnn.weight_ih_l0"] == "raw parameter of LSTM, not in INPUT_DIMS"
-    assert got["raw.kernel"] == "raw parameter of Transposed, not in INPUT_DIMS"
+    assert got["rnn.weight_ih_l0"] == "raw parameter: INPUT_DIMS has no torch.nn.modules.rnn.LSTM"
+    assert got["raw.kernel"] == f"raw parameter: INPUT_DIMS has no {__name__}.Transposed"
     assert got["linear.weight"] is None
 
 
@@ -585,7 +595,7 @@ BAD = (
     ({"target": 0}, TypeError, ("target: int",)),
     ({"target": {"query.weight": torch.zeros(3)}}, ValueError, ("target: query.weight", "(3,)", "(16, 16)")),
     ({"target": {"query.weight": torch.zeros(16, 16).int()}}, TypeError, ("target: query.weight", "int32")),
-    ({"target": {"other": torch.zeros(3)}}, ValueError, ("nothing to mix", "the target has no such parameter")),
+    ({"target": {"bert.query.weight": torch.zeros(3)}}, ValueError, ("no embed.weight", "keys are bert.query.weight")),
     ({"target_dtype": torch.int8}, TypeError, ("target_dtype: torch.int8",)),
     ({"filter_fn": lambda module, name: False}, ValueError, ("filter_fn", "embed", "query")),
     ({"head": "head"}, TypeError, ("head: str",)),

@@ -173,6 +173,17 @@ def test_refuses(options, message):
         wdecay(torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1), model, 0.1)
 
 
+def test_refuses_swapped_arguments_and_warns_of_two_decays():
+    model = nn.Linear(7, 5)
+    optimizer = torch.optim.AdamW(model.parameters())
+    with pytest.raises(TypeError, match="optimizer: Linear"):
+        wdecay(model, optimizer, 0.1)
+    with pytest.raises(TypeError, match="model: AdamW"):
+        wdecay(optimizer, optimizer, 0.1)
+    with pytest.warns(UserWarning, match=r"its own weight_decay, 0\.01,"):
+        wdecay(optimizer, model, 0.1)
+
+
 @pytest.mark.parametrize("decay", (None, "0.1", True))
 def test_refuses_a_decay_that_is_no_number(decay):
     model = nn.Linear(7, 5)

@@ -135,6 +135,11 @@ def test_refuses(model, options, message):
         MixoutScheduler(model, **options)
 
 
+def test_refuses_a_factor_in_place_of_a_function():
+    with pytest.raises(TypeError, match="p_factor: float; it takes a function"):
+        MixoutScheduler(apply_mixout(nn.Linear(3, 3)), p_factor=0.5)
+
+
 def test_refuses_a_model_without_mixout_and_small_targets():
     with pytest.raises(ValueError, match="no weight of it is mixed"):
         MixoutScheduler(nn.Linear(3, 3))
