@@ -200,7 +200,7 @@ def parse_arguments() -> argparse.Namespace:
     if options.quick:
         options.restarts, options.epochs, options.train_size, options.dev_size = 1, 1, 96, 100
     if options.out is None:
-        options.out = RESULTS / ("finetune_quick.png" if options.quick else "finetune.png")
+        options.out = RESULTS / ("finetune-quick.png" if options.quick else "finetune.png")
     return options
 
 

@@ -2,7 +2,7 @@
 
 Prints every figure of this machine, or with --all, and where this one has none, of all that have results; says which
 limits are missed and by how much, draws a picture per file of results, and ends with the main figures in words. With
---readme, the measured parts of README.md and docs/performance.md, which stand between comments, are made anew.
+--readme, the measured parts of README.md and of docs/, which stand between comments, are made anew.
 """
 
 import argparse
@@ -54,16 +54,14 @@ def main(arguments: list[str] | None = None) -> int:
     for records in results["paths"]:
         print(f"{caption(records)}\n\n{PATHS_LEGEND}\n\n{paths_table(records)}\n")
     for records in results["model"]:
-        print(f"{caption(records)}\n\n{model_table(records)}\n")
+        print(f"{model_part(records)}\n")
     for records in results["memory"]:
-        print(f"{caption(records)}\n\n{memory_table(records)}\n")
+        print(f"{memory_part(records)}\n")
     for records in (*results["layer"], *results["memory"]):
         draw(records)
     print(f"\n{in_short(results)}")
     if options.readme:
-        terms = "\n\n".join(map(terms_part, results["terms"]))
-        parts = {"README.md": readme_parts(results, options.results), "docs/performance.md": {"terms": terms}}
-        for name, of_file in parts.items():
+        for name, of_file in measured_parts(results, options.results).items():
             (ROOT / name).write_text(with_parts((ROOT / name).read_text(), of_file))
             print(f"written: {name}")
     return 0
@@ -71,8 +69,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 def load(folder: Path, suite: str, quick: bool = False) -> list[Records]:
     """The suite's results, machine by machine."""
-    paths = sorted(path for path in folder.glob(f"{suite}-*.jsonl") if path.stem.endswith("-quick") == quick)
+    paths = sorted(path for path in folder.glob(f"{suite}-*.jsonl") if is_quick(path) == quick)
     return [records for records in map(Records, paths) if records.cells]
+
+
+def is_quick(path: Path) -> bool:
+    return path.stem.endswith("-quick")
 
 
 def of_this_machine(results: dict[str, list[Records]]) -> dict[str, list[Records]]:
@@ -356,21 +358,34 @@ def draw(records: Records) -> None:
     print(f"picture: {path}")
 
 
-def readme_parts(results: dict[str, list[Records]], folder: Path) -> dict[str, str]:
-    """The README's measured parts by the names of their markers."""
-    parts = {
-        "summary": summary_table(results),
-        "layers": "\n\n".join(map(layer_part, results["layer"])),
-        "models": "\n\n".join(f"{caption(records)}\n\n{model_table(records)}" for records in results["model"]),
-        "memory": "\n\n".join(f"{caption(records)}\n\n{memory_table(records)}" for records in results["memory"]),
+def measured_parts(results: dict[str, list[Records]], folder: Path) -> dict[str, dict[str, str]]:
+    """The measured parts of every file that has some, by the names of their markers."""
+    finetuning = [json.loads(path.read_text()) for path in sorted(folder.glob("finetune*.json")) if not is_quick(path)]
+    return {
+        "README.md": {
+            "summary": summary_table(results),
+            "layers": machine_by_machine(latest(results["layer"]), layer_overview),
+            "models": machine_by_machine(latest(results["model"]), model_part),
+            "finetune": "\n\n".join(map(finetune_part, finetuning)),
+        },
+        "docs/measurements.md": {
+            "layers": machine_by_machine(results["layer"], layer_part),
+            "models": machine_by_machine(results["model"], model_part),
+            "memory": machine_by_machine(results["memory"], memory_part),
+        },
+        "docs/performance.md": {"terms": "\n\n".join(map(terms_part, results["terms"]))},
     }
-    for name, suite in (("layers", "layer"), ("models", "model"), ("memory", "memory")):
-        if not any(map(is_gpu, results[suite])):
-            parts[name] = f"{parts[name]}\n\n{NOT_MEASURED}".strip()
-    finetune = folder / "finetune.json"
-    if finetune.exists():
-        parts["finetune"] = finetune_part(json.loads(finetune.read_text()))
-    return parts
+
+
+def machine_by_machine(of_suite: list[Records], describe: Callable[[Records], str]) -> str:
+    parts = list(map(describe, of_suite))
+    return "\n\n".join(parts if any(map(is_gpu, of_suite)) else [*parts, NOT_MEASURED])
+
+
+def latest(of_suite: list[Records]) -> list[Records]:
+    """Of the CPUs' results and of the GPUs' those that were measured last."""
+    newest = {is_gpu(records): records for records in sorted(of_suite, key=lambda records: records.runs[-1]["date"])}
+    return list(newest.values())
 
 
 def summary_table(results: dict[str, list[Records]]) -> str:
@@ -401,17 +416,34 @@ def span(values: list[float] | None) -> str:
 
 
 def layer_part(records: Records) -> str:
-    """Ratios by shape and p, a table per dtype, and the picture."""
+    """Ratios by shape and p, a table per dtype, and what is beyond the limits."""
     parts = [caption(records)]
     cells = measured(records)
     for dtype in dict.fromkeys(cell["cell"]["dtype"] for cell in cells):
         parts.append(f"{dtype}, time of a step over `nn.Linear`'s / over `nn.Dropout(p)` + `nn.Linear`'s:")
         parts.append(ratio_pivot([cell for cell in cells if cell["cell"]["dtype"] == dtype]))
-    parts.append("; ".join(sentence for sentence, _ in beyond_limits(cells)) + ".")
+    return "\n\n".join([*parts, limits_in_a_line(cells)])
+
+
+def layer_overview(records: Records) -> str:
+    """The same in a picture."""
+    parts = [caption(records), limits_in_a_line(measured(records))]
     picture = records.path.with_suffix(".png")
     if picture.exists() and picture.is_relative_to(ROOT):
         parts.append(f"![ratios, memory and share of the floor]({picture.relative_to(ROOT)})")
     return "\n\n".join(parts)
+
+
+def limits_in_a_line(cells: list[dict]) -> str:
+    return "; ".join(sentence for sentence, _ in beyond_limits(cells)) + "."
+
+
+def model_part(records: Records) -> str:
+    return f"{caption(records)}\n\n{model_table(records)}"
+
+
+def memory_part(records: Records) -> str:
+    return f"{caption(records)}\n\n{memory_table(records)}"
 
 
 def ratio_pivot(cells: list[dict]) -> str:
@@ -453,7 +485,8 @@ def finetune_part(record: dict) -> str:
         for result in record["results"]
     ]
     where = f"{record['model']} on {record['data']}; {record['training']}, learning rate {record['learning rate']}; "
-    return f"{where}{record['machine']}; {record['versions']}; `{record['command']}`.\n\n{table(header, rows)}"
+    chance = f"Always giving the same answer scores {record['chance']:.3f}."
+    return f"{where}{record['machine']}; {record['versions']}; `{record['command']}`. {chance}\n\n{table(header, rows)}"
 
 
 def with_parts(text: str, parts: dict[str, str]) -> str:

@@ -20,6 +20,7 @@ from benchmarks.records import Records
 from mixout_fast import MixLinear, backends, testing
 
 README = Path(report.__file__).parent.parent / "README.md"
+DOCUMENTS = ("docs/measurements.md", "docs/performance.md")
 
 
 def test_metrics_by_hand():
@@ -359,25 +360,37 @@ def test_a_slowed_layer_shows_in_the_report(measure_layer, monkeypatch):
     assert f"{report.step_ratio(slow, 'dropout'):.2f}" in report.layer_details(records)
 
 
-def test_the_readme_gets_its_tables_and_no_others(measure_layer, tmp_path, monkeypatch, capsys):
+def test_the_documents_get_their_tables_and_no_others(measure_layer, tmp_path, monkeypatch, capsys):
     records = measure_layer("results")
     monkeypatch.setattr(report, "ROOT", tmp_path)
-    text = README.read_text()
-    (tmp_path / "README.md").write_text(text)
+    before = {name: (README.parent / name).read_text() for name in ("README.md", *DOCUMENTS)}
     (tmp_path / "docs").mkdir()
-    (tmp_path / "docs/performance.md").write_text((README.parent / "docs/performance.md").read_text())
+    for name, text in before.items():
+        (tmp_path / name).write_text(text)
     arguments = ["--results", str(records.path.parent), "--readme"]
     assert report.main(arguments) == 0
-    written = (tmp_path / "README.md").read_text()
+    written = {name: (tmp_path / name).read_text() for name in before}
     (cell,) = report.measured(records)
-    assert f"{report.step_ratio(cell, 'linear'):.2f} / {report.step_ratio(cell, 'dropout'):.2f}" in written
-    assert report.NOT_MEASURED in written
+    pair = f"{report.step_ratio(cell, 'linear'):.2f} / {report.step_ratio(cell, 'dropout'):.2f}"
+    assert pair in written["docs/measurements.md"]
+    assert report.NOT_MEASURED in written["docs/measurements.md"]
+    assert report.NOT_MEASURED in written["README.md"]
     outside = re.compile(r"(<!-- measured: (\w+) -->\n).*?(<!-- /measured: \2 -->)", re.DOTALL)
-    assert outside.sub(r"\1\3", written) == outside.sub(r"\1\3", text)
+    for name, text in before.items():
+        assert outside.sub(r"\1\3", written[name]) == outside.sub(r"\1\3", text)
     assert report.main(arguments) == 0
-    assert (tmp_path / "README.md").read_text() == written, "the same results, the same README"
+    assert {name: (tmp_path / name).read_text() for name in before} == written, "the same results, the same documents"
     with pytest.raises(ValueError, match="measured: tables"):
-        report.with_parts(written, {"tables": ""})
+        report.with_parts(written["README.md"], {"tables": ""})
+
+
+def test_the_latest_results_of_cpus_and_of_gpus():
+    def measured(device, date, **environment):
+        run = {"environment": {"device": device, **environment}, "date": f"2026-11-{date}T00:00:00+00:00"}
+        return SimpleNamespace(runs=[run], environment=run["environment"])
+
+    older, newer, gpu = measured("a", 20), measured("b", 21), measured("c", 19, cuda="13.0")
+    assert set(map(id, report.latest([newer, older, gpu]))) == {id(newer), id(gpu)}
 
 
 def test_the_report_is_of_this_machine_unless_all_are_asked_for(measure_layer, capsys):
