@@ -1,0 +1,239 @@
+// y = x W'^T + bias and dx = dy W' in one pass over W and U.
+#pragma once
+
+#include "elementwise.inl"
+#include "tiles.inl"
+
+namespace mixout_fast::cpu::MIXOUT_ISA {
+namespace {
+
+// A part of W' (N, K) that is mixed at once, for y = x W'^T (forward) or dx = dy W'. A product runs over its terms and
+// gives outputs: K terms and N outputs forward, the other way round for dx.
+struct Part {
+  int64_t output, outputs, term, terms;
+};
+
+// Whether a vector of entries can be mixed as one: fp32, a mask drawn already, columns adjacent.
+template <typename Operand, typename Result>
+constexpr bool mixes_vectors = std::is_same_v<Operand, float> && std::is_same_v<Result, float>;
+
+MIXOUT_INLINE bool takes_vectors(const Mixing& mixing) {
+  return mixing.mask.keep && mixing.weight.column_stride == 1 &&
+         (!mixing.target.data || mixing.target.column_stride == 1);
+}
+
+// As mix_entry: entries [column, column + lanes) of a row, whose mask is `keep_of_row`.
+template <typename T>
+MIXOUT_INLINE Vector<T> mix_vector(const Mixing& mixing, const uint32_t* keep_of_row, int64_t row, int64_t column) {
+  typedef uint32_t Keep __attribute__((vector_size(lanes<T> * sizeof(uint32_t))));
+  Keep keep;
+  memcpy(&keep, keep_of_row + column, sizeof(keep));
+  const Vector<T> weight = load(reinterpret_cast<const T*>(address<T>(mixing.weight, row, column)));
+  const Vector<T> target =
+      mixing.target.data ? load(reinterpret_cast<const T*>(address<T>(mixing.target, row, column))) : Vector<T>{};
+  const Vector<T> difference = weight - target, scaled = difference * broadcast(static_cast<T>(mixing.scale));
+  const Vector<T> kept = target + scaled;
+  return keep ? kept : target;
+}
+
+template <bool forward, typename Operand, typename Result, typename T>
+void mix_panels(const Mixing& mixing, Part part, Panels<T> panels) {
+  constexpr int64_t width = lanes<T>;
+  if constexpr (forward) {
+    // Rows of W' are outputs: as many as a vector has lanes are mixed and transposed, in registers where they can be.
+    const int64_t stride = round_up(part.terms, width);
+    T* mixed = scratch<T>(Slot::rows, width * stride);
+    for (int64_t output = 0; output < part.outputs; output += width) {
+      const bool in_registers = mixes_vectors<Operand, Result> && takes_vectors(mixing) && part.terms % width == 0 &&
+                                output + width <= part.outputs;
+      for (int64_t i = 0; i < width && !in_registers; ++i)
+        if (output + i < part.outputs)
+          mix_segment<Operand, Result>(mixing, part.output + output + i, part.term, part.terms, mixed + i * stride);
+        else memset(mixed + i * stride, 0, part.terms * sizeof(T));
+      const int64_t first = output / panel<T> * panel<T>, step = panels.width(first, part.outputs);
+      T* out = panels.at(first) + (output - first);
+      const uint32_t* keep[width];
+      for (int64_t i = 0; i < width && in_registers; ++i)
+        keep[i] = mask_row(mixing.mask, mixing.columns, part.output + output + i);
+      for (int64_t k = 0; k < part.terms; k += width) {
+        Vector<T> block[width];
+        if constexpr (mixes_vectors<Operand, Result>)
+          if (in_registers) {
+#pragma GCC unroll 16
+            for (int64_t i = 0; i < width; ++i)
+              block[i] = mix_vector<T>(mixing, keep[i], part.output + output + i, part.term + k);
+          }
+        if (!in_registers)
+          for (int64_t i = 0; i < width; ++i) block[i] = load(mixed + i * stride + k);
+        transpose<T>(block);
+        for (int64_t l = 0; l < width && k + l < part.terms; ++l) store(out + (k + l) * step, block[l]);
+      }
+    }
+  } else {
+    // Rows of W' are terms: mixed vector by vector on the way into the panels, where they can be.
+    const int64_t padded = round_up(part.outputs, width);
+    T* mixed = scratch<T>(Slot::rows, padded);
+    memset(mixed, 0, padded * sizeof(T));
+    const Mixing own = mixing; // which no store can change
+    const bool by_vectors = mixes_vectors<Operand, Result> && takes_vectors(own) && part.outputs % width == 0;
+    for (int64_t k = 0; k < part.terms; ++k) {
+      const uint32_t* keep = mask_row(own.mask, own.columns, part.term + k);
+      if (!by_vectors) mix_segment<Operand, Result>(own, part.term + k, part.output, part.outputs, mixed);
+      for (int64_t output = 0; output < padded; output += panel<T>) {
+        const int64_t step = panels.width(output, part.outputs);
+        T* out = panels.at(output) + k * step;
+        for (int64_t v = 0; v < step; v += width)
+          if constexpr (mixes_vectors<Operand, Result>)
+            store(out + v, by_vectors ? mix_vector<T>(own, keep, part.term + k, part.output + output + v)
+                                      : load(mixed + output + v));
+          else store(out + v, load(mixed + output + v));
+      }
+    }
+  }
+}
+
+template <bool forward, typename Operand>
+Prefetch prefetch_of(const Mixing& mixing, Part next) {
+  if (next.terms <= 0 || mixing.weight.column_stride != 1) return {};
+  constexpr int64_t size = sizeof(Operand);
+  const int64_t row = forward ? next.output : next.term, column = forward ? next.term : next.output;
+  const bool has_target = mixing.target.data && mixing.target.column_stride == 1;
+  return {address<Operand>(mixing.weight, row, column),
+          has_target ? address<Operand>(mixing.target, row, column) : nullptr,
+          mixing.weight.row_stride * size,
+          mixing.target.row_stride * size,
+          forward ? next.outputs : next.terms,
+          ((forward ? next.terms : next.outputs) * size + 63) / 64};
+}
+
+// Terms [term, term + terms) of the rows of x or dy from `first` on, the last one repeated to fill a tile.
+template <typename T, typename Element>
+void stage_rows(Matrix x, int64_t first, int64_t m, int64_t term, int64_t terms, int64_t stride, T* staged) {
+  for (int64_t row = first; row < round_up(m, tile_rows); ++row, staged += stride) {
+    const Element* source =
+        static_cast<const Element*>(x.data) + (row < m ? row : m - 1) * x.row_stride + term * x.column_stride;
+    for (int64_t k = 0; k < terms; k += lanes<T>)
+      store(staged + k, load_widened<T>(source + k * x.column_stride, x.column_stride,
+                                        terms - k < lanes<T> ? terms - k : lanes<T>));
+  }
+}
+
+// The part of W' that a thread mixes at once, as panels in L2, which x or dy then passes. Of many rows as large a part
+// as fits: the result is read and written once per block of terms. Of few, mixing is what takes the time: less at once,
+// with the next part of W and U fetched meanwhile. A block for dx takes wide parts of W's rows.
+struct BlockShape {
+  int64_t terms, panels;
+  bool fetches_next;
+};
+
+template <bool forward, typename T>
+constexpr BlockShape block_shape(int64_t rows, int64_t terms) {
+  constexpr int64_t wide = sizeof(T) / sizeof(float);
+  if (rows <= few_rows) return forward ? BlockShape{384 / wide, 1, true} : BlockShape{128, 8, true};
+  const int64_t most = (forward ? 3072 : 768) / wide;
+  const int64_t block = terms < most ? terms : most;
+  return {most, 4096 / block > 1 ? 4096 / block : 1, false};
+}
+
+// x W'^T + bias (forward) or dy W': its columns [begin, end), for x or dy of m rows, of `all_rows` in the whole
+// product.
+template <bool forward, typename Operand, typename Result>
+void multiply(const Mixing& mixing, Matrix x, int64_t m, int64_t all_rows, int64_t begin, int64_t end, const void* bias,
+              void* result) {
+  using T = Compute<Operand>;
+  constexpr bool narrows = !std::is_same_v<Result, T>;
+  const int64_t terms = forward ? mixing.columns : mixing.rows;
+  const int64_t result_stride = forward ? mixing.rows : mixing.columns;
+  const int64_t piece = summed_at_once(all_rows, result_stride);
+  const bool in_short_pieces = piece == short_piece;
+  const BlockShape shape = block_shape<forward, T>(all_rows, terms);
+  const int64_t block_terms = shape.terms < terms ? shape.terms : round_up(terms, lanes<T>);
+  const int64_t all_outputs = round_up(end - begin, panel<T>), most_outputs = shape.panels * panel<T>;
+  const int64_t block_outputs = all_outputs < most_outputs ? all_outputs : most_outputs;
+  // Whole tiles of rows are multiplied where they are, others from a copy off the power of two, whose rows would share
+  // one L1 set.
+  const bool lies_in_rows = x.column_stride == 1 || terms == 1;
+  const int64_t in_place = !narrows && lies_in_rows ? m / tile_rows * tile_rows : 0;
+  const Rows staged_rows{block_terms + 16};
+  const int64_t staged_size = round_up(m - in_place, tile_rows) * staged_rows.row_stride;
+  T* staged =
+      scratch<T>(Slot::block, staged_size + (block_terms + 1) * block_outputs + (narrows ? m * (end - begin) : 0));
+  T* mixed = staged + staged_size;
+  T* offset = mixed + block_terms * block_outputs;
+  memset(offset, 0, block_outputs * sizeof(T));
+  // Sums go to the result itself where it is of their dtype.
+  T* sums;
+  int64_t sums_stride;
+  if constexpr (narrows) {
+    sums_stride = end - begin;
+    sums = offset + block_outputs;
+  } else {
+    sums_stride = result_stride;
+    sums = static_cast<Result*>(result) + begin;
+  }
+
+  const auto part_at = [=](int64_t output, int64_t term) -> Part {
+    const int64_t outputs_left = end - output, terms_left = terms - term;
+    return {output, outputs_left < block_outputs ? outputs_left : block_outputs, term,
+            terms_left < block_terms ? terms_left : block_terms};
+  };
+  for (int64_t term = 0; term < terms; term += block_terms)
+    for (int64_t first = begin; first < end; first += block_outputs) {
+      const Part part = part_at(first, term);
+      const Panels<T> panels{mixed, part.terms};
+      if (first == begin) stage_rows<T, Result>(x, in_place, m, term, part.terms, staged_rows.row_stride, staged);
+      mix_panels<forward, Operand, Result>(mixing, part, panels);
+      if (bias && term == 0)
+        for (int64_t j = 0; j < part.outputs; ++j) offset[j] = widen(static_cast<const Result*>(bias)[first + j]);
+      const bool is_last = first + block_outputs >= end;
+      Prefetch next = prefetch_of<forward, Operand>(mixing, is_last ? part_at(begin, term + block_terms)
+                                                                    : part_at(first + block_outputs, term));
+      const auto multiply_tile_of_rows = [&](int64_t row, int64_t output, auto& prefetch) {
+        const bool is_staged = row >= in_place;
+        const Rows layout = is_staged ? staged_rows : Rows{x.row_stride};
+        const T* left = is_staged ? staged + (row - in_place) * staged_rows.row_stride
+                                  : reinterpret_cast<const T*>(address<T>(x, row, term));
+        const int64_t width = panels.width(output, part.outputs);
+        T* out = sums + row * sums_stride + (first - begin) + output;
+        const T* base = term ? out : offset + output;
+        const int64_t base_stride = term ? sums_stride : 0;
+        if (row + tile_rows <= m && output + width <= part.outputs && !in_short_pieces) {
+          multiply_panel(layout, width, piece, part.terms, left, panels.at(output), base, base_stride, out, sums_stride,
+                         prefetch);
+          return;
+        }
+        // Beside the result where the tile sticks out of it, in the same order; and where a block's short pieces are
+        // added up before they are added to others.
+        T edge[tile_rows * panel<T>] = {};
+        const int64_t rows_left = m - row < tile_rows ? m - row : tile_rows;
+        const int64_t outputs_left = part.outputs - output < width ? part.outputs - output : width;
+        for (int64_t i = 0; i < rows_left; ++i)
+          for (int64_t j = 0; j < outputs_left && !in_short_pieces; ++j)
+            edge[i * panel<T> + j] = base[i * base_stride + j];
+        multiply_panel(layout, width, piece, part.terms, left, panels.at(output), edge, panel<T>, edge, panel<T>,
+                       prefetch);
+        for (int64_t i = 0; i < rows_left; ++i)
+          for (int64_t j = 0; j < outputs_left; ++j) {
+            const T sum = edge[i * panel<T> + j];
+            out[i * sums_stride + j] = in_short_pieces ? base[i * base_stride + j] + sum : sum;
+          }
+      };
+      NoPrefetch nothing;
+      if (shape.fetches_next) {
+        for (int64_t output = 0; output < part.outputs; output += panel<T>)
+          for (int64_t row = 0; row < m; row += tile_rows) multiply_tile_of_rows(row, output, next);
+      } else {
+        for (int64_t row = 0; row < m; row += tile_rows)
+          for (int64_t output = 0; output < part.outputs; output += panel<T>)
+            multiply_tile_of_rows(row, output, nothing);
+      }
+    }
+  if constexpr (narrows)
+    for (int64_t row = 0; row < m; ++row)
+      for (int64_t output = begin; output < end; ++output)
+        put<Result>(sums[row * sums_stride + output - begin],
+                    static_cast<Result*>(result) + row * result_stride + output);
+}
+
+} // namespace
+} // namespace mixout_fast::cpu::MIXOUT_ISA
