@@ -10,7 +10,7 @@ PY := $(VENV)/bin/python
 # auto builds the CUDA library too beside a CUDA torch, along with the other.
 LIBRARY := mixout_fast/_C.so $(if $(filter cuda,$(MIXOUT_FAST_BUILD)),mixout_fast/_CUDA.so)
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/autograd/* csrc/cpu/* csrc/cuda/*)
-FORMATTED := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.inl csrc/*/*.cu tests/*.cpp)
+FORMATTED := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.inl csrc/*/*.cu csrc/*/*.cuh tests/*.cpp)
 
 # The tests that are worth repeating with the CUDA kernels run on the CPU; the others see no kernel.
 EMULATED := tests/test_cuda_kernels.py tests/test_autograd.py tests/test_mixout.py tests/test_philox.py

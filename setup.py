@@ -86,7 +86,7 @@ def cuda_extensions(torch_cuda):
         reason = "nvcc is neither on PATH nor in CUDA_HOME, nor installed from PyPI (as the README's Install tells)"
         return give_up(reason, "CUDA library")
     # kernels.cu among the sources would have torch's build look for a CUDA torch.
-    depends = sorted(["csrc/cuda/kernels.cu", *glob("csrc/*.h"), *glob("csrc/cuda/*.h")])
+    depends = sorted(["csrc/cuda/kernels.cu", *glob("csrc/*.h"), *glob("csrc/cuda/*.h"), *glob("csrc/cuda/*.cuh")])
     options = {"depends": depends, "py_limited_api": True, "optional": BUILD == "auto"}
     return [Extension("mixout_fast._CUDA", ["csrc/cuda/ops.cpp"], **options)]
 

@@ -1,0 +1,141 @@
+// A block of 8 warps: its part of a matrix, its shared memory, rows read and written in vectors, sums in pairs.
+#pragma once
+
+#if defined(__CUDACC__)
+#include "intrinsics.h"
+#else
+#include "../tests/emulation.h"
+#endif
+
+#include <type_traits>
+
+#include "../mixing.h"
+#include "kernels.h"
+
+namespace mixout_fast::cuda {
+namespace {
+
+constexpr int warps = 8;
+constexpr int threads = 32 * warps;
+
+// The block sizes below follow from 16-byte accesses and from shared memory. None has been measured on a GPU yet.
+constexpr int mix_rows = 4; // of a warp: 4 loads of 16 bytes each of W and U in flight a lane
+constexpr int gather_rows_per_warp = 2;
+constexpr int gather_chunk = 8192; // columns, a word of mask bits a thread
+constexpr int expand_rows = 32;
+constexpr int expand_columns = 128;
+
+template <typename T>
+struct ComputeOf {
+  using type = float;
+};
+template <>
+struct ComputeOf<double> {
+  using type = double;
+};
+template <typename T>
+using Compute = typename ComputeOf<T>::type;
+
+MIXOUT_INLINE constexpr int64_t blocks_of(int64_t count, int64_t size) { return (count + size - 1) / size; }
+
+// Shared memory of a block, one use after the other.
+union Scratch {
+  struct {
+    uint32_t keep[one_pass_columns / 32];
+    int sums[warps];
+  } mask;
+  struct {
+    uint32_t keep[gather_chunk / 32];
+    int sums[warps];
+    uint16_t list[gather_chunk];
+  } gather;
+  alignas(16) unsigned char partial[32 * 1024];
+};
+
+__device__ int lane_of_thread() { return threadIdx.x % 32; }
+__device__ int warp_of_thread() { return threadIdx.x / 32; }
+
+// A lane's columns: 16 bytes of the narrower type, and a whole number of Philox blocks.
+template <typename Operand, typename Result>
+constexpr int lane_columns = sizeof(Operand) == 2 || sizeof(Result) == 2 ? 8 : 4;
+
+// A lane's part of a matrix in mix_kernel, mask_grad_kernel and expand_rows_kernel: `width` columns of mix_rows rows,
+// `warps` apart. Blocks stand along strips of 32 lanes' columns.
+template <int width>
+struct Part {
+  int64_t strip, column, first_row;
+
+  __device__ Part(int64_t columns, int64_t block) {
+    const int64_t strips = blocks_of(columns, 32 * width);
+    strip = block % strips * 32 * width;
+    column = strip + lane_of_thread() * width;
+    first_row = block / strips * warps * mix_rows + warp_of_thread();
+  }
+
+  // The row that a lane takes i-th.
+  __device__ int64_t row(int i) const { return first_row + i * warps; }
+};
+
+template <typename Operand, typename Result>
+int64_t blocks_of_parts(int64_t rows, int64_t columns) {
+  return blocks_of(columns, 32 * lane_columns<Operand, Result>) * blocks_of(rows, warps * mix_rows);
+}
+
+// `count` entries of T in accesses of 16 bytes, or 8 where they are no more.
+template <typename T, int count>
+__device__ __forceinline__ void load_vector(const T* source, T (&out)[count]) {
+  using Piece = std::conditional_t<sizeof(T) * count % 16 == 0, uint4, uint2>;
+  Piece pieces[sizeof(T) * count / sizeof(Piece)];
+#pragma unroll
+  for (int i = 0; i < static_cast<int>(sizeof(pieces) / sizeof(Piece)); ++i)
+    pieces[i] = reinterpret_cast<const Piece*>(source)[i];
+  memcpy(out, pieces, sizeof(out));
+}
+template <typename T, int count>
+__device__ __forceinline__ void store_vector(const T (&values)[count], T* out) {
+  uint4 pieces[sizeof(T) * count / 16];
+  memcpy(pieces, values, sizeof(values));
+#pragma unroll
+  for (int i = 0; i < static_cast<int>(sizeof(pieces) / 16); ++i) store_16_bytes(pieces[i], out + i * 16 / sizeof(T));
+}
+
+// Entries [column, column + count) of a row, of which the first `valid` exist; the others are 0. Unit: neighbouring
+// columns are neighbours in memory, as the compiler should know where registers are short.
+template <bool unit, typename T, int count>
+__device__ __forceinline__ void load_row(const Matrix& matrix, int64_t row, int64_t column, int64_t valid,
+                                         T (&out)[count]) {
+  const int64_t stride = unit ? 1 : matrix.column_stride;
+  const T* source = static_cast<const T*>(matrix.data) + row * matrix.row_stride + column * stride;
+  if (matrix.vectors && valid >= count) {
+    load_vector(source, out);
+  } else {
+#pragma unroll
+    for (int i = 0; i < count; ++i) out[i] = matrix.data && i < valid ? source[i * stride] : T{};
+  }
+}
+
+// The same entries of a row-major matrix of `columns` columns.
+template <typename T, int count>
+__device__ __forceinline__ void store_row(T* matrix, int64_t row, int64_t columns, int64_t column,
+                                          const T (&values)[count]) {
+  T* out = matrix + row * columns + column;
+  if (columns * sizeof(T) % 16 == 0 && column + count <= columns) {
+    store_vector(values, out);
+  } else {
+#pragma unroll
+    for (int i = 0; i < count; ++i)
+      if (column + i < columns) out[i] = values[i];
+  }
+}
+
+// The sum of parts [first, first + count), of which each warp has `of_warp`, its first lanes'. In pairs: one by one, 32
+// would have twice the error of the library's sum.
+template <int first, int count, int of_warp, typename Sum>
+__device__ __forceinline__ Sum sum_in_pairs(const Sum* parts) {
+  if constexpr (count == 1) return parts[first / of_warp * 32 + first % of_warp];
+  else
+    return sum_in_pairs<first, count / 2, of_warp>(parts) + sum_in_pairs<first + count / 2, count / 2, of_warp>(parts);
+}
+
+} // namespace
+} // namespace mixout_fast::cuda

@@ -1,0 +1,103 @@
+// The kept columns or rows of a gradient, put into the dense one.
+#pragma once
+
+#include "column_sums.cuh"
+
+namespace mixout_fast::cuda {
+namespace {
+
+// slots[i]: which entry of the index is `first` + i, or -1. The index ascends, -1 being its largest number.
+template <int places>
+__device__ __forceinline__ void find_slots(const int32_t* index, int64_t count, int64_t first,
+                                           int32_t (&slots)[places]) {
+  for (int i = threadIdx.x; i < places; i += threads) slots[i] = -1;
+  __syncthreads();
+  // The first entry wanted stands in [start, start + spread], halved until a thread reads two entries at most: a read
+  // waits for memory, and of short indices there is none more.
+  int64_t start = 0, spread = count;
+  while (spread + places > 2 * threads) {
+    const int64_t half = (spread + 1) / 2;
+    if (static_cast<uint32_t>(index[start + half - 1]) < first) start += half;
+    spread -= half;
+  }
+  const int64_t end = start + spread + places < count ? start + spread + places : count;
+  for (int64_t j = start + threadIdx.x; j < end; j += threads) {
+    const int64_t place = index[j] - first;
+    if (place >= 0 && place < places) slots[place] = static_cast<int32_t>(j);
+  }
+  __syncthreads();
+}
+
+// compact (count, rows) into its columns of out (rows, columns), through a tile in shared memory that turns it, and
+// before it the sums of parts.
+template <typename Operand, typename Result>
+__global__ void __launch_bounds__(threads)
+    expand_kernel(Matrix compact, const int32_t* index, int64_t count, int64_t rows, int64_t columns, double factor,
+                  Result* out, ColumnSums sums, int64_t sum_blocks) {
+  using T = Compute<Operand>;
+  if (blockIdx.x < sum_blocks) return sum_parts_block<Operand>(sums, blockIdx.x);
+  const int64_t block = blockIdx.x - sum_blocks;
+  constexpr int width = 16 / sizeof(Result);
+  constexpr int vectors = expand_columns / width;
+  // With 16 bytes more, the vectors that 8 lanes write of their rows are in different banks.
+  alignas(16) __shared__ Result tile[expand_rows][expand_columns + width];
+  __shared__ int32_t slots[expand_columns];
+  const int64_t strips = blocks_of(columns, expand_columns);
+  const int64_t first_column = block % strips * expand_columns;
+  find_slots(index, count, first_column, slots);
+  const int64_t first_row = block / strips * expand_rows;
+  const int lane = lane_of_thread();
+  const int64_t row = first_row + lane;
+  const Operand* from = static_cast<const Operand*>(compact.data) + row;
+#pragma unroll 1
+  for (int vector = warp_of_thread(); vector < vectors; vector += warps) {
+    Operand entries[width];
+#pragma unroll
+    for (int i = 0; i < width; ++i) {
+      const int32_t slot = slots[vector * width + i];
+      entries[i] = slot >= 0 && row < rows ? from[slot * compact.row_stride] : Operand{};
+    }
+    Result values[width];
+#pragma unroll
+    for (int i = 0; i < width; ++i) values[i] = narrow<Result>(multiply(widen(entries[i]), static_cast<T>(factor)));
+    memcpy(&tile[lane][vector * width], values, sizeof(values));
+  }
+  __syncthreads();
+  for (int i = threadIdx.x; i < expand_rows * vectors; i += threads) {
+    const int64_t column = first_column + i % vectors * width;
+    if (first_row + i / vectors >= rows || column >= columns) continue;
+    Result values[width];
+    load_vector(&tile[i / vectors][i % vectors * width], values);
+    store_row(out, first_row + i / vectors, columns, column, values);
+  }
+}
+
+// compact (count, rows) into its rows of out (columns, rows), laid out as mix_kernel, and before it the sums of parts.
+template <typename Operand, typename Result>
+__global__ void __launch_bounds__(threads)
+    expand_rows_kernel(Matrix compact, const int32_t* index, int64_t count, int64_t rows, int64_t columns,
+                       double factor, Result* out, ColumnSums sums, int64_t sum_blocks) {
+  using T = Compute<Operand>;
+  constexpr int width = lane_columns<Operand, Result>;
+  if (blockIdx.x < sum_blocks) return sum_parts_block<Operand>(sums, blockIdx.x);
+  __shared__ int32_t slots[warps * mix_rows];
+  const Part<width> part(rows, blockIdx.x - sum_blocks);
+  find_slots(index, count, part.first_row - warp_of_thread(), slots);
+  Operand values[mix_rows][width];
+#pragma unroll
+  for (int i = 0; i < mix_rows; ++i) {
+    const int32_t slot = slots[part.row(i) % (warps * mix_rows)];
+    load_row<false>(compact, slot, part.column, slot >= 0 ? rows - part.column : 0, values[i]);
+  }
+#pragma unroll
+  for (int i = 0; i < mix_rows; ++i) {
+    if (part.row(i) >= columns || part.column >= rows) break;
+    Result scaled[width];
+#pragma unroll
+    for (int j = 0; j < width; ++j) scaled[j] = narrow<Result>(multiply(widen(values[i][j]), static_cast<T>(factor)));
+    store_row(out, part.row(i), rows, part.column, scaled);
+  }
+}
+
+} // namespace
+} // namespace mixout_fast::cuda
