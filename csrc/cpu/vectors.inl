@@ -108,8 +108,7 @@ MIXOUT_INLINE void put_rounded(T value, Stored* out) {
   *out = static_cast<Stored>(widen(narrow<Result>(value)));
 }
 
-// A vector of `count` elements, the rest 0, and back. The full, contiguous case has a constant trip count and
-// vectorises.
+// A vector of `count` elements, the rest 0. The full, contiguous case has a constant trip count and vectorises.
 template <typename T, typename Element>
 MIXOUT_INLINE Vector<T> load_widened(const Element* source, int64_t stride, int64_t count) {
   if (count == lanes<T> && stride == 1) {
@@ -121,15 +120,6 @@ MIXOUT_INLINE Vector<T> load_widened(const Element* source, int64_t stride, int6
   T values[lanes<T>] = {};
   for (int64_t lane = 0; lane < count; ++lane) values[lane] = widen(source[lane * stride]);
   return load(values);
-}
-template <typename T, typename Element>
-MIXOUT_INLINE void store_narrowed(Vector<T> value, int64_t count, Element* destination) {
-  T values[lanes<T>];
-  store(values, value);
-  if (count == lanes<T>)
-    for (int lane = 0; lane < lanes<T>; ++lane) put<Element>(values[lane], destination + lane);
-  else
-    for (int64_t lane = 0; lane < count; ++lane) put<Element>(values[lane], destination + lane);
 }
 
 // Transposes a square block held in registers: at step s, lane bit s and row bit s change places.
