@@ -7,6 +7,10 @@
 #include <utility>
 
 #if defined(__x86_64__)
+#if !defined(__clang__)
+// Two dozen of GCC 12's own headers (bug 105593).
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
 #include <immintrin.h>
 
 #if defined(__clang__)
