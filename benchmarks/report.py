@@ -7,6 +7,7 @@ limits are missed and by how much, draws a picture per file of results, and ends
 
 import argparse
 import json
+import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -40,6 +41,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--all", action="store_true", help="other machines' results too")
     parser.add_argument("--readme", action="store_true", help="put all machines' tables into README.md and docs/")
     options = parser.parse_args(arguments)
+    if options.quick and options.readme:
+        parser.error("--readme: not of --quick runs")
     results = {suite: load(options.results, suite, options.quick) for suite in SUITES}
     if not any(results.values()):
         sys.exit(f"no results in {options.results}: python -m benchmarks.run measures")
@@ -359,9 +362,9 @@ def draw(records: Records) -> None:
 
 
 def measured_parts(results: dict[str, list[Records]], folder: Path) -> dict[str, dict[str, str]]:
-    """The measured parts of every file that has some, by the names of their markers."""
+    """The measured parts of every file that has some, by the names of their markers; those without results left out."""
     finetuning = [json.loads(path.read_text()) for path in sorted(folder.glob("finetune*.json")) if not is_quick(path)]
-    return {
+    parts = {
         "README.md": {
             "summary": summary_table(results),
             "layers": machine_by_machine(latest(results["layer"]), layer_overview),
@@ -375,6 +378,7 @@ def measured_parts(results: dict[str, list[Records]], folder: Path) -> dict[str,
         },
         "docs/performance.md": {"terms": "\n\n".join(map(terms_part, results["terms"]))},
     }
+    return {name: {marker: part for marker, part in of_file.items() if part} for name, of_file in parts.items()}
 
 
 def machine_by_machine(of_suite: list[Records], describe: Callable[[Records], str]) -> str:
@@ -422,20 +426,20 @@ def layer_part(records: Records) -> str:
     for dtype in dict.fromkeys(cell["cell"]["dtype"] for cell in cells):
         parts.append(f"{dtype}, time of a step over `nn.Linear`'s / over `nn.Dropout(p)` + `nn.Linear`'s:")
         parts.append(ratio_pivot([cell for cell in cells if cell["cell"]["dtype"] == dtype]))
-    return "\n\n".join([*parts, limits_in_a_line(cells)])
+    return "\n\n".join([*parts, *limits_and_picture(records, ROOT / "docs")])
 
 
 def layer_overview(records: Records) -> str:
-    """The same in a picture."""
-    parts = [caption(records), limits_in_a_line(measured(records))]
+    """The same without the tables."""
+    return "\n\n".join([caption(records), *limits_and_picture(records, ROOT)])
+
+
+def limits_and_picture(records: Records, folder: Path) -> Iterator[str]:
+    """How many cells are beyond the limits, and the picture as it is linked from a folder."""
+    yield "; ".join(sentence for sentence, _ in beyond_limits(measured(records))) + "."
     picture = records.path.with_suffix(".png")
     if picture.exists() and picture.is_relative_to(ROOT):
-        parts.append(f"![ratios, memory and share of the floor]({picture.relative_to(ROOT)})")
-    return "\n\n".join(parts)
-
-
-def limits_in_a_line(cells: list[dict]) -> str:
-    return "; ".join(sentence for sentence, _ in beyond_limits(cells)) + "."
+        yield f"![ratios, memory and share of the floor]({os.path.relpath(picture, folder)})"
 
 
 def model_part(records: Records) -> str:

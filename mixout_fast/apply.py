@@ -47,7 +47,7 @@ class Report:
 
     rows: tuple[Row, ...]
     dropouts: dict[str, float]
-    dropout: float
+    dropout: float = 0.0
 
     def __str__(self) -> str:
         header = ("parameter", "module", "p", "parameters", "")
@@ -109,7 +109,7 @@ def apply_mixout(
         model: the pretrained model. Its module and Parameter objects stay; state_dict keeps its keys.
         p: probability in [0, 1] that an input neuron's weights are replaced by the target's, or a function
             (module, name of the module) -> probability, which leaves a weight alone where it is 0. With the number 0
-            the model trains as a plain one.
+            everything is set up as with another p, and no weight is mixed.
         target: the weights to return to. None: a copy of the present ones. Another model, or a state dict with the
             model's keys: its tensors themselves where they lie on the parameter's device, in its or a smaller dtype.
             A weight that it lacks is not mixed, with a warning.
@@ -150,10 +150,13 @@ def apply_mixout(
     mixed = [use for use in uses if use.reason is None]
     if not mixed:
         raise ValueError(_nothing_mixed(uses, filter_fn, sources))
-    missing = [use.name for use in uses if use.reason == NO_TARGET]
+    missing = list({id(use.parameter): use.name for use in uses if use.reason == NO_TARGET}.values())
     if missing:
-        others = f" and {len(missing) - 1} others" if len(missing) > 1 else ""
-        warnings.warn(f"target: it has no {missing[0]}{others}: not mixed; mixout_report(model) tells", stacklevel=2)
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        warnings.warn(
+            f"target: it has no {missing[0]}{more}: not mixed. Leave out by filter_fn or head what it should lack",
+            stacklevel=2,
+        )
     _own_targets(mixed, uses, target_dtype)
 
     for use in mixed:
@@ -253,7 +256,7 @@ class SharedSeed:
         self.held = False
 
     def __call__(self, module: nn.Module, arguments: tuple) -> None:
-        if module.training and not self.held:
+        if module.training and not self.held and any(mixing.p for mixing in self.mixings):
             self.draw()
 
     def draw(self) -> None:
@@ -331,7 +334,7 @@ def _choose(use, model, p, filter_fn, head, feeds, mask, grad_scale) -> tuple[fl
             return None, "no Dropout feeds it"
         chosen = p(use.module, use.module_name) if callable(p) else p
     check_options(chosen, mask, grad_scale, "bernoulli")
-    return (None, "p = 0") if callable(p) and chosen == 0.0 else (chosen, None)
+    return (None, "p = 0") if part is None and callable(p) and chosen == 0.0 else (chosen, None)
 
 
 def _head_of(use: Use, head: Collection[str]) -> str | None:
@@ -424,11 +427,12 @@ def _target_buffers(model: nn.Module) -> list[str]:
 
 def _nothing_mixed(uses: list[Use], filter_fn: Callable | None, sources: Mapping[str, Tensor] | None) -> str:
     candidates = [use for use in uses if use.parameter.dim() >= 2]
+    wanted = next((use.name for use in candidates if use.reason == NO_TARGET), None)
+    if wanted is not None:
+        keys = ", ".join(map(repr, [*sources][:3])) + (", …" if len(sources) > 3 else "")
+        return f"target: it has no {wanted} nor another weight to mix; its keys are {keys or 'none'}"
     if filter_fn is not None and candidates:
         names = ", ".join(use.module_name for use in candidates[:8])
         return f"filter_fn: it matches no layer that can be mixed, among {names}{', …' if len(candidates) > 8 else ''}"
-    wanted = [use.name for use in candidates if use.reason == NO_TARGET]
-    if wanted:
-        return f"target: it has no {wanted[0]} nor another weight to mix; its keys are {', '.join([*sources][:3])}, …"
     reasons = ", ".join(sorted({f"{use.name}: {use.reason}" for use in candidates})[:8])
     return f"model: nothing to mix ({reasons or 'it has no weight matrix'})"

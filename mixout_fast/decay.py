@@ -47,10 +47,12 @@ def wdecay(
     Raises:
         TypeError, ValueError: naming the argument, what it got and what it takes.
     """
+    # accelerate's is an Optimizer without the hooks of one: the one within takes the steps.
+    optimizer = getattr(optimizer, "optimizer", optimizer)
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(f"optimizer: {type(optimizer).__name__}; it takes a torch.optim.Optimizer, before the model")
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model: {type(model).__name__}; it takes an nn.Module, behind the optimizer")
+        raise TypeError(f"model: {type(model).__name__}; it takes an nn.Module, after the optimizer")
     if not isinstance(decay, (float, int)) or isinstance(decay, bool):
         raise TypeError(f"decay: {decay!r} of type {type(decay).__name__}; it takes a number of 0 or more")
     if not decay >= 0.0:
@@ -63,9 +65,9 @@ def wdecay(
     own = [
         group["weight_decay"]
         for group in optimizer.param_groups
-        if group.get("weight_decay") and any(parameter in targets for parameter in group["params"])
+        if group.get("weight_decay") and any(w in targets and w.requires_grad for w in group["params"])
     ]
-    if own:
+    if own and decay:
         warnings.warn(f"optimizer: its own weight_decay, {own[0]}, decays the same weights toward 0", stacklevel=2)
 
     @torch.no_grad()

@@ -126,7 +126,8 @@ def find_uses(model: nn.Module, frozen: bool, mask: str) -> list[Use]:
             elif not parameter.requires_grad and not frozen:
                 use.reason = "frozen"
             elif not input_dims:
-                use.reason = f"raw parameter: INPUT_DIMS has no {type(module).__module__}.{type(module).__qualname__}"
+                cls = f"{type(module).__module__}.{type(module).__qualname__}"
+                use.reason = f"raw parameter: INPUT_DIMS has no {attribute!r} of {cls}"
             elif getattr(module, "groups", 1) != 1:
                 use.reason = "grouped convolution"
             elif getattr(module, "max_norm", None) is not None:

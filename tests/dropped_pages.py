@@ -51,6 +51,8 @@ def check_they_are_not_read(name: str, module, dtype: torch.dtype, seed: int) ->
     process = multiprocessing.get_context("fork").Process(target=mix)
     process.start()
     process.join(120)
+    hangs = process.is_alive()
     process.kill()
+    assert not hangs, "still running after two minutes"
     read = f"{name} reads what is dropped: {dtype}, seed={seed}"
     assert process.exitcode == 0, read if process.exitcode == -signal.SIGSEGV else "its error is on stderr"

@@ -576,8 +576,8 @@ def test_unmixable_modules_are_listed(device):
     got = reasons(model)
     assert got["grouped.weight"] == "grouped convolution"
     assert got["renormed.weight"] == "max_norm changes it in place"
-    assert got["rnn.weight_ih_l0"] == "raw parameter: INPUT_DIMS has no torch.nn.modules.rnn.LSTM"
-    assert got["raw.kernel"] == f"raw parameter: INPUT_DIMS has no {__name__}.Transposed"
+    assert got["rnn.weight_ih_l0"] == "raw parameter: INPUT_DIMS has no 'weight_ih_l0' of torch.nn.modules.rnn.LSTM"
+    assert got["raw.kernel"] == f"raw parameter: INPUT_DIMS has no 'kernel' of {__name__}.Transposed"
     assert got["linear.weight"] is None
 
 
@@ -595,7 +595,8 @@ BAD = (
     ({"target": 0}, TypeError, ("target: int",)),
     ({"target": {"query.weight": torch.zeros(3)}}, ValueError, ("target: query.weight", "(3,)", "(16, 16)")),
     ({"target": {"query.weight": torch.zeros(16, 16).int()}}, TypeError, ("target: query.weight", "int32")),
-    ({"target": {"bert.query.weight": torch.zeros(3)}}, ValueError, ("no embed.weight", "keys are bert.query.weight")),
+    ({"target": {"bert.key.weight": torch.zeros(3)}}, ValueError, ("no embed.weight", "keys are 'bert.key.weight'")),
+    ({"target": {}, "filter_fn": lambda module, name: name == "key"}, ValueError, ("no key.weight", "keys are none")),
     ({"target_dtype": torch.int8}, TypeError, ("target_dtype: torch.int8",)),
     ({"filter_fn": lambda module, name: False}, ValueError, ("filter_fn", "embed", "query")),
     ({"head": "head"}, TypeError, ("head: str",)),

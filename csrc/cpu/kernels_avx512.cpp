@@ -8,7 +8,7 @@
 
 #if defined(__x86_64__)
 #if !defined(__clang__)
-// Two dozen of GCC 12's own headers (bug 105593).
+// GCC 12's own headers give two dozen false ones (GCC bug 105593).
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #endif
 #include <immintrin.h>
