@@ -47,8 +47,6 @@ def wdecay(
     Raises:
         TypeError, ValueError: naming the argument, what it got and what it takes.
     """
-    # accelerate's is an Optimizer without the hooks of one: the one within takes the steps.
-    optimizer = getattr(optimizer, "optimizer", optimizer)
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(f"optimizer: {type(optimizer).__name__}; it takes a torch.optim.Optimizer, before the model")
     if not isinstance(model, nn.Module):
@@ -59,6 +57,8 @@ def wdecay(
         raise ValueError(f"decay: {decay!r}; it takes a number of 0 or more")
     if isinstance(target, (int, float)) and target != 0:
         raise ValueError(f"target: {target!r}; the only number it takes is 0")
+    # accelerate's is an Optimizer without the hooks of one: the one within takes the steps.
+    optimizer = getattr(optimizer, "optimizer", optimizer)
     targets = _targets(model, target, include)
     if not any(parameter in targets for group in optimizer.param_groups for parameter in group["params"]):
         raise ValueError("optimizer: none of its parameters is one of the model's that decay")

@@ -470,6 +470,16 @@ def test_with_p_0_a_model_trains_as_a_plain_one(net, tokens):
     remove_mixout(net)
 
 
+def test_with_p_0_a_tied_weight_draws_no_seed(tokens, device):
+    """Dropout beside it draws what it draws in the plain model."""
+    net = apply_mixout(Tied().to(device).train(), 0.0)
+    torch.manual_seed(3)
+    want = torch.rand(4, device=device)
+    torch.manual_seed(3)
+    net(tokens)
+    testing.assert_same_bits("the next random numbers", torch.rand(4, device=device), want, net)
+
+
 def test_frozen_layers_when_asked(net):
     apply_mixout(net, 0.5, frozen=True)
     assert net.frozen.p == 0.5

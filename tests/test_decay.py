@@ -178,6 +178,8 @@ def test_refuses_swapped_arguments_and_warns_of_two_decays():
     optimizer = torch.optim.AdamW(model.parameters())
     with pytest.raises(TypeError, match="optimizer: Linear"):
         wdecay(model, optimizer, 0.1)
+    with pytest.raises(TypeError, match="optimizer: StepLR"):
+        wdecay(torch.optim.lr_scheduler.StepLR(optimizer, 1), model, 0.1)
     with pytest.raises(TypeError, match="model: AdamW"):
         wdecay(optimizer, optimizer, 0.1)
     with pytest.warns(UserWarning, match=r"its own weight_decay, 0\.01,"):
