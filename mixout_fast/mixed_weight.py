@@ -7,7 +7,7 @@ works too. What differs: the Parameter stays where it is, under its name. parame
 transformers find parameters; its modules cannot be pickled; and removing a parametrization from a deep copy breaks the
 original (both share the class from which the property is deleted).
 
-Of these modules Conv1D computes x W + b and no more: its forward is exchanged too, for mix_linear.
+Of Conv1D and nn.MultiheadAttention the forward pass is exchanged too (forwards.py).
 """
 
 import functools
@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from mixout_fast import forwards
 from mixout_fast.functional import mix_linear, mixout
 
 PREFIX = "mixing_"
@@ -22,6 +23,12 @@ PREFIX = "mixing_"
 
 CONV1D = "transformers.pytorch_utils.Conv1D"
 """Hugging Face's linear layer with a weight (in, out), of GPT-2 and its kin."""
+
+FORWARDS = {
+    CONV1D: forwards.conv1d,
+    "torch.nn.modules.activation.MultiheadAttention": forwards.multihead_attention,
+}
+"""Class -> what takes the place of its forward pass, in subclasses that have none of their own too."""
 
 
 class Mixing(nn.Module):
@@ -54,7 +61,7 @@ class Mixing(nn.Module):
         self.register_buffer("target", target, persistent=False)
 
     def forward(self, weight: Tensor) -> Tensor:
-        if self.p == 0.0 or not self.training or self._sharded(weight):
+        if not self.mixes() or self._sharded(weight):
             return weight
         mixed = mixout(
             self._numbered(weight),
@@ -68,14 +75,20 @@ class Mixing(nn.Module):
         )
         return mixed.view(weight.shape)
 
-    def linear(self, input: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        """input W' + bias in training, of a weight (in, out) with the input mask."""
+    def mixes(self) -> bool:
+        """Whether it mixes now."""
+        return self.training and self.p != 0.0
+
+    def linear(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """x W'ᵀ + bias of a weight (out, in), or x W' + bias of one (in, out), which needs the input mask."""
+        weight, target = (t.t() if t is not None and self.input_dims == (0,) else t for t in (weight, self.target))
         return mix_linear(
             input,
-            weight.t(),
-            None if self.target is None else self.target.t(),
+            weight,
+            target,
             bias,
             self.p,
+            mask=self.mask,
             grad_scale=self.grad_scale,
             seed=self.seed,
             backend=self.backend,
@@ -133,19 +146,12 @@ def _mixed_class(plain_class: type[nn.Module], names: tuple[str, ...]) -> type[n
         name: property(functools.partial(_read, name), functools.partial(_refuse_tensor, name)) for name in names
     }
     attributes |= {"plain_class": plain_class, "mixed_names": names, "__module__": plain_class.__module__}
-    conv1d = next((c for c in plain_class.__mro__ if f"{c.__module__}.{c.__qualname__}" == CONV1D), None)
-    if conv1d and plain_class.forward is conv1d.forward:
-        attributes["forward"] = _conv1d_forward
+    for cls in plain_class.__mro__:
+        forward = FORWARDS.get(f"{cls.__module__}.{cls.__qualname__}")
+        if forward and plain_class.forward is cls.forward:
+            attributes["forward"] = forward
     # Of the plain class's name, which transformers writes into a saved model's configuration.
     return type(plain_class.__name__, (MixedWeights, plain_class), attributes)
-
-
-def _conv1d_forward(module: nn.Module, input: Tensor) -> Tensor:
-    # Tied to an nn.Linear the weight is mixed by that one's inputs, which are Conv1D's outputs.
-    mixing = module._modules[PREFIX + "weight"]
-    if mixing.training and mixing.p and mixing.mask == "input" and mixing.input_dims == (0,):
-        return mixing.linear(input, module._parameters["weight"], module.bias)
-    return module.plain_class.forward(module, input)
 
 
 def _read(name: str, module: nn.Module) -> Tensor:

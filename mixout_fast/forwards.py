@@ -1,0 +1,64 @@
+"""Forward passes for modules that multiply by a weight of their own: mixed and multiplied at once, by mix_linear.
+
+mixed_weight.py puts them in the place of the class's forward, which reads the mixed weight and multiplies by it, so
+that backward computes all of its gradient. Where they don't apply they call that forward.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+def conv1d(module: nn.Module, input: Tensor) -> Tensor:
+    """Of Hugging Face's Conv1D."""
+    mixing = module.mixing_weight
+    # Tied to an nn.Linear the weight is mixed by that one's inputs, which are Conv1D's outputs.
+    if mixing.mixes() and mixing.mask == "input" and mixing.input_dims == (0,):
+        return mixing.linear(input, module._parameters["weight"], module.bias)
+    return module.plain_class.forward(module, input)
+
+
+def multihead_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None = None,
+    need_weights: bool = True, attn_mask: Tensor | None = None, average_attn_weights: bool = True,
+    is_causal: bool = False,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """Of nn.MultiheadAttention, for a batch of self-attention that doesn't return its weights."""
+    if (
+        not _multiplies(module, "in_proj_weight") or need_weights or not query is key is value or query.dim() != 3
+        or query.is_nested or module.bias_k is not None or module.add_zero_attn or (is_causal and attn_mask is None)
+    ):  # fmt: skip
+        return module.plain_class.forward(
+            module, query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
+        )
+    projected = module.mixing_in_proj_weight.linear(query, module._parameters["in_proj_weight"], module.in_proj_bias)
+    # (batch, length, 3, heads, head_dim) to three of (batch, heads, length, head_dim)
+    projected = projected.unflatten(-1, (3, module.num_heads, -1))
+    projected = projected if module.batch_first else projected.transpose(0, 1)
+    is_causal = is_causal and key_padding_mask is None
+    bias = None if is_causal else _added(attn_mask, projected.dtype)
+    if bias is not None and bias.dim() == 3:
+        bias = bias.unflatten(0, (-1, module.num_heads))
+    if key_padding_mask is not None:
+        padding = _added(key_padding_mask, projected.dtype)[:, None, None]
+        bias = padding if bias is None else bias + padding
+    dropout = module.dropout if module.training else 0.0
+    attended = F.scaled_dot_product_attention(*projected.permute(2, 0, 3, 1, 4), bias, dropout, is_causal)
+    attended = attended.permute(*((0, 2) if module.batch_first else (2, 0)), 1, 3).flatten(2)
+    last = module.out_proj
+    if _multiplies(last, "weight"):
+        return last.mixing_weight.linear(attended, last._parameters["weight"], last.bias), None
+    return F.linear(attended, last.weight, last.bias), None
+
+
+def _multiplies(module: nn.Module, name: str) -> bool:
+    """Whether the module mixes the weight now, as a matrix (out, in)."""
+    mixing = module._modules.get(f"mixing_{name}")
+    return mixing is not None and mixing.mixes() and mixing.input_dims == (1,)
+
+
+def _added(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """An attention mask as it is added to the scores; True in a boolean one means left out."""
+    if mask is None or mask.dtype != torch.bool:
+        return mask
+    return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, float("-inf"))
