@@ -2,7 +2,6 @@
 
 import datetime
 import hashlib
-import os
 import platform
 import re
 import shlex
@@ -59,11 +58,12 @@ def this_machine() -> set[str]:
 
 
 def cpu_model() -> str:
-    if os.path.exists("/proc/cpuinfo"):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    """The processor's name, and on x86 its family and model: virtual machines name theirs "AMD EPYC" and no more."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().partition("\n\n")[0].splitlines() if path.exists() else []
+    facts = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    name = facts.get("model name") or platform.processor() or platform.machine()
+    return f"{name}, family {facts['cpu family']} model {facts['model']}" if "cpu family" in facts else name
 
 
 def machine_slug(device_type: str) -> str:

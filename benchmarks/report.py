@@ -16,7 +16,7 @@ from statistics import fmean
 
 from benchmarks.contenders import TITLES, Shape
 from benchmarks.environment import ROOT, this_machine
-from benchmarks.layer import TARGET_P, TARGET_SAVED, TARGETS
+from benchmarks.layer import GPU_SWEEPS, TARGET_P, TARGET_SAVED, TARGET_SHAPES, TARGETS
 from benchmarks.model import BASELINE
 from benchmarks.records import RESULTS, Records, is_disturbed
 
@@ -24,6 +24,8 @@ SUITES = ("layer", "terms", "paths", "model", "memory")
 PIVOT = ("ours", "linear", "dropout")
 """The contenders of a table's pairs; all others have a column of their own."""
 NOT_MEASURED = "On GPUs: not measured yet."
+OVERVIEW = (*TARGET_SHAPES, *GPU_SWEEPS[0][0])
+"""The shapes of the layers that README.md shows; docs/measurements.md has all."""
 
 LEGEND = """Each figure is the median over rounds of our time divided by the other's in the same round; below 1 ours is
 faster. * marks cells that other processes disturbed."""
@@ -97,11 +99,16 @@ def measured(records: Records) -> list[dict]:
 
 def caption(records: Records) -> str:
     """Where, with what and by which commands."""
+    commands = "".join(f"\n    {command}" for command in dict.fromkeys(run["command"] for run in records.runs))
+    return f"{machine(records)}\n{commands}"
+
+
+def machine(records: Records) -> str:
+    """Where and with what."""
     facts, run = records.environment, records.runs[-1]
     device = facts["device"] if is_gpu(records) else f"{facts['device']}, {facts['threads']} threads"
     versions = [f"{name} {facts[name]}" for name in ("torch", "cuda", "driver", "triton") if name in facts]
-    commands = "".join(f"\n    {command}" for command in dict.fromkeys(run["command"] for run in records.runs))
-    return f"**{device}**: {', '.join(versions)}, backend {facts['backend']}, commit {run['commit']}.\n{commands}"
+    return f"**{device}**: {', '.join(versions)}, backend {facts['backend']}, commit {run['commit']}."
 
 
 def is_gpu(records: Records) -> bool:
@@ -430,8 +437,12 @@ def layer_part(records: Records) -> str:
 
 
 def layer_overview(records: Records) -> str:
-    """The same without the tables."""
-    return "\n\n".join([caption(records), *limits_and_picture(records, ROOT)])
+    """The same of a shape or two, without the commands."""
+    parts, cells = [machine(records)], measured(records)
+    for dtype in dict.fromkeys(cell["cell"]["dtype"] for cell in cells):
+        shown = [cell for cell in cells if cell["cell"]["shape"] in OVERVIEW and cell["cell"]["dtype"] == dtype]
+        parts += [f"{dtype}:", ratio_pivot(shown)] if shown else []
+    return "\n\n".join([*parts, *limits_and_picture(records, ROOT)])
 
 
 def limits_and_picture(records: Records, folder: Path) -> Iterator[str]:
