@@ -214,10 +214,16 @@ def remove_mixout(model: nn.Module) -> nn.Module:
 
 
 def mixout_report(model: nn.Module) -> Report:
-    """What apply_mixout did to each parameter; printed, it is a table."""
-    if not isinstance(getattr(model, "mixout_report", None), Report):
-        raise ValueError("model: apply_mixout has not been applied to it")
-    return model.mixout_report
+    """What apply_mixout did to each parameter; printed, it is a table.
+
+    `model` may be a module around the one that apply_mixout was given, such as DDP's or PEFT's, or its parent.
+
+    Raises ValueError for a model without mixout.
+    """
+    for module in model.modules():
+        if "mixout_report" in vars(module):
+            return module.mixout_report
+    raise ValueError("model: apply_mixout has not been applied to it")
 
 
 def mixed_parameters(model: nn.Module) -> list[MixedParameter]:
@@ -231,13 +237,17 @@ def mixed_parameters(model: nn.Module) -> list[MixedParameter]:
         else:
             continue
         for name, mixing in mixings.items():
-            found.append(MixedParameter(join_names(module_name, name), module._parameters[name], mixing))
+            full_name = join_names(module_name, name)
+            if name not in module._parameters:
+                raise ValueError(f"model: {full_name} was parametrized or pruned after apply_mixout; undo that first")
+            found.append(MixedParameter(full_name, module._parameters[name], mixing))
     return found
 
 
 def target_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """Parameter name -> its target, of every parameter mixed toward one: what apply_mixout takes as `target`.
 
+    Names are those in `model`: give it the model that apply_mixout was given, not one around it (DDP's "module.").
     state_dict leaves targets out. Save this once beside a run's first checkpoint, where they cannot be read from the
     pretrained checkpoint again.
     """
@@ -334,7 +344,7 @@ def _choose(use, model, p, filter_fn, head, feeds, mask, grad_scale) -> tuple[fl
             return None, "no Dropout feeds it"
         chosen = p(use.module, use.module_name) if callable(p) else p
     check_options(chosen, mask, grad_scale, "bernoulli")
-    return (None, "p = 0") if part is None and callable(p) and chosen == 0.0 else (chosen, None)
+    return (None, "p = 0") if part is None and callable(p) and chosen == 0.0 else (float(chosen), None)
 
 
 def _head_of(use: Use, head: Collection[str]) -> str | None:

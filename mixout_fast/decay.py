@@ -1,5 +1,6 @@
 """wdecay(u, λ): weight decay toward a target, λ/2 ‖w - u‖² (Wiese et al. 2017; Lee et al. 2020, section 5)."""
 
+import itertools
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from mixout_fast.apply import mixed_parameters
+from mixout_fast.functional import share_storage
 
 
 def is_matrix(name: str, parameter: nn.Parameter) -> bool:
@@ -35,10 +37,11 @@ def wdecay(
 
     Args:
         optimizer: whose step is hooked, with its groups' learning rates. GradScaler is served, also with an optimizer
-            that unscales gradients itself (fused Adam).
+            that unscales gradients itself (fused Adam), and step(closure).
+        model: whose weights decay, before DDP or torch.compile wraps it or after, mixed or not.
         decay: λ, at least 0.
         target: None, the mixout target of a mixed parameter, and of any other a copy of its present value; a model or a
-            state dict with the model's keys; or 0.0, ordinary weight decay.
+            state dict with the model's keys, copied where it is this model or its own; or 0.0, ordinary weight decay.
         include: (name, parameter) -> whether it decays; by default matrices and not biases or normalisation.
 
     Returns:
@@ -71,7 +74,7 @@ def wdecay(
         warnings.warn(f"optimizer: its own weight_decay, {own[0]}, decays the same weights toward 0", stacklevel=2)
 
     @torch.no_grad()
-    def decay_weights(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+    def decay_weights() -> None:
         # GradScaler leaves scale and skipping to optimizers that can do both themselves, such as fused Adam.
         grad_scale, found_inf = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
         if found_inf is not None and found_inf.item():
@@ -88,7 +91,22 @@ def wdecay(
             else:
                 _add_decay_gradient(weights, ends, decay if grad_scale is None else decay * grad_scale.item())
 
-    return optimizer.register_step_pre_hook(decay_weights)
+    def before_step(_: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")
+        if closure is None:
+            return decay_weights()
+        # The step calls it first, and perhaps again: its gradients are new each time, the weights are not.
+        calls = itertools.count()
+
+        def closure_and_decay() -> Any:
+            loss = closure()
+            if next(calls) == 0 or not decoupled:
+                decay_weights()
+            return loss
+
+        return (args[0], closure_and_decay), {name: value for name, value in kwargs.items() if name != "closure"}
+
+    return optimizer.register_step_pre_hook(before_step)
 
 
 def _decay(weights: list[Tensor], ends: list[Tensor] | None, factor: float) -> None:
@@ -125,4 +143,7 @@ def _targets(model: nn.Module, target: Any, include: Callable) -> dict[nn.Parame
     for name, parameter in named.items():
         if given[name].shape != parameter.shape:
             raise ValueError(f"target: {name} is {tuple(given[name].shape)}; it takes {tuple(parameter.shape)}")
-    return {parameter: given[name].detach().to(parameter.device) for name, parameter in named.items()}
+    return {
+        parameter: given[name].detach().to(parameter.device, copy=share_storage(given[name], parameter))
+        for name, parameter in named.items()
+    }

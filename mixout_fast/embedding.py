@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mixout_fast import reference
+from mixout_fast.functional import check_options
 
 
 class MixEmbedding(nn.Embedding):
@@ -34,7 +35,10 @@ class MixEmbedding(nn.Embedding):
 
     def forward(self, input: Tensor) -> Tensor:
         rows = super().forward(input)
-        if self.p == 0.0 or not self.training:
+        if not self.training:
+            return rows
+        check_options(self.p, self.mask, self.grad_scale, "bernoulli")
+        if self.p == 0.0:
             return rows
         if self.target is not None and self.target.shape != self.weight.shape:
             raise ValueError(

@@ -1,7 +1,7 @@
 """Forward passes for modules that multiply by a weight of their own: mixed and multiplied at once, by mix_linear.
 
 mixed_weight.py puts them in the place of the class's forward, which reads the mixed weight and multiplies by it, so
-that backward computes all of its gradient. Where they don't apply they call that forward.
+that backward computes all of its gradient.
 """
 
 import torch
@@ -10,12 +10,12 @@ from torch.nn import functional as F
 
 
 def conv1d(module: nn.Module, input: Tensor) -> Tensor:
-    """Of Hugging Face's Conv1D."""
+    """Of Hugging Face's Conv1D, whole: its weight reads as the Parameter, as an nn.Linear's does."""
     mixing = module.mixing_weight
     # Tied to an nn.Linear the weight is mixed by that one's inputs, which are Conv1D's outputs.
     if mixing.mixes() and mixing.mask == "input" and mixing.input_dims == (0,):
-        return mixing.linear(input, module._parameters["weight"], module.bias)
-    return module.plain_class.forward(module, input)
+        return mixing.linear(input, module.weight, module.bias)
+    return F.linear(input, mixing(module.weight).t(), module.bias)
 
 
 def multihead_attention(
@@ -23,7 +23,7 @@ def multihead_attention(
     need_weights: bool = True, attn_mask: Tensor | None = None, average_attn_weights: bool = True,
     is_causal: bool = False,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """Of nn.MultiheadAttention, for a batch of self-attention that doesn't return its weights."""
+    """Of nn.MultiheadAttention, for a batch of self-attention that doesn't return its weights; else the class's."""
     if (
         not _multiplies(module, "in_proj_weight") or need_weights or not query is key is value or query.dim() != 3
         or query.is_nested or module.bias_k is not None or module.add_zero_attn or (is_causal and attn_mask is None)

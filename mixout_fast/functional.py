@@ -39,7 +39,8 @@ def mixout(
         inplace: write the result into `input`, which must not require grad.
         mask: "input", one draw per input neuron (column k of a matrix, input channel of a convolution, entry of a
             vector), or "element", one draw per weight.
-        grad_scale: "exact", the gradient m ⊙ grad / (1-p), or "paper", the published code's m ⊙ grad.
+        grad_scale: "exact", the gradient m ⊙ grad / (1-p), or "paper", the published code's m ⊙ grad, of a Bernoulli
+            mask.
         distribution: "bernoulli", or "gaussian" (m normal with the same mean and variance; reference backend only).
         seed: int or 0-d int64 tensor on input's device that determines the mask; None draws one from the device's
             default generator, so torch.manual_seed governs it.
@@ -146,12 +147,22 @@ def check_options(p: float, mask: str, grad_scale: str, distribution: str) -> No
         raise ValueError(f"distribution: {distribution!r}; it takes one of {', '.join(DISTRIBUTIONS)}")
     if distribution == "gaussian" and p == 1.0:
         raise ValueError("p: 1 with distribution='gaussian', whose variance p/(1-p) is then infinite")
+    if distribution == "gaussian" and grad_scale == "paper":
+        raise ValueError("grad_scale: 'paper' with distribution='gaussian', which has no published code")
 
 
-def check_backend(backend: str | None) -> None:
-    """Raise ValueError for a name that is no backend's; whether it can serve is seen when it has to."""
+def check_backend(backend: str | None, distribution: str = "bernoulli") -> None:
+    """Raise ValueError for a name that is no backend's, or of one that does not serve the distribution; whether it can
+    serve the device is seen when it has to."""
     if backend is not None and backend not in backends.BACKENDS:
         raise ValueError(f"backend: {backend!r}; it takes one of {', '.join(backends.BACKENDS)}")
+    if distribution == "gaussian" and backend not in (None, "reference"):
+        raise ValueError(f"backend: {backend!r} with distribution='gaussian', which only 'reference' serves")
+
+
+def share_storage(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors lie in one storage; also of those that have no memory (meta, fake, DTensor)."""
+    return one.untyped_storage()._cdata == other.untyped_storage()._cdata
 
 
 def _check_weight(name: str, weight: Tensor, target: Tensor | None) -> tuple[torch.dtype, torch.device, torch.Size]:
@@ -164,7 +175,10 @@ def _check_weight(name: str, weight: Tensor, target: Tensor | None) -> tuple[tor
         if not isinstance(target, Tensor):
             raise TypeError(f"target: {type(target).__name__}; it takes a tensor or None")
         if target.shape != shape:
-            raise ValueError(f"target: shape {tuple(target.shape)}, {name} has {tuple(shape)}; they must be equal")
+            bias = " (bias is the fourth argument)" if name == "weight" and target.shape == shape[:1] else ""
+            raise ValueError(
+                f"target: shape {tuple(target.shape)}, {name} has {tuple(shape)}; they must be equal{bias}"
+            )
         if target.dtype != dtype and not (target.dtype in DTYPES and target.dtype.itemsize < dtype.itemsize):
             raise TypeError(f"target: dtype {target.dtype}, {name} has {dtype}; it takes the same or a smaller one")
         if target.device != device:
@@ -216,8 +230,7 @@ def _check_linear(
 def _select_backend(backend: str | None, device_type: str, distribution: str) -> ModuleType:
     if distribution == "bernoulli":
         return backends.select(backend, device_type)
-    if backend not in (None, "reference"):
-        raise ValueError(f"backend: {backend!r} with distribution='gaussian', which only 'reference' serves")
+    check_backend(backend, distribution)
     return reference
 
 

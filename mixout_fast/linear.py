@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from mixout_fast.functional import check_backend, check_options, mix_linear
+from mixout_fast.functional import check_backend, check_options, mix_linear, share_storage
 
 
 class MixLinear(nn.Linear):
@@ -15,7 +15,8 @@ class MixLinear(nn.Linear):
     Args:
         in_features, out_features, bias, device, dtype: as for nn.Linear.
         target: (out_features, in_features) tensor, the pretrained weight, held as a constant and not copied where its
-            device and dtype already fit; None means zero. Assign `target` to hold it in a smaller dtype.
+            device and dtype already fit, unless it is the layer's own weight; None means zero. Assign `target` to hold
+            it in a smaller dtype.
         p: probability in [0, 1] that an input neuron's weights are replaced by the target's. May be reassigned, as may
             `seed`: None draws a mask a call, a 0-d int64 tensor on the weight's device determines it.
         mask, grad_scale, distribution, backend: as for `mixout_fast.mixout`.
@@ -44,7 +45,7 @@ class MixLinear(nn.Linear):
         backend: str | None = None,
     ) -> None:
         check_options(p, mask, grad_scale, distribution)
-        check_backend(backend)
+        check_backend(backend, distribution)
         super().__init__(in_features, out_features, bias, device, dtype)
         self._set_mixout(target, p, mask, grad_scale, distribution, backend)
 
@@ -59,8 +60,9 @@ class MixLinear(nn.Linear):
                     f"target: shape {tuple(target.shape)}; it takes {tuple(self.weight.shape)}, "
                     "(out_features, in_features)"
                 )
-            target = target.detach().to(self.weight.device, self.weight.dtype)
-        self.p = p
+            own = share_storage(target, self.weight)
+            target = target.detach().to(self.weight.device, self.weight.dtype, copy=own)
+        self.p = float(p)
         self.mask = mask
         self.grad_scale = grad_scale
         self.distribution = distribution
@@ -83,12 +85,16 @@ class MixLinear(nn.Linear):
         """A MixLinear with the Parameter objects and the training mode of `linear`; hooks are not carried over.
 
         The parameters are the same objects, so optimizers and tied weights stay valid. `target=None` takes a copy of
-        the present weight, the usual w_pre; for dropout of weights pass zeros.
+        the present weight, the usual w_pre; for dropout of weights pass zeros. p, mask, grad_scale, distribution and
+        backend are MixLinear's.
+
+        Raises:
+            TypeError, ValueError: as MixLinear, and where `linear` is no nn.Linear.
         """
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"linear: {type(linear).__name__}; it takes an nn.Linear")
         check_options(p, mask, grad_scale, distribution)
-        check_backend(backend)
+        check_backend(backend, distribution)
         layer = cls(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
         layer.weight, layer.bias = linear.weight, linear.bias
         layer.train(linear.training)
@@ -103,13 +109,14 @@ class MixLinear(nn.Linear):
         return linear.train(self.training)
 
     def forward(self, input: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(input)
         return mix_linear(
             input,
             self.weight,
             self.target,
             self.bias,
             self.p,
-            self.training,
             mask=self.mask,
             grad_scale=self.grad_scale,
             distribution=self.distribution,
@@ -119,4 +126,7 @@ class MixLinear(nn.Linear):
 
     def extra_repr(self) -> str:
         target = "zero" if self.target is None else "tensor"
-        return f"{super().extra_repr()}, p={self.p}, mask={self.mask!r}, target={target}"
+        others = {"grad_scale": "exact", "distribution": "bernoulli", "backend": None}
+        chosen = {name: getattr(self, name) for name, default in others.items() if getattr(self, name) != default}
+        shown = "".join(f", {name}={value!r}" for name, value in chosen.items())
+        return f"{super().extra_repr()}, p={self.p}, mask={self.mask!r}, target={target}{shown}"

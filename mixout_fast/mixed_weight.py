@@ -25,10 +25,11 @@ CONV1D = "transformers.pytorch_utils.Conv1D"
 """Hugging Face's linear layer with a weight (in, out), of GPT-2 and its kin."""
 
 FORWARDS = {
-    CONV1D: forwards.conv1d,
-    "torch.nn.modules.activation.MultiheadAttention": forwards.multihead_attention,
+    CONV1D: (forwards.conv1d, ("weight",)),
+    "torch.nn.modules.activation.MultiheadAttention": (forwards.multihead_attention, ()),
 }
-"""Class -> what takes the place of its forward pass, in subclasses that have none of their own too."""
+"""Class -> what takes the place of its forward pass, in subclasses that have none of their own too, and the weights for
+which that leaves nothing to read, so that they stay plain Parameters."""
 
 
 class Mixing(nn.Module):
@@ -119,10 +120,11 @@ class MixedWeights:
 
     plain_class: type[nn.Module]
     mixed_names: tuple[str, ...]
+    keeps_forward: bool
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
         _, _, *state = super().__reduce_ex__(protocol)
-        return _new, (self.plain_class, self.mixed_names), *state
+        return _new, (self.plain_class, self.mixed_names, self.keeps_forward), *state
 
 
 def mix_weight(module: nn.Module, name: str, mixing: Mixing) -> None:
@@ -130,7 +132,8 @@ def mix_weight(module: nn.Module, name: str, mixing: Mixing) -> None:
     names = module.mixed_names if isinstance(module, MixedWeights) else ()
     plain_class = module.plain_class if names else type(module)
     module.add_module(PREFIX + name, mixing.train(module.training))
-    module.__class__ = _mixed_class(plain_class, (*names, name))
+    # A forward that someone put on the instance calls the class's own.
+    module.__class__ = _mixed_class(plain_class, (*names, name), "forward" in vars(module))
 
 
 def unmix_weights(module: nn.Module) -> None:
@@ -141,15 +144,16 @@ def unmix_weights(module: nn.Module) -> None:
 
 
 @functools.cache
-def _mixed_class(plain_class: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
-    attributes = {
-        name: property(functools.partial(_read, name), functools.partial(_refuse_tensor, name)) for name in names
-    }
-    attributes |= {"plain_class": plain_class, "mixed_names": names, "__module__": plain_class.__module__}
-    for cls in plain_class.__mro__:
-        forward = FORWARDS.get(f"{cls.__module__}.{cls.__qualname__}")
+def _mixed_class(plain_class: type[nn.Module], names: tuple[str, ...], keeps_forward: bool) -> type[nn.Module]:
+    attributes = {"plain_class": plain_class, "mixed_names": names, "keeps_forward": keeps_forward}
+    attributes["__module__"] = plain_class.__module__
+    plain = ()
+    for cls in () if keeps_forward else plain_class.__mro__:
+        forward, unread = FORWARDS.get(f"{cls.__module__}.{cls.__qualname__}", (None, ()))
         if forward and plain_class.forward is cls.forward:
-            attributes["forward"] = forward
+            attributes["forward"], plain = forward, unread
+    for name in set(names).difference(plain):
+        attributes[name] = property(functools.partial(_read, name), functools.partial(_refuse_tensor, name))
     # Of the plain class's name, which transformers writes into a saved model's configuration.
     return type(plain_class.__name__, (MixedWeights, plain_class), attributes)
 
@@ -158,8 +162,11 @@ def _read(name: str, module: nn.Module) -> Tensor:
     # PEFT moves a parameter that it adapts away for a forward pass, and asks whether it is there.
     if name not in module._parameters:
         raise AttributeError(name)
+    mixing = module._modules.get(PREFIX + name)
+    if mixing is None:  # a new module of the class
+        return module._parameters[name]
     try:
-        return module._modules[PREFIX + name](module._parameters[name])
+        return mixing(module._parameters[name])
     except AttributeError as error:
         # On an AttributeError of a property Python asks nn.Module.__getattr__, which has the plain Parameter.
         raise RuntimeError(f"{PREFIX + name}: {error}") from error
@@ -173,6 +180,6 @@ def _refuse_tensor(name: str, module: nn.Module, value: Any) -> None:
     )
 
 
-def _new(plain_class: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
-    mixed_class = _mixed_class(plain_class, names)
+def _new(plain_class: type[nn.Module], names: tuple[str, ...], keeps_forward: bool) -> nn.Module:
+    mixed_class = _mixed_class(plain_class, names, keeps_forward)
     return mixed_class.__new__(mixed_class)

@@ -235,24 +235,3 @@ def mix_gaussian(weight: Tensor, target: Tensor | None, seed: Tensor, p: float, 
         multiplier = gaussian_multiplier(seed, weight.shape[1], p).view(1, -1, *(1,) * (weight.dim() - 2))
     u = torch.zeros((), dtype=compute, device=weight.device) if target is None else target.to(compute)
     return (u + (weight.to(compute) - u) * multiplier.to(compute)).to(weight.dtype)
-
-
-def linear_backward(
-    grad_output: Tensor,
-    input: Tensor,
-    weight: Tensor,
-    target: Tensor | None,
-    seed: Tensor,
-    p: float,
-    mask: str,
-    grad_scale: str = "exact",
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The exact gradients (dX, dW, db) of `linear`, in full-size products: the oracle.
-
-    grad_scale="paper" leaves out dW's factor 1/(1-p).
-    """
-    grad = grad_output.reshape(-1, grad_output.shape[-1])
-    grad_mixed = grad.t() @ input.reshape(-1, input.shape[-1])
-    factor = scale(p) if grad_scale == "exact" else 1.0
-    grad_weight = mask_grad(grad_mixed, seed, p, mask, factor, weight.dtype)
-    return grad_input(grad, weight, target, seed, p, mask).view(input.shape), grad_weight, grad.sum(0)

@@ -12,6 +12,8 @@ from mixout_fast.apply import MixedParameter, SharedSeed, mixed_parameters
 class MixoutScheduler:
     """Changes a mixed model's p, masks and targets over the steps of training, as a scheduler does the learning rate.
 
+    The paper has p and targets constant and a mask for every forward pass, as without a scheduler.
+
         scheduler = MixoutScheduler(model, p_factor=lambda step: min(1.0, step / 100))
         optimizer.register_step_post_hook(lambda *_: scheduler.step())
 
@@ -64,7 +66,15 @@ class MixoutScheduler:
         self._set_p()
 
     def step(self) -> None:
-        """Go on to the next step: call it after the optimizer's."""
+        """Go on to the next step: call it after the optimizer's.
+
+        Raises RuntimeError after remove_mixout.
+        """
+        if any("base_p" not in vars(mixing) for mixing, _ in self._base_p):
+            raise RuntimeError(
+                "model: its mixout was removed, and perhaps applied anew: remove the hook that takes this scheduler's "
+                "steps, and make a new scheduler"
+            )
         self.steps += 1
         if self._moving:
             torch._foreach_lerp_(
@@ -84,8 +94,16 @@ class MixoutScheduler:
         return {"steps": self.steps, "seeds": seeds, "targets": targets}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Raises ValueError where the state is not of such a model's, or of other options."""
+        own = self.state_dict()
+        if len(state["seeds"]) != len(own["seeds"]) or set(state["targets"]) != set(own["targets"]):
+            raise ValueError(
+                f"state: it has {len(state['seeds'])} seeds and {len(state['targets'])} moving targets, this scheduler "
+                f"{len(own['seeds'])} and {len(own['targets'])}, or others: make it with the same `hold` and `ema`, of "
+                "the same model"
+            )
         self.steps = state["steps"]
-        for (mixing, _), seed in zip(self._base_p, state["seeds"] if self.hold else (), strict=bool(self.hold)):
+        for (mixing, _), seed in zip(self._base_p, state["seeds"], strict=False):
             mixing.seed = seed.to(mixing.seed.device)
         for name, (_, target) in self._moving.items():
             target.copy_(state["targets"][name])
@@ -98,7 +116,7 @@ class MixoutScheduler:
         for mixing, base in self._base_p:
             if not 0.0 <= base * factor <= 1.0:
                 raise ValueError(f"p_factor: {factor} at step {self.steps} makes p = {base * factor}, outside [0, 1]")
-            mixing.p = base * factor
+            mixing.p = float(base * factor)
 
 
 def _own_targets(mixed: list[MixedParameter]) -> dict[str, tuple[nn.Parameter, Tensor]]:

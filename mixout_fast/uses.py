@@ -50,10 +50,13 @@ SIBLINGS = (
     ("query", "key", "value"),
     ("q_proj", "k_proj", "v_proj"),
     ("q_lin", "k_lin", "v_lin"),
+    ("query_proj", "key_proj", "value_proj"),
+    ("q", "k", "v"),
     ("gate_proj", "up_proj"),
     ("w1", "w3"),
 )
-"""Names of nn.Linear children that read the same x in Hugging Face models, for share_masks."""
+"""Names of nn.Linear children that read the same x in Hugging Face models, for share_masks. In attention to another
+sequence the query's x is another; it shares the mask all the same."""
 
 
 @dataclass(eq=False)
@@ -132,6 +135,8 @@ def find_uses(model: nn.Module, frozen: bool, mask: str) -> list[Use]:
                 use.reason = "grouped convolution"
             elif getattr(module, "max_norm", None) is not None:
                 use.reason = "max_norm changes it in place"
+            elif getattr(module, "sparse", False) and type(module) is not nn.Embedding:
+                use.reason = "sparse gradient of a module that is no plain nn.Embedding"
             uses.append(use)
     return uses
 

@@ -4,10 +4,12 @@ import copy
 import io
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import prune
 
 from mixout_fast import (
     apply_mixout,
@@ -178,6 +180,7 @@ def test_removal_through_a_module_around(net):
     apply_mixout(net, 0.9, dropout=0.0)
     net._ddp_params_and_buffers_to_ignore.append("a.users.own.target")
     around = nn.Sequential(net)
+    assert mixout_report(around) is mixout_report(net)
     assert remove_mixout(around) is around
     assert net.drop.p == 0.1
     assert net._ddp_params_and_buffers_to_ignore == ["a.users.own.target"]
@@ -254,6 +257,22 @@ def test_a_forward_that_was_replaced_reads_the_mixed_weight(device):
     assert (linear(torch.eye(16, device=device)) == 0).all(dim=1).any()
 
 
+def test_a_new_module_of_a_mixed_class_is_plain():
+    """PEFT makes its A of a convolution so."""
+    convolution = apply_mixout(nn.Conv1d(4, 4, 1), 0.5)
+    again = type(convolution)(4, 4, 1)
+    assert again.weight is again._parameters["weight"]
+    assert again(torch.ones(1, 4, 3)).shape == (1, 4, 3)
+
+
+def test_a_module_pruned_since_is_named():
+    model = apply_mixout(nn.Sequential(nn.Linear(4, 4)), 0.5)
+    prune.random_unstructured(model[0], "weight", 0.5)
+    for function in (target_state_dict, remove_mixout):
+        with pytest.raises(ValueError, match=r"model: 0.weight was parametrized or pruned after apply_mixout"):
+            function(model)
+
+
 def test_a_weight_mixed_where_it_is_read_takes_parameters_alone():
     model = apply_mixout(nn.Sequential(nn.Conv1d(4, 4, 1)), 0.5)
     model[0].weight = parameter = nn.Parameter(torch.zeros(4, 4, 1))
@@ -296,6 +315,14 @@ def test_embedding_in_other_dtypes(dtype, device):
     table.seed = torch.tensor(5, device=device)
     want = mixout(table.weight[None].detach(), table.target[None], 0.9, True, seed=table.seed)[0]
     testing.assert_same_bits("rows", table(torch.arange(50, device=device)), want, table)
+
+
+@pytest.mark.parametrize("p", (-0.5, 1.5))
+def test_an_embeddings_p_outside_0_to_1_is_refused(p):
+    table = apply_mixout(nn.Embedding(5, 4), 0.5)
+    table.p = p
+    with pytest.raises(ValueError, match=r"p: .*\[0, 1\]"):
+        table(torch.tensor([1]))
 
 
 def test_a_table_resized_since_is_refused(device):
@@ -451,6 +478,11 @@ def test_copies_and_pickles_are_whole_and_independent(net, tokens):
     assert isinstance(net.conv.mixing_weight, Mixing)
 
 
+def test_p_is_held_as_a_python_float(net):
+    apply_mixout(net, lambda module, name: np.float64(0.25))
+    assert {type(mixed.mixing.p) for mixed in mixed_parameters(net)} == {float}
+
+
 def test_p_of_each_layer_and_the_filter(net):
     apply_mixout(net, lambda module, name: 0.0 if name == "key" else 0.3 if name == "query" else 0.6)
     assert (net.query.p, net.head.p) == (0.3, 0.6)
@@ -577,6 +609,7 @@ def test_unmixable_modules_are_listed(device):
         {
             "grouped": nn.Conv1d(4, 4, 3, groups=2),
             "renormed": nn.Embedding(5, 4, max_norm=1.0),
+            "sparse": nn.EmbeddingBag(5, 4, sparse=True),
             "rnn": nn.LSTM(4, 4),
             "raw": Transposed(4, 4),
             "linear": nn.Linear(4, 4),
@@ -586,6 +619,7 @@ def test_unmixable_modules_are_listed(device):
     got = reasons(model)
     assert got["grouped.weight"] == "grouped convolution"
     assert got["renormed.weight"] == "max_norm changes it in place"
+    assert got["sparse.weight"] == "sparse gradient of a module that is no plain nn.Embedding"
     assert got["rnn.weight_ih_l0"] == "raw parameter: INPUT_DIMS has no 'weight_ih_l0' of torch.nn.modules.rnn.LSTM"
     assert got["raw.kernel"] == f"raw parameter: INPUT_DIMS has no 'kernel' of {__name__}.Transposed"
     assert got["linear.weight"] is None

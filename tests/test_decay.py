@@ -145,6 +145,69 @@ def test_with_grad_scaler(model, x, fused, decoupled):
     testing.assert_same_bits("skipped step", model[0].weight, before["0.weight"], model)
 
 
+@pytest.mark.parametrize("decoupled", (True, False))
+@pytest.mark.parametrize("by_name", (True, False))
+def test_with_a_closure(model, x, decoupled, by_name):
+    """Whose gradients are made within the step, as Lightning has every optimizer's."""
+    model, other = moved(apply_mixout(model, 0.0)), None
+    other = copy.deepcopy(model)
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.25) for m in (model, other)]
+    for m, optimizer in zip((model, other), optimizers, strict=True):
+        wdecay(optimizer, m, 0.5, decoupled=decoupled)
+
+    def closure():
+        optimizers[0].zero_grad()
+        loss = model(x).square().mean()
+        loss.backward()
+        return loss
+
+    for _ in range(3):
+        want = other(x).square().mean()
+        optimizers[1].zero_grad()
+        want.backward()
+        optimizers[1].step()
+        got = optimizers[0].step(closure=closure) if by_name else optimizers[0].step(closure)
+        assert torch.equal(got, want)
+        for name, parameter in parameters(other).items():
+            testing.assert_same_bits(name, parameters(model)[name], parameter, "a step with a closure")
+
+
+def test_with_a_closure_that_is_called_several_times(model, x):
+    """The weights decay once a step, the gradient of the penalty is there at each call."""
+    for decoupled in (True, False):
+        for parameter in moved(model).parameters():
+            parameter.grad = None
+        optimizer = torch.optim.LBFGS(model.parameters(), lr=0.0, max_iter=4, max_eval=3, tolerance_grad=0.0)
+        wdecay(optimizer, model, 0.5, target=0, decoupled=decoupled)
+        optimizer.param_groups[0]["lr"] = 0.25 if decoupled else 0.0
+        seen = []
+
+        def closure(seen=seen, optimizer=optimizer):
+            optimizer.zero_grad()
+            seen.append(model[0].weight.detach().clone())
+            (model(x).sum() * 0.0).backward()
+            return torch.zeros(())
+
+        before = model[0].weight.detach().clone()
+        optimizer.step(closure)
+        if decoupled:
+            testing.assert_same_bits("w", model[0].weight.detach(), before * 0.875, f"{len(seen)} calls")
+        else:
+            testing.assert_same_bits("dw", model[0].weight.grad, before * 0.5, f"{len(seen)} calls")
+
+
+def test_the_models_own_weights_as_target_are_copied(model):
+    for target in (model, model.state_dict()):
+        before = parameters(moved(model))["0.weight"]
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+        wdecay(optimizer, model, 0.5, target=target)
+        with torch.no_grad():
+            model[0].weight.add_(4.0)
+        model[0].weight.grad = torch.zeros_like(before)
+        optimizer.step()
+        testing.assert_same_bits("w", model[0].weight.detach(), before + 3.0, type(target).__name__)
+
+
 def test_weights_at_their_target_keep_their_gradients_bits(model, x):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     wdecay(optimizer, model, 0.3, decoupled=False)

@@ -5,6 +5,7 @@ import inspect
 import io
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -285,10 +286,31 @@ def test_seed_of_the_call_is_the_next_draw_of_the_default_generator(linear, back
     assert torch.equal(*states)
 
 
+def test_its_own_weight_as_target_is_copied(linear):
+    for own in (linear.weight.detach(), linear.state_dict()["weight"]):
+        layer, before = MixLinear.from_linear(linear, 0.5, own), linear.weight.detach().clone()
+        with torch.no_grad():
+            layer.weight.add_(1.0)
+        assert torch.equal(layer.target, before)
+
+
+def test_in_eval_mode_it_is_traced_as_a_linear(linear):
+    layer, x = MixLinear.from_linear(linear, 0.5).eval(), torch.randn(3, 17, device=linear.weight.device)
+    assert torch.equal(torch.fx.symbolic_trace(nn.Sequential(layer))(x), linear(x))
+
+
+def test_p_is_a_python_float(linear):
+    """A NumPy one would be an array under torch.compile."""
+    assert type(MixLinear.from_linear(linear, np.float64(0.5)).p) is float
+
+
 def test_repr(linear):
     layer = MixLinear.from_linear(linear, 0.9, mask="element")
     assert repr(layer) == "MixLinear(in_features=17, out_features=5, bias=True, p=0.9, mask='element', target=tensor)"
-    assert "bias=False, p=0.0, mask='input', target=zero" in repr(MixLinear(17, 5, False))
+    assert "bias=False, p=0.0, mask='input', target=zero)" in repr(MixLinear(17, 5, False))
+    chosen = MixLinear(17, 5, grad_scale="paper", backend="reference")
+    assert repr(chosen).endswith("target=zero, grad_scale='paper', backend='reference')")
+    assert repr(MixLinear(17, 5, distribution="gaussian")).endswith("target=zero, distribution='gaussian')")
 
 
 @masks

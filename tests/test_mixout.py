@@ -67,6 +67,20 @@ def test_any_strides_number_the_entries_the_same(shape, mask, device, backend):
 
 
 @masks
+def test_one_by_one_convolution_in_channels_last(mask, device, backend):
+    """Whose last strides are of dimensions of size 1, and so any."""
+    weight, _, seed = operands((5, 17, 1, 1), torch.float32, device)
+    options = {"mask": mask, "seed": seed, "backend": backend}
+    want = mixout(weight, None, 0.5, True, **options)
+    weight = weight.to(memory_format=torch.channels_last).requires_grad_()
+    mixed = mixout(weight, None, 0.5, True, **options)
+    testing.assert_same_bits("mixout", mixed, want, mask)
+    ones = torch.ones_like(mixed).to(memory_format=torch.channels_last)
+    (grad,) = torch.autograd.grad(mixed, weight, ones)
+    testing.assert_same_bits("gradient", grad, 2.0 * expected_keep(weight.shape, seed, 0.5, mask), mask)
+
+
+@masks
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_inplace_writes_the_same_into_its_input(shape, mask, device, backend):
     weight, target, seed = operands(shape, torch.float32, device)

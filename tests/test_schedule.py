@@ -148,6 +148,32 @@ def test_refuses_a_model_without_mixout_and_small_targets():
         MixoutScheduler(model, ema=0.9)
 
 
+def test_after_removal_its_steps_say_so(model):
+    scheduler = MixoutScheduler(model, p_factor=lambda step: 1.0)
+    remove_mixout(model)
+    for again in (False, True):
+        if again:
+            apply_mixout(model, 0.3)
+        with pytest.raises(RuntimeError, match=r"model: its mixout was removed.*make a new scheduler"):
+            scheduler.step()
+    assert model.query.p == 0.3
+
+
+@pytest.mark.parametrize("saved", ({}, {"hold": 2}, {"ema": 0.5}))
+@pytest.mark.parametrize("loaded", ({}, {"hold": 2}, {"ema": 0.5}))
+def test_a_state_of_other_options_is_refused(model, saved, loaded):
+    state = MixoutScheduler(model, **saved).state_dict()
+    state["steps"] = 5
+    scheduler = MixoutScheduler(model, **loaded)
+    if saved == loaded:
+        scheduler.load_state_dict(state)
+        assert scheduler.steps == 5
+        return
+    with pytest.raises(ValueError, match=r"state: it has \d+ seeds and \d+ moving targets"):
+        scheduler.load_state_dict(state)
+    assert scheduler.steps == 0
+
+
 def test_a_further_scheduler_takes_the_place_of_the_one_before():
     """p scaled to 0 and held seeds do not stay behind."""
     model = apply_mixout(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), 0.8)

@@ -6,6 +6,7 @@ from statistics import median
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 pytest.importorskip("transformers")
 
@@ -73,8 +74,8 @@ def test_first_output_is_as_accurate_as_the_plain_models(name):
 
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("precision", (torch.float32, torch.float64, torch.bfloat16))
-def test_conv1d_multiplies_by_the_weight_that_it_reads(precision, mask, seed, device, backend):
-    """On CPUs it doesn't read it first. Of integers, whose sums are exact; bf16 by autocast."""
+def test_conv1d_multiplies_by_the_mixed_weight(precision, mask, seed, device, backend):
+    """Of integers, whose sums are exact; bf16 by autocast."""
     shape = (3, 7), 40, 70
     case = testing.integer_case(*shape, p=0.75, dtype=precision, compute=precision, device=device, seed=seed)
     dtype = torch.float32 if precision == torch.bfloat16 else precision
@@ -85,7 +86,8 @@ def test_conv1d_multiplies_by_the_weight_that_it_reads(precision, mask, seed, de
     leaves = case.input.to(dtype).requires_grad_(), *layer._parameters.values()
     results = []
     with torch.autocast(device, torch.bfloat16, enabled=precision == torch.bfloat16):
-        for output in (layer(leaves[0]), Conv1D.forward(layer, leaves[0])):
+        read = F.linear(leaves[0], layer.mixing_weight(leaves[1]).t(), leaves[2])
+        for output in (layer(leaves[0]), read):
             results.append((output, *torch.autograd.grad(output, leaves, case.grad_output.to(output.dtype))))
     for name, got, want in zip(testing.RESULTS, *results, strict=True):
         testing.assert_same_values(name, got, want, case)
@@ -123,7 +125,8 @@ def test_no_parameter_is_skipped_silently(name):
 def test_gpt2s_transposed_weights_are_masked_by_input(mixes_first):
     model = gpt2().train()
     apply_mixout(model, 0.5, target={key: torch.zeros_like(value) for key, value in model.state_dict().items()})
-    weight = model.transformer.h[0].mlp.c_fc.weight
+    layer = model.transformer.h[0].mlp.c_fc
+    weight = layer.mixing_weight(layer.weight)
     assert weight.shape == (32, 128)
     kept = weight != 0
     assert torch.equal(kept.any(1), kept.all(1))

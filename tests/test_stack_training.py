@@ -146,6 +146,27 @@ def test_lora_on_a_mixed_model(mixes_first):
     testing.assert_same_bits("logits", results[1], results[0], "with and without mixout")
 
 
+@pytest.mark.parametrize("config", ("LoraConfig", "IA3Config"))
+@pytest.mark.parametrize("training", (True, False))
+@pytest.mark.parametrize("name", ("bert", "gpt2"))
+def test_merging_adapters_into_mixed_layers(config, training, name):
+    peft = pytest.importorskip("peft")
+    layers = {"bert": ["query", "value"], "gpt2": ["c_attn", "c_fc"]}[name]
+    options = {"target_modules": layers, "fan_in_fan_out": name == "gpt2", "task_type": None}
+    if config == "IA3Config":
+        options["feedforward_modules"] = [] if name == "bert" else ["c_fc"]
+    model = peft.get_peft_model(apply_mixout(MODELS[name](), 0.9), getattr(peft, config)(**options))
+    for parameter_name, parameter in model.named_parameters():
+        if "lora" in parameter_name or "ia3" in parameter_name:
+            torch.nn.init.normal_(parameter)
+    inputs = batch(name)
+    adapted = model.eval()(**inputs).logits
+    merged = model.train(training).merge_and_unload().eval()
+    plain = MODELS[name]()
+    plain.load_state_dict(merged.state_dict())
+    torch.testing.assert_close(plain.eval()(**inputs).logits, adapted)
+
+
 @pytest.mark.parametrize("first", ("mixout", "LoRA"))
 def test_lora_of_experts_is_left_alone(first, mixes_first):
     """PEFT moves their weights away for a forward pass, and reads A past its layer."""
@@ -388,9 +409,10 @@ def test_fsdp1_takes_no_weights_mixed_where_they_are_read(process_group):
     """It puts tensors in the place of Parameters, as nn.DataParallel does in its replicas."""
     from torch.distributed.fsdp import FullyShardedDataParallel
 
-    model, inputs = apply_mixout(bert().train(), 0.8, share_masks=True), batch("bert")
-    want = losses(copy.deepcopy(model), inputs)
-    wrapped = FullyShardedDataParallel(model, device_id=torch.device("cpu"))
-    testing.assert_same_bits("losses of three steps", losses(wrapped, inputs), want, "nn.Linear, nn.Embedding")
-    with pytest.raises(AttributeError, match=r"weight: .*Conv1D.*DDP.*FSDP2"):
-        FullyShardedDataParallel(apply_mixout(gpt2(), 0.8), device_id=torch.device("cpu"))
+    for name in ("bert", "gpt2"):
+        model, inputs = apply_mixout(MODELS[name]().train(), 0.8, share_masks=True), batch(name)
+        want = losses(copy.deepcopy(model), inputs)
+        wrapped = FullyShardedDataParallel(model, device_id=torch.device("cpu"))
+        testing.assert_same_bits("losses of three steps", losses(wrapped, inputs), want, name)
+    with pytest.raises(AttributeError, match=r"[qkvro]: .*XLNetRelativeAttention.*DDP.*FSDP2"):
+        FullyShardedDataParallel(apply_mixout(MODELS["xlnet"](), 0.8), device_id=torch.device("cpu"))

@@ -134,6 +134,8 @@ const Kernels& kernels_of(ScalarType operand, ScalarType result) {
 Matrix matrix_of(const Tensor& tensor) {
   if (tensor.dim() == 2) return {tensor.const_data_ptr(), tensor.stride(0), tensor.stride(1)};
   STD_TORCH_CHECK(tensor.dim() == 3, "takes 2 or 3 dimensions");
+  // The stride of one may be any: channels_last has 1.
+  if (tensor.size(2) == 1) return {tensor.const_data_ptr(), tensor.stride(0), tensor.stride(1)};
   STD_TORCH_CHECK(tensor.stride(1) == tensor.size(2) * tensor.stride(2) || tensor.size(1) <= 1,
                   "the last two of three dimensions must be laid out as one");
   return {tensor.const_data_ptr(), tensor.stride(0), tensor.stride(2)};

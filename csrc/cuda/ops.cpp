@@ -96,6 +96,8 @@ struct View {
     if (transposed) return matrix_of(tensor, tensor.stride(1), tensor.stride(0));
     if (tensor.dim() == 2) return matrix_of(tensor);
     if (neurons_are_rows) return matrix_of(tensor, tensor.stride(1), tensor.stride(2));
+    // Its stride may be any: channels_last has 1.
+    if (tensor.size(2) == 1) return matrix_of(tensor);
     STD_TORCH_CHECK(tensor.stride(1) == tensor.size(2) * tensor.stride(2) || tensor.size(1) <= 1,
                     "the last two of three dimensions must be laid out as one");
     return matrix_of(tensor, tensor.stride(0), tensor.stride(2));

@@ -31,14 +31,15 @@ def select(name: str | None, device_type: str) -> ModuleType:
 
     Raises ValueError for a name that is unknown or cannot serve the device, listing those that can.
     """
-    name = name or DEFAULT
-    if name is None:
+    chosen = name or DEFAULT
+    if chosen is None:
         for module in BACKENDS.values():
             if module.unavailable(device_type) is None:
                 return module
     reasons = describe(device_type)
-    if reasons.get(name, "unknown") is not None:
-        why = f": {reasons[name]}" if name in reasons else ""
+    if reasons.get(chosen, "unknown") is not None:
+        source = "backend" if name else "MIXOUT_FAST_BACKEND"
         serving = ", ".join(backend for backend, reason in reasons.items() if reason is None)
-        raise ValueError(f"backend {name!r} cannot serve device {device_type!r}{why}; these can: {serving}")
-    return BACKENDS[name]
+        why = reasons.get(chosen, f"there is none of this name, but {', '.join(BACKENDS)}")
+        raise ValueError(f"{source} {chosen!r} cannot serve device {device_type!r}: {why}; these can: {serving}")
+    return BACKENDS[chosen]

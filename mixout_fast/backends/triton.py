@@ -47,7 +47,7 @@ INTERPRETS = INSTALLED and kernels.INTERPRETS.value
 # rows, and is slow where programs are few and each has many steps. A program has 32 or 64 outputs of y, or
 # in_features of dX, and takes a step for 32 of the others: estimated at 0.2 us on an H100. One pass / mixing first,
 # us: y and dX at 768x768 6 / 7; y of 4096 outputs from 1024 in_features 8 / 14, of 768 from 3072 22 / 10; dX of 3072
-# outputs at 768 22 / 10. In fp32 the product itself weighs more, and the library's is the better one.
+# outputs at 768 22 / 10. In fp32 the product itself weighs more, and beyond few rows the library's is the better one.
 ONE_PASS_ROWS = {
     torch.bfloat16: (16, 16),
     torch.float16: (16, 16),
