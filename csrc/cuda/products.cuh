@@ -89,15 +89,22 @@ struct FusedMultiplyAdd : Share<transposed> {
   template <typename LoadX>
   static __device__ __forceinline__ void multiply(const Value (&weights)[outputs][depth], int rows, LoadX load_x,
                                                   Sum (&sum)[sums]) {
+    // Their loads wait for memory together. Of 2 rows of fp64 y's kernel spills on sm_100.
+    constexpr int loaded = sizeof(Value) == 4 ? 4 : 1;
 #pragma unroll
-    for (int row = 0; row < max_rows; ++row) {
-      if (row >= rows) break;
-      Value x[depth];
-      load_x(row, x);
+    for (int first = 0; first < max_rows; first += loaded) {
+      if (first >= rows) break;
+      Value x[loaded][depth];
 #pragma unroll
-      for (int o = 0; o < outputs; ++o)
+      for (int r = 0; r < loaded; ++r) load_x(first + r, x[r]);
 #pragma unroll
-        for (int i = 0; i < depth; ++i) sum[row * outputs + o] = fma(weights[o][i], x[i], sum[row * outputs + o]);
+      for (int r = 0; r < loaded; ++r)
+#pragma unroll
+        for (int o = 0; o < outputs; ++o) {
+          Sum& total = sum[(first + r) * outputs + o];
+#pragma unroll
+          for (int i = 0; i < depth; ++i) total = fma(weights[o][i], x[r][i], total);
+        }
     }
   }
 
