@@ -158,18 +158,19 @@ def test_kept_columns_past_the_capacity_are_dropped(in_features, p, of_mask, pat
     drawn = torch.tensor(of_mask, device=DEVICE)
     assert reference.mask_words(drawn, in_features).ge(reference.threshold(p)).sum() == 17
     assert reference.keep_mask(drawn, (1, in_features), p, "input").sum() == 16
-    case = dataclasses.replace(testing.random_case(5, in_features, 40, p=p, device=DEVICE, seed=seed), seed=drawn)
-    check_bits(case)
-    testing.check_error([case], "cuda")
+    random = (testing.random_case(5, in_features, 130, p=p, device=DEVICE, seed=seed + i) for i in range(8))
+    cases = [dataclasses.replace(case, seed=drawn) for case in random]
+    check_bits(cases[0])
+    testing.check_error(cases, "cuda")
 
 
 @paths
 @pytest.mark.parametrize("p", (0.1, 0.9))
 def test_more_columns_than_are_gathered_at_once(p, path, take, seed):
     take(path)
-    case = testing.random_case(3, 20000, 3, p=p, device=DEVICE, seed=seed)
-    check_bits(case)
-    testing.check_error([dataclasses.replace(case)], "cuda")
+    cases = [testing.random_case(3, 20000, 17, p=p, device=DEVICE, seed=seed + i) for i in range(8)]
+    check_bits(cases[0])
+    testing.check_error(cases, "cuda")
 
 
 KEPT = {
