@@ -2,9 +2,10 @@
 # Everything on a GPU machine, without network: build what is missing, check, measure, report. Needs torch, triton, numpy
 # and pytest; most tests run several at a time where pytest-xdist is; where matplotlib is missing there are no pictures.
 #
-#     benchmarks/gpu.sh            both of these, in a quarter of an hour
+#     benchmarks/gpu.sh            all three of these, in half an hour
 #     benchmarks/gpu.sh figures    the kernels' own tests, then the suites
 #     benchmarks/gpu.sh checks     all other device tests, compute-sanitizer
+#     benchmarks/gpu.sh triton     these of Triton, which has some 2000 kernels to compile for them; torch.compile's tests
 #
 # What matters most comes first. A step that fails doesn't stop the others; the exit status is that of the worst. The
 # suites go on where they stopped. All that the steps say, and at the end how each went, is added to gpu.log.
@@ -18,7 +19,9 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 
 part=${1:-all}
-case $part in figures | checks | all) ;; *) echo "gpu.sh: $part; it takes figures or checks" >&2 && exit 2 ;; esac
+case $part in figures | checks | triton | all) ;;
+*) echo "gpu.sh: $part; it takes figures, checks or triton" >&2 && exit 2 ;;
+esac
 results=${RESULTS:-benchmarks/results}
 device=${DEVICE:-cuda}
 budget=${BUDGET:-100}
@@ -50,13 +53,13 @@ suite() { # suite NAME SECONDS OPTIONS…: no new cell after so long, and an end
     --budget "$seconds" "${@:3}"
 }
 tests() { # tests NAME SECONDS OPTIONS…
-  step "$1" "$2" "$python" -m pytest -q --tb=short --maxfail=40 --disable-warnings "${@:3}"
+  step "$1" "$2" "$python" -m pytest -q --tb=short --maxfail=400 --disable-warnings "${@:3}"
 }
-many_tests() { # as tests, several at a time; each computes its fp64 oracles on the CPU
+many_tests() { # many_tests PROCESSES NAME SECONDS OPTIONS…: so many at a time; each computes its fp64 oracles on the CPU
   if "$python" -c "import xdist" 2>/dev/null; then
-    OMP_NUM_THREADS=2 tests "$@" -n $((processors > 16 ? 8 : (processors + 1) / 2))
+    OMP_NUM_THREADS=$(((processors + $1 - 1) / $1)) tests "${@:2}" -n "$1"
   else
-    tests "$@"
+    tests "${@:2}"
   fi
 }
 sanitizer() { # sanitizer TOOL BACKEND OPTIONS…
@@ -65,7 +68,7 @@ sanitizer() { # sanitizer TOOL BACKEND OPTIONS…
     return
   fi
   # Without the caching allocator an access beyond a buffer's end is one beyond an allocation's.
-  PYTORCH_NO_CUDA_MEMORY_CACHING=1 step "$1, $2" 75 compute-sanitizer --tool "$1" --error-exitcode 9 "${@:3}" \
+  PYTORCH_NO_CUDA_MEMORY_CACHING=1 step "$1, $2" 90 compute-sanitizer --tool "$1" --error-exitcode 9 "${@:3}" \
     "$python" -m benchmarks.sanitized "$2"
 }
 
@@ -75,7 +78,7 @@ finish() { # how each step went
 }
 
 printf '\n==== %s, %s\n' "$part" "$(date -u +%FT%TZ)" >>"$log"
-processors=$(nproc)
+processors=$(($(nproc) > 16 ? 16 : $(nproc)))
 libraries=(mixout_fast/_C.so)
 [ "$device" = cpu ] || libraries+=(mixout_fast/_CUDA.so)
 # By name: auto would go on without a library that cannot be built, and all below would measure another backend.
@@ -92,29 +95,35 @@ __main__.main([])
 backends.select('$device', '$device')  # raises where it cannot serve"
 [ $status = 0 ] || finish
 
-if [ "$part" != checks ]; then
-  tests "kernel tests" 90 tests/test_cuda_kernels.py
-  # To compile a form takes far longer than to time it: few cells.
+if [ "$part" = figures ] || [ "$part" = all ]; then
+  tests "kernel tests" 60 tests/test_cuda_kernels.py
+  # To compile a form takes far longer than to time it: few cells, and what compiles last.
   compiled=(--contenders published compiled compiled-dropout)
   [ "$device" = cpu ] || compiled+=(--shapes 4096x1024x1024 4096x1024x4096 --dtypes bf16 --p 0.9)
-  suite layer 150
-  suite model 80
-  suite paths 30
+  suite layer 130
+  suite model 70 --modes eager
+  suite paths 60
   suite terms 15
-  suite memory 40
+  suite memory 30
   suite layer 30 "${compiled[@]}"
+  suite model 50 --modes compile --precisions bf16
   step "report" 60 "$python" -m benchmarks.report --results "$results"
 fi
-if [ "$part" != figures ]; then
-  many_tests "device tests" 180 tests -m "not slow" -k "$device and not triton"
+if [ "$part" = checks ] || [ "$part" = all ]; then
+  many_tests $(((processors + 1) / 2)) "device tests" 170 tests -m "not slow" -k "$device and not triton"
   for tool in memcheck racecheck synccheck; do
     # The backend's own kernels: PyTorch's would take most of the time.
     sanitizer "$tool" cuda --kernel-name kns=mixout_fast
   done
   # Here PyTorch's too: what they write is initialised.
   sanitizer initcheck cuda
-  many_tests "device tests of Triton" 150 tests -m "not slow" -k "$device and triton"
-  many_tests "torch.compile tests" 90 tests -m slow -k "$device"
+fi
+if [ "$part" = triton ] || [ "$part" = all ]; then
+  many_tests "$processors" "device tests of Triton" 270 tests -m "not slow" -k "$device and triton"
+  # Inductor has as many processes of its own as there are processors.
+  TORCHINDUCTOR_COMPILE_THREADS=1 many_tests $(((processors + 1) / 2)) "torch.compile tests" 90 tests -m slow -k "$device"
+  # Once without, so that the kernels are compiled.
+  [ "$device" = cpu ] || step "for the sanitizer" 70 "$python" -m benchmarks.sanitized triton
   sanitizer memcheck triton
 fi
 

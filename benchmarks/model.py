@@ -5,6 +5,7 @@ not depend on them. Every ratio is a method's time over that of dropout(0.1) in 
 """
 
 import argparse
+import gc
 import itertools
 from collections.abc import Callable
 
@@ -76,6 +77,7 @@ def measure(cell: dict, options: argparse.Namespace) -> dict:
     if compiles and (reason := why_not_compiled(device)):
         raise RuntimeError(f"torch.compile: {reason}")
     torch.compiler.reset()
+    gc.collect()  # the models of the cell before: their steps hold themselves
     plain = pretrained(cell["model"], device)
     batch = rte_like_batch(device)
     with matmul_precision(cell["precision"]):

@@ -10,14 +10,21 @@ import torch
 from mixout_fast import mixout, testing
 
 # Of few rows products take one pass, of many the weight is mixed first.
-SHAPES = ((3, 255, 63), (5, 128, 64), (130, 255, 63), (130, 128, 64))
-PRECISIONS = [(dtype, dtype) for dtype in testing.DTYPES] + [(torch.float32, torch.bfloat16)]
+SHAPES = ((3, 255, 63), (130, 128, 64), (5, 128, 64), (130, 255, 63))
+PRECISIONS = [
+    (torch.float32, torch.bfloat16),
+    *((dtype, dtype) for dtype in testing.DTYPES),
+    (torch.float32, torch.float16),
+]
+# Of Triton, which takes half a second to compile a kernel: so many of the first of each.
+TRITON_SHAPES, TRITON_PRECISIONS = 2, 3
 
 
 def main() -> None:
     backend = sys.argv[1]
-    for shape in SHAPES:
-        for dtype, compute in PRECISIONS:
+    few = backend == "triton"
+    for shape in SHAPES[: TRITON_SHAPES if few else None]:
+        for dtype, compute in PRECISIONS[: TRITON_PRECISIONS if few else None]:
             for mask in testing.MASKS:
                 # Some 80 % are kept, of which backward gathers the columns; at 0.9 forward does.
                 for p in (0.2, 0.9):

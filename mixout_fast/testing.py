@@ -502,7 +502,8 @@ def check_error(cases: Iterable[Case], backend: str | None) -> None:
     """
     worst = {}
     for case in cases:
-        ours, theirs, truth = run(case, backend), library(case), oracle(case)
+        with sums_in_fp32():
+            ours, theirs, truth = run(case, backend), library(case), oracle(case)
         for name, want in truth.items():
             if want.numel() == 0:
                 continue
