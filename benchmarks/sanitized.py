@@ -1,4 +1,4 @@
-"""What gpu.sh runs under compute-sanitizer: every kernel of a backend, on shapes of whole vectors and odd ones.
+"""What gpu.sh runs under compute-sanitizer: a backend's kernels, on shapes of whole vectors and odd ones.
 
 python -m benchmarks.sanitized BACKEND
 """
@@ -32,7 +32,7 @@ def main() -> None:
                     testing.run(case, backend)
                     testing.run(testing.by_columns(case), backend)
                 mixout(case.weight, case.target, case.p, True, mask=mask, seed=case.seed, backend=backend)
-    print(f"ran every kernel of {backend}")
+    print(f"ran the kernels of {backend}")
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ def print_backends() -> int:
         try:
             chosen = backends.select(None, device_type)
         except ValueError as error:
-            print(f"  MIXOUT_FAST_BACKEND: {error}")
+            print(f"  {error}")
             chosen, status = None, 1
         for name, reason in backends.describe(device_type).items():
             served = "serves this device" if backends.BACKENDS[name] is chosen else "available"

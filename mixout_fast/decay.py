@@ -92,8 +92,9 @@ def wdecay(
                 _add_decay_gradient(weights, ends, decay if grad_scale is None else decay * grad_scale.item())
 
     def before_step(_: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        closure = args[1] if len(args) > 1 else kwargs.get("closure")
-        if closure is None:
+        named = kwargs.get("closure") is not None
+        closure = kwargs["closure"] if named else args[1] if len(args) > 1 else None
+        if not callable(closure):
             return decay_weights()
         # The step calls it first, and perhaps again: its gradients are new each time, the weights are not.
         calls = itertools.count()
@@ -104,7 +105,9 @@ def wdecay(
                 decay_weights()
             return loss
 
-        return (args[0], closure_and_decay), {name: value for name, value in kwargs.items() if name != "closure"}
+        if named:
+            return args, kwargs | {"closure": closure_and_decay}
+        return (args[0], closure_and_decay, *args[2:]), kwargs
 
     return optimizer.register_step_pre_hook(before_step)
 

@@ -11,7 +11,9 @@ from torch.nn import functional as F
 
 def conv1d(module: nn.Module, input: Tensor) -> Tensor:
     """Of Hugging Face's Conv1D, whole: its weight reads as the Parameter, as an nn.Linear's does."""
-    mixing = module.mixing_weight
+    mixing = module._modules.get("mixing_weight")
+    if mixing is None:  # a new module of the class
+        return module.plain_class.forward(module, input)
     # Tied to an nn.Linear the weight is mixed by that one's inputs, which are Conv1D's outputs.
     if mixing.mixes() and mixing.mask == "input" and mixing.input_dims == (0,):
         return mixing.linear(input, module.weight, module.bias)
@@ -27,6 +29,7 @@ def multihead_attention(
     if (
         not _multiplies(module, "in_proj_weight") or need_weights or not query is key is value or query.dim() != 3
         or query.is_nested or module.bias_k is not None or module.add_zero_attn or (is_causal and attn_mask is None)
+        or not _fit(module, query, attn_mask, key_padding_mask)
     ):  # fmt: skip
         return module.plain_class.forward(
             module, query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
@@ -55,6 +58,18 @@ def _multiplies(module: nn.Module, name: str) -> bool:
     """Whether the module mixes the weight now, as a matrix (out, in)."""
     mixing = module._modules.get(f"mixing_{name}")
     return mixing is not None and mixing.mixes() and mixing.input_dims == (1,)
+
+
+def _fit(module: nn.Module, x: Tensor, attn_mask: Tensor | None, key_padding_mask: Tensor | None) -> bool:
+    """Whether the masks are as they should be; about others the class complains."""
+    batch, length = x.shape[:2] if module.batch_first else (x.shape[1], x.shape[0])
+    masks = [mask for mask in (attn_mask, key_padding_mask) if mask is not None]
+    return (
+        all(mask.dtype == torch.bool or mask.is_floating_point() for mask in masks)
+        and len({mask.dtype for mask in masks}) <= 1
+        and (attn_mask is None or attn_mask.shape in ((length, length), (batch * module.num_heads, length, length)))
+        and (key_padding_mask is None or key_padding_mask.shape == (batch, length))
+    )
 
 
 def _added(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:

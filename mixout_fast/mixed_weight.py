@@ -1,4 +1,4 @@
-"""Mixing a weight that some other module reads: convolutions, GPT-2's Conv1D, attention's projections, raw parameters.
+"""Mixing a weight that some other module reads: convolutions, attention's projections, experts, raw parameters.
 
 The module's class is exchanged for a subclass of it in which the parameter's name is a property: reading it in training
 gives the mixed weight, computed there and then, and in eval mode the Parameter. This is how torch.nn.utils.parametrize
@@ -7,10 +7,12 @@ works too. What differs: the Parameter stays where it is, under its name. parame
 transformers find parameters; its modules cannot be pickled; and removing a parametrization from a deep copy breaks the
 original (both share the class from which the property is deleted).
 
-Of Conv1D and nn.MultiheadAttention the forward pass is exchanged too (forwards.py).
+Of nn.MultiheadAttention and of GPT-2's Conv1D, whose weight needs no property then, the forward pass is exchanged
+too (forwards.py).
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -133,13 +135,24 @@ def mix_weight(module: nn.Module, name: str, mixing: Mixing) -> None:
     plain_class = module.plain_class if names else type(module)
     module.add_module(PREFIX + name, mixing.train(module.training))
     # A forward that someone put on the instance calls the class's own.
-    module.__class__ = _mixed_class(plain_class, (*names, name), "forward" in vars(module))
+    keeps_forward = "forward" in vars(module) or _forward_for(plain_class) is None
+    module.__class__ = _mixed_class(plain_class, (*names, name), keeps_forward)
+
+
+def _forward_for(plain_class: type[nn.Module]) -> tuple[Callable, tuple[str, ...]] | None:
+    """What FORWARDS has for a class, unless it has a forward pass of its own, or others have exchanged it."""
+    for cls in plain_class.__mro__:
+        found = FORWARDS.get(f"{cls.__module__}.{cls.__qualname__}")
+        if found and plain_class.forward is cls.forward and cls.forward.__module__ == cls.__module__:
+            return found
+    return None
 
 
 def unmix_weights(module: nn.Module) -> None:
     """Undo every mix_weight of a module."""
     for name in module.mixed_names:
-        delattr(module, PREFIX + name)
+        # Of a MixoutScheduler, which finds by it that the mixing is gone.
+        vars(module._modules.pop(PREFIX + name)).pop("base_p", None)
     module.__class__ = module.plain_class
 
 
@@ -148,10 +161,8 @@ def _mixed_class(plain_class: type[nn.Module], names: tuple[str, ...], keeps_for
     attributes = {"plain_class": plain_class, "mixed_names": names, "keeps_forward": keeps_forward}
     attributes["__module__"] = plain_class.__module__
     plain = ()
-    for cls in () if keeps_forward else plain_class.__mro__:
-        forward, unread = FORWARDS.get(f"{cls.__module__}.{cls.__qualname__}", (None, ()))
-        if forward and plain_class.forward is cls.forward:
-            attributes["forward"], plain = forward, unread
+    if not keeps_forward:
+        attributes["forward"], plain = _forward_for(plain_class)
     for name in set(names).difference(plain):
         attributes[name] = property(functools.partial(_read, name), functools.partial(_refuse_tensor, name))
     # Of the plain class's name, which transformers writes into a saved model's configuration.
@@ -180,6 +191,6 @@ def _refuse_tensor(name: str, module: nn.Module, value: Any) -> None:
     )
 
 
-def _new(plain_class: type[nn.Module], names: tuple[str, ...], keeps_forward: bool) -> nn.Module:
+def _new(plain_class: type[nn.Module], names: tuple[str, ...], keeps_forward: bool = False) -> nn.Module:
     mixed_class = _mixed_class(plain_class, names, keeps_forward)
     return mixed_class.__new__(mixed_class)

@@ -1,12 +1,20 @@
 """MixoutScheduler: what changes from step to step: p, masks held for several steps, a moving target."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mixout_fast.apply import MixedParameter, SharedSeed, mixed_parameters
+
+
+@dataclass(eq=False)
+class BaseP:
+    """The p that apply_mixout set for a weight, for all schedulers until remove_mixout."""
+
+    p: float
 
 
 class MixoutScheduler:
@@ -53,9 +61,11 @@ class MixoutScheduler:
         self.p_factor, self.hold, self.ema = p_factor, hold, ema
         self.steps = 0
         # A scheduler before this one has scaled p and may hold seeds: this one begins where that one began.
-        self._base_p = [(entry.mixing, vars(entry.mixing).setdefault("base_p", entry.mixing.p)) for entry in mixed]
+        self._base_p = [
+            (entry.mixing, vars(entry.mixing).setdefault("base_p", BaseP(entry.mixing.p))) for entry in mixed
+        ]
         for mixing, base in self._base_p:
-            mixing.p, mixing.seed = base, None
+            mixing.p, mixing.seed = base.p, None
         self._moving = _own_targets(mixed) if ema is not None else {}
         hooks = _shared_seeds(model)
         for hook in hooks:
@@ -70,7 +80,7 @@ class MixoutScheduler:
 
         Raises RuntimeError after remove_mixout.
         """
-        if any("base_p" not in vars(mixing) for mixing, _ in self._base_p):
+        if any(vars(mixing).get("base_p") is not base for mixing, base in self._base_p):
             raise RuntimeError(
                 "model: its mixout was removed, and perhaps applied anew: remove the hook that takes this scheduler's "
                 "steps, and make a new scheduler"
@@ -114,9 +124,10 @@ class MixoutScheduler:
             return
         factor = self.p_factor(self.steps)
         for mixing, base in self._base_p:
-            if not 0.0 <= base * factor <= 1.0:
-                raise ValueError(f"p_factor: {factor} at step {self.steps} makes p = {base * factor}, outside [0, 1]")
-            mixing.p = float(base * factor)
+            p = base.p * factor
+            if not 0.0 <= p <= 1.0:
+                raise ValueError(f"p_factor: {factor} at step {self.steps} makes p = {p}, outside [0, 1]")
+            mixing.p = float(p)
 
 
 def _own_targets(mixed: list[MixedParameter]) -> dict[str, tuple[nn.Parameter, Tensor]]:

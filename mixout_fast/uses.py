@@ -79,17 +79,24 @@ class Use:
     def name(self) -> str:
         return join_names(self.module_name, self.attribute)
 
+    # A forward that someone put on the instance reads the weight and knows nothing of the class's.
+    @property
+    def is_linear(self) -> bool:
+        return type(self.module) is nn.Linear and "forward" not in vars(self.module)
+
+    @property
+    def is_embedding(self) -> bool:
+        return type(self.module) is nn.Embedding and "forward" not in vars(self.module)
+
     def mix(self, mask: str, grad_scale: str, backend: str | None) -> None:
         """Have the module read the mixed weight."""
         module = self.module
-        # A forward that someone put on the instance reads the weight and knows nothing of the class's.
-        replaceable = "forward" not in vars(module)
-        if type(module) is nn.Linear and replaceable:
+        if self.is_linear:
             module.__class__ = MixLinear
             module._set_mixout(None, self.p, mask, grad_scale, "bernoulli", backend)
             module.target = self.target
             self.mixing = module
-        elif type(module) is nn.Embedding and replaceable:
+        elif self.is_embedding:
             module.__class__ = MixEmbedding
             module.set_mixout(self.target, self.p, mask, grad_scale, columns=self.input_dims == (1,))
             self.mixing = module
@@ -135,7 +142,7 @@ def find_uses(model: nn.Module, frozen: bool, mask: str) -> list[Use]:
                 use.reason = "grouped convolution"
             elif getattr(module, "max_norm", None) is not None:
                 use.reason = "max_norm changes it in place"
-            elif getattr(module, "sparse", False) and type(module) is not nn.Embedding:
+            elif isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.sparse and not use.is_embedding:
                 use.reason = "sparse gradient of a module that is no plain nn.Embedding"
             uses.append(use)
     return uses

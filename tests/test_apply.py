@@ -610,16 +610,21 @@ def test_unmixable_modules_are_listed(device):
             "grouped": nn.Conv1d(4, 4, 3, groups=2),
             "renormed": nn.Embedding(5, 4, max_norm=1.0),
             "sparse": nn.EmbeddingBag(5, 4, sparse=True),
+            "hooked": nn.Embedding(5, 4, sparse=True),
+            "table": nn.Embedding(5, 4, sparse=True),
             "rnn": nn.LSTM(4, 4),
             "raw": Transposed(4, 4),
             "linear": nn.Linear(4, 4),
         }
     ).to(device)
+    model.hooked.forward = model.hooked.forward
     apply_mixout(model, 0.5)
     got = reasons(model)
     assert got["grouped.weight"] == "grouped convolution"
     assert got["renormed.weight"] == "max_norm changes it in place"
-    assert got["sparse.weight"] == "sparse gradient of a module that is no plain nn.Embedding"
+    for name in ("sparse", "hooked"):
+        assert got[f"{name}.weight"] == "sparse gradient of a module that is no plain nn.Embedding"
+    assert got["table.weight"] is None
     assert got["rnn.weight_ih_l0"] == "raw parameter: INPUT_DIMS has no 'weight_ih_l0' of torch.nn.modules.rnn.LSTM"
     assert got["raw.kernel"] == f"raw parameter: INPUT_DIMS has no 'kernel' of {__name__}.Transposed"
     assert got["linear.weight"] is None

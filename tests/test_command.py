@@ -39,7 +39,7 @@ def test_each_backend_is_said_to_serve_or_why_not(monkeypatch, capsys):
 def test_a_bad_environment_variable_is_named(monkeypatch, capsys):
     monkeypatch.setattr(backends, "DEFAULT", "tpu")
     assert __main__.main([]) == 1
-    assert "MIXOUT_FAST_BACKEND 'tpu' cannot serve" in capsys.readouterr().out
+    assert "\n  MIXOUT_FAST_BACKEND 'tpu' cannot serve" in capsys.readouterr().out
 
 
 def test_check_passes(few_shapes, device, backend, capsys):

@@ -172,28 +172,45 @@ def test_with_a_closure(model, x, decoupled, by_name):
             testing.assert_same_bits(name, parameters(model)[name], parameter, "a step with a closure")
 
 
-def test_with_a_closure_that_is_called_several_times(model, x):
-    """The weights decay once a step, the gradient of the penalty is there at each call."""
-    for decoupled in (True, False):
-        for parameter in moved(model).parameters():
-            parameter.grad = None
-        optimizer = torch.optim.LBFGS(model.parameters(), lr=0.0, max_iter=4, max_eval=3, tolerance_grad=0.0)
-        wdecay(optimizer, model, 0.5, target=0, decoupled=decoupled)
-        optimizer.param_groups[0]["lr"] = 0.25 if decoupled else 0.0
-        seen = []
+@pytest.mark.parametrize("decoupled", (True, False))
+@pytest.mark.parametrize("by_name", (True, False))
+def test_with_a_closure_that_is_called_twice(model, decoupled, by_name):
+    """The weights decay once a step, the gradient of the penalty is there at each call; other arguments pass."""
 
-        def closure(seen=seen, optimizer=optimizer):
-            optimizer.zero_grad()
-            seen.append(model[0].weight.detach().clone())
-            (model(x).sum() * 0.0).backward()
-            return torch.zeros(())
+    class Twice(torch.optim.Optimizer):
+        def step(self, closure=None, factor=1.0):
+            self.seen = [(closure(), self.gradient())[1] for _ in range(2)] + [factor]
 
-        before = model[0].weight.detach().clone()
-        optimizer.step(closure)
-        if decoupled:
-            testing.assert_same_bits("w", model[0].weight.detach(), before * 0.875, f"{len(seen)} calls")
-        else:
-            testing.assert_same_bits("dw", model[0].weight.grad, before * 0.5, f"{len(seen)} calls")
+        def gradient(self):
+            return self.param_groups[0]["params"][0].grad.clone()
+
+    weight = moved(model)[0].weight
+    optimizer, before = Twice(model.parameters(), {"lr": 0.25}), weight.detach().clone()
+    wdecay(optimizer, model, 0.5, target=0, decoupled=decoupled)
+
+    def closure():
+        weight.grad = torch.ones_like(weight)
+
+    _ = optimizer.step(factor=2.0, closure=closure) if by_name else optimizer.step(closure, 2.0)
+    *gradients, factor = optimizer.seen
+    assert factor == 2.0
+    testing.assert_same_bits("w", weight.detach(), before * (0.875 if decoupled else 1.0), "after two calls")
+    for gradient in gradients:
+        testing.assert_same_bits("dw", gradient, 1.0 + (0.0 if decoupled else 0.5) * before, "of a call")
+
+
+def test_an_argument_of_step_that_is_no_closure_passes(model):
+    class Scaled(torch.optim.Optimizer):
+        def step(self, scale, closure=None):
+            self.seen = scale, closure
+
+    weight = moved(model)[0].weight
+    optimizer, before = Scaled(model.parameters(), {"lr": 0.25}), weight.detach().clone()
+    wdecay(optimizer, model, 0.5, target=0)
+    weight.grad = torch.zeros_like(weight)
+    optimizer.step(2.0)
+    assert optimizer.seen == (2.0, None)
+    testing.assert_same_bits("w", weight.detach(), before * 0.875, "a step")
 
 
 def test_the_models_own_weights_as_target_are_copied(model):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from mixout_fast import apply_mixout, testing
 
@@ -118,10 +119,46 @@ def test_what_it_does_not_do_the_class_does(case, device):
     assert (ours[1] is None) == (plain[1] is None) == ("need_weights" in arguments)
 
 
-def test_errors_are_the_classs(device):
-    attention, x = mixed(device), batch(device)
-    with pytest.raises(RuntimeError, match="Need attn_mask if specifying the is_causal hint"):
-        attention(x, x, x, need_weights=False, is_causal=True)
+UNFIT = {
+    "causal without a mask": {"is_causal": True},
+    "a mask for each of a batch": {"attn_mask": LATER.expand(BATCH, -1, -1)},
+    "a row": {"attn_mask": LATER[:1]},
+    "four dimensions": {"attn_mask": LATER.expand(BATCH, HEADS, -1, -1)},
+    "padding of one": {"key_padding_mask": PADDING[:1]},
+    "padding of one place": {"key_padding_mask": PADDING[:, :1]},
+    "integers": {"attn_mask": LATER.int()},
+    "integer padding": {"key_padding_mask": PADDING.int()},
+}
+
+
+@pytest.mark.parametrize("masks", UNFIT)
+def test_errors_are_the_classs(masks, device):
+    """Where a mask would broadcast, too: of as many heads as entries of the batch, say."""
+    attention = mixed(device, batch_first=True)
+    attention.num_heads, attention.head_dim = BATCH, WIDTH // BATCH
+    x, masks = batch(device), {k: v if v is True else v.to(device) for k, v in UNFIT[masks].items()}
+    errors = []
+    for forward in (attention.forward, attention.plain_class.forward.__get__(attention)):
+        with pytest.raises((RuntimeError, AssertionError)) as caught:
+            forward(x, x, x, need_weights=False, **masks)
+        errors.append((caught.type, str(caught.value)))
+    assert errors[0] == errors[1]
+
+
+def test_masks_of_different_kinds_are_added_up_with_the_classs_warning(device):
+    attention, x = mixed(device, batch_first=True), batch(device)
+    masks = {"key_padding_mask": PADDING.to(device), "attn_mask": SCORES.to(device)}
+    with pytest.warns(UserWarning, match="mismatched key_padding_mask and attn_mask"):
+        ours = attention(x, x, x, need_weights=False, **masks)[0]
+    with pytest.warns(UserWarning, match="mismatched key_padding_mask and attn_mask"):
+        plain = attention.plain_class.forward(attention, x, x, x, need_weights=False, **masks)[0]
+    assert torch.equal(ours, plain)
+
+
+def test_a_forward_of_others_is_left_alone(monkeypatch):
+    monkeypatch.setattr(nn.MultiheadAttention, "forward", lambda self, x: F.linear(x, self.in_proj_weight))
+    attention = apply_mixout(nn.MultiheadAttention(WIDTH, HEADS), 0.5)
+    assert attention(torch.randn(3, WIDTH)).shape == (3, 3 * WIDTH)
 
 
 def test_separate_projections_are_mixed(device):

@@ -148,15 +148,19 @@ def test_refuses_a_model_without_mixout_and_small_targets():
         MixoutScheduler(model, ema=0.9)
 
 
-def test_after_removal_its_steps_say_so(model):
+@pytest.mark.parametrize("layer", (nn.Linear(4, 4), nn.Embedding(4, 4), nn.Conv1d(4, 4, 1)), ids=str)
+def test_after_removal_its_steps_say_so(layer):
+    model = apply_mixout(nn.Sequential(layer), 0.8)
     scheduler = MixoutScheduler(model, p_factor=lambda step: 1.0)
+    MixoutScheduler(model)
+    scheduler.step()
     remove_mixout(model)
-    for again in (False, True):
-        if again:
-            apply_mixout(model, 0.3)
+    for then in (None, lambda: apply_mixout(model, 0.3), lambda: MixoutScheduler(model)):
+        if then is not None:
+            then()
         with pytest.raises(RuntimeError, match=r"model: its mixout was removed.*make a new scheduler"):
             scheduler.step()
-    assert model.query.p == 0.3
+    assert mixed_parameters(model)[0].mixing.p == 0.3
 
 
 @pytest.mark.parametrize("saved", ({}, {"hold": 2}, {"ema": 0.5}))

@@ -105,6 +105,12 @@ def test_conv1d_saves_the_kept_columns_alone():
     assert not any(tensor.shape == (21, 400) for tensor in saved)
 
 
+def test_a_new_module_of_a_mixed_conv1ds_class_is_plain():
+    again = type(apply_mixout(Conv1D(5, 4), 0.5))(5, 4)
+    x = torch.randn(3, 4)
+    assert torch.equal(again(x), Conv1D.forward(again, x))
+
+
 @architectures
 def test_no_parameter_is_skipped_silently(name):
     model = apply_mixout(MODELS[name](), 0.9)
