@@ -437,7 +437,7 @@ def layer_part(records: Records) -> str:
 
 
 def layer_overview(records: Records) -> str:
-    """The same of a shape or two, without the commands."""
+    """The same of OVERVIEW alone, without the commands."""
     parts, cells = [machine(records)], measured(records)
     for dtype in dict.fromkeys(cell["cell"]["dtype"] for cell in cells):
         shown = [cell for cell in cells if cell["cell"]["shape"] in OVERVIEW and cell["cell"]["dtype"] == dtype]
