@@ -484,9 +484,23 @@ void put_rows(const float* sums, int64_t stride, int64_t count, int64_t rows, fl
   }
 }
 
+// The same of a dW that lies by columns.
+template <typename Result>
+void put_columns(const float* sums, int64_t stride, const int32_t* index, int64_t count, int64_t columns, int64_t rows,
+                 float factor, int64_t outputs, Result* dw) {
+  Result* kept = scratch<Result>(Slot::block, stride);
+  put_between_zeros(index, count, 0, columns, rows, outputs, dw, [=](int64_t j) {
+    for (int64_t i = 0; i < rows; i += 16) {
+      const __m256i halves = (__m256i)_mm512_cvtneps_pbh((__m512)load(sums + j * stride + i));
+      store_as(kept + i, (Vector<float>)_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16) * factor);
+    }
+    return kept;
+  });
+}
+
 // As grad_weight: blocks of dW's rows, whose sums over all rows of x and dy are made in fp32 and then spread.
-template <typename Unit, typename Result>
-void grad_weight_in_steps(const KeptX& kept_x, const void* staged_x, Matrix dy, int64_t, const int32_t* index,
+template <typename Unit, typename Result, bool by_columns>
+void grad_weight_in_steps(const KeptX& kept_x, const void* staged_x, Matrix dy, int64_t outputs, const int32_t* index,
                           int64_t columns, double factor, int64_t begin, int64_t end, void* dw, void* db) {
   constexpr int64_t block = 128, most_steps = 64;
   const int64_t steps = round_up(kept_x.rows, step_terms) / step_terms, width = staged_columns(kept_x.count);
@@ -513,8 +527,12 @@ void grad_weight_in_steps(const KeptX& kept_x, const void* staged_x, Matrix dy, 
         }
       }
     }
-    put_rows(sums, block, kept_x.count, rows, static_cast<float>(factor), dense, columns,
-             static_cast<Result*>(dw) + first * columns);
+    if (by_columns)
+      put_columns(sums, block, index, kept_x.count, columns, rows, static_cast<float>(factor), outputs,
+                  static_cast<Result*>(dw) + first);
+    else
+      put_rows(sums, block, kept_x.count, rows, static_cast<float>(factor), dense, columns,
+               static_cast<Result*>(dw) + first * columns);
     for (int64_t j = 0; j < rows && db; ++j)
       static_cast<bfloat16*>(db)[first + j] = narrow<bfloat16>(sums[kept_x.count * block + j]);
   }
@@ -529,7 +547,8 @@ constexpr Kernels with_unit() {
   }
   if constexpr (std::is_same_v<Operand, bfloat16>) {
     kernels.stage_kept = stage_kept_steps;
-    kernels.grad_weight = grad_weight_in_steps<Unit, Result>;
+    kernels.grad_weight = grad_weight_in_steps<Unit, Result, false>;
+    kernels.grad_weight_by_columns = grad_weight_in_steps<Unit, Result, true>;
   }
   return kernels;
 }

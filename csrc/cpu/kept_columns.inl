@@ -154,28 +154,36 @@ void expand(Matrix compact, const int32_t* index, int64_t count, int64_t columns
   }
 }
 
-template <typename Operand, typename Result>
-void expand_rows(Matrix compact, const int32_t* index, int64_t count, int64_t columns, double factor, int64_t begin,
-                 int64_t end, void* out) {
-  using T = Compute<Operand>;
-  count = kept_count(index, count);
-  Result* kept = scratch<Result>(Slot::weight, columns);
-  Result* zeros = scratch<Result>(Slot::target, columns);
-  memset(zeros, 0, columns * sizeof(Result));
+// Rows [begin, end) of a dense gradient that lies by columns, (columns, outputs): the kept ones are row(j), others 0.
+// Of each `width` elements are written, the rows `stride` apart.
+template <typename T, typename Row>
+void put_between_zeros(const int32_t* index, int64_t count, int64_t begin, int64_t end, int64_t width, int64_t stride,
+                       T* out, const Row& row) {
+  T* zeros = scratch<T>(Slot::weight, width);
+  memset(zeros, 0, width * sizeof(T));
   int64_t j = 0;
   while (j < count && index[j] < begin) ++j;
-  for (int64_t row = begin; row < end; ++row) {
-    const bool is_kept = j < count && index[j] == row;
-    if (is_kept) {
-      const Operand* __restrict source = static_cast<const Operand*>(compact.data) + j++ * compact.row_stride;
-      for (int64_t k = 0; k < columns; ++k)
-        put<Result>(multiply(widen(source[k * compact.column_stride]), static_cast<T>(factor)), kept + k);
-    }
-    stream_row(is_kept ? kept : zeros, columns, static_cast<Result*>(out) + row * columns);
+  for (int64_t k = begin; k < end; ++k) {
+    const bool is_kept = j < count && index[j] == k;
+    stream_row(is_kept ? row(j++) : zeros, width, out + k * stride);
   }
 #if defined(__x86_64__)
   _mm_sfence();
 #endif
+}
+
+template <typename Operand, typename Result>
+void expand_rows(Matrix compact, const int32_t* index, int64_t count, int64_t columns, double factor, int64_t begin,
+                 int64_t end, void* out) {
+  using T = Compute<Operand>;
+  Result* kept = scratch<Result>(Slot::block, columns);
+  const auto kept_row = [=](int64_t j) {
+    const Operand* __restrict source = static_cast<const Operand*>(compact.data) + j * compact.row_stride;
+    for (int64_t k = 0; k < columns; ++k)
+      put<Result>(multiply(widen(source[k * compact.column_stride]), static_cast<T>(factor)), kept + k);
+    return kept;
+  };
+  put_between_zeros(index, kept_count(index, count), begin, end, columns, columns, static_cast<Result*>(out), kept_row);
 }
 
 } // namespace

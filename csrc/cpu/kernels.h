@@ -72,6 +72,8 @@ struct Kernels {
   // times factor, the others 0; and of db, the sums of dy, unless it is null.
   void (*grad_weight)(const KeptX& kept_x, const void* staged, Matrix dy, int64_t outputs, const int32_t* index,
                       int64_t columns, double factor, int64_t begin, int64_t end, void* dw, void* db) = nullptr;
+  // The same of a dW that lies by columns.
+  decltype(grad_weight) grad_weight_by_columns = nullptr;
 };
 
 enum class Dtype { f64, f32, bf16, f16 };

@@ -427,8 +427,7 @@ Gradients linear_backward(const Tensor& grad_output, const std::optional<Tensor>
   if (needs_weight && input) x = rows_of(*input, in_features);
 
   const Kernels& of_weight = kernels_of(dtype, weight.scalar_type());
-  const bool in_kernel =
-      needs_weight && per_column && !layer.is_transposed && of_weight.grad_weight && outputs >= thin_output;
+  const bool in_kernel = needs_weight && per_column && of_weight.grad_weight && outputs >= thin_output;
   const bool is_full = x && in_full_product && !in_kernel, gathers = x && !is_full && !in_kernel;
   // The kept columns: of x, or as forward gathered them.
   std::optional<Tensor> index = kept_index, columns = kept_columns;
@@ -465,14 +464,15 @@ Gradients linear_backward(const Tensor& grad_output, const std::optional<Tensor>
   }
 
   if (in_kernel) {
-    grad_weight = allocate({outputs, in_features}, weight.scalar_type());
+    grad_weight = allocate_like(layer.weight, weight.scalar_type());
     if (needs_bias) grad_bias = allocate({outputs}, dtype);
+    const auto kernel = layer.is_transposed ? of_weight.grad_weight_by_columns : of_weight.grad_weight;
     in_slices(bytes_of(*grad_weight) + bytes_of(grad), [&](Slice slice) {
-      of_weight.grad_weight(kept_x, staged->const_data_ptr(), matrix_of(grad), outputs, indices, in_features, factor,
-                            slice.first_output(outputs), slice.last_output(outputs), grad_weight->mutable_data_ptr(),
-                            grad_bias ? grad_bias->mutable_data_ptr() : nullptr);
+      kernel(kept_x, staged->const_data_ptr(), matrix_of(grad), outputs, indices, in_features, factor,
+             slice.first_output(outputs), slice.last_output(outputs), grad_weight->mutable_data_ptr(),
+             grad_bias ? grad_bias->mutable_data_ptr() : nullptr);
     });
-    return {grad_input, grad_weight, grad_bias};
+    return {grad_input, layer.by_outputs(*grad_weight), grad_bias};
   }
   if (is_full) grad_weight = masked_product(layer, *x, grad, factor);
   else if (needs_weight) grad_weight = expanded(layer, *columns, grad, *index, factor);
