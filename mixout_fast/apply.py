@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from mixout_fast.dropout_feeds import DROPOUTS, dropout_feeds
 from mixout_fast.embedding import MixEmbedding
-from mixout_fast.functional import DTYPES, check_backend, check_options
+from mixout_fast.functional import DTYPES, check_backend, check_options, storage_of
 from mixout_fast.linear import MixLinear
 from mixout_fast.mixed_weight import PREFIX, MixedWeights, Mixing, unmix_weights
 from mixout_fast.uses import Use, find_uses, join_names, lowest_common_module, merge_groups, resolve_ties, siblings
@@ -402,13 +402,13 @@ def _own_targets(mixed: list[Use], uses: list[Use], dtype: torch.dtype | None) -
 
     One in a dtype not smaller than its parameter's is held in its parameter's.
     """
-    own = {use.parameter.untyped_storage().data_ptr() for use in uses}
+    own = {storage_of(use.parameter) for use in uses}
     made: dict[nn.Parameter, Tensor] = {}
     for use in mixed:
         if use.target is None:
             continue
         if use.parameter not in made:
-            copy = use.target.untyped_storage().data_ptr() in own
+            copy = storage_of(use.target) in own
             held, own_dtype = dtype or use.target.dtype, use.parameter.dtype
             held = held if held.itemsize < own_dtype.itemsize else own_dtype
             made[use.parameter] = use.target.to(use.parameter.device, held, copy=copy)

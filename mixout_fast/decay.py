@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from mixout_fast.apply import mixed_parameters
-from mixout_fast.functional import share_storage
+from mixout_fast.functional import storage_of
 
 
 def is_matrix(name: str, parameter: nn.Parameter) -> bool:
@@ -147,6 +147,6 @@ def _targets(model: nn.Module, target: Any, include: Callable) -> dict[nn.Parame
         if given[name].shape != parameter.shape:
             raise ValueError(f"target: {name} is {tuple(given[name].shape)}; it takes {tuple(parameter.shape)}")
     return {
-        parameter: given[name].detach().to(parameter.device, copy=share_storage(given[name], parameter))
+        parameter: given[name].detach().to(parameter.device, copy=storage_of(given[name]) == storage_of(parameter))
         for name, parameter in named.items()
     }

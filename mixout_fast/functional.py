@@ -160,9 +160,9 @@ def check_backend(backend: str | None, distribution: str = "bernoulli") -> None:
         raise ValueError(f"backend: {backend!r} with distribution='gaussian', which only 'reference' serves")
 
 
-def share_storage(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors lie in one storage; also of those that have no memory (meta, fake, DTensor)."""
-    return one.untyped_storage()._cdata == other.untyped_storage()._cdata
+def storage_of(tensor: Tensor) -> int:
+    """Names the storage that a tensor lies in; also of one that has no memory (meta, fake, DTensor)."""
+    return tensor.untyped_storage()._cdata
 
 
 def _check_weight(name: str, weight: Tensor, target: Tensor | None) -> tuple[torch.dtype, torch.device, torch.Size]:

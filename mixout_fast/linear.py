@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from mixout_fast.functional import check_backend, check_options, mix_linear, share_storage
+from mixout_fast.functional import check_backend, check_options, mix_linear, storage_of
 
 
 class MixLinear(nn.Linear):
@@ -60,7 +60,7 @@ class MixLinear(nn.Linear):
                     f"target: shape {tuple(target.shape)}; it takes {tuple(self.weight.shape)}, "
                     "(out_features, in_features)"
                 )
-            own = share_storage(target, self.weight)
+            own = storage_of(target) == storage_of(self.weight)
             target = target.detach().to(self.weight.device, self.weight.dtype, copy=own)
         self.p = float(p)
         self.mask = mask
