@@ -41,8 +41,8 @@ def test_error_is_at_most_twice_the_librarys(shape, dtype, seed):
 @pytest.mark.parametrize("dtype", dict.fromkeys((*OWN_PRODUCTS, torch.bfloat16, torch.float16)), ids=str)
 @pytest.mark.parametrize("rows", (12, 300))
 def test_error_of_weights_by_columns(rows, dtype, seed):
-    """Of parts of vectors and whole ones, more than one block of outputs in y and in dX, and dW in rows of its own."""
-    for shape in ((rows, 70, 300), (rows, 1600, 96), (rows, 64, 1601)):
+    """Of parts of vectors and whole ones, more than one block of outputs in y, in dX and in dW."""
+    for shape in ((rows, 70, 300), (rows, 1600, 96), (rows, 64, 1601), (rows, 1500, 500)):
         for options in ({"p": 0.9}, {"p": 0.1, "target": False, "bias": False}):
             cases = testing.error_cases(testing.random_case, shape, seed, dtype=dtype, **options)
             testing.check_error(map(testing.by_columns, cases), "cpu")
@@ -57,6 +57,7 @@ def test_error_of_many_rows(shape, p, dtype, name, seed):
     for case in cases:
         case.grad_output.add_(1)
     testing.check_error(cases, name)
+    testing.check_error(map(testing.by_columns, cases), name)
 
 
 def assert_same_for_any_threads(case, names):

@@ -463,9 +463,10 @@ MIXOUT_INLINE void store_as(float* out, Vector<float> values) { store(out, value
 // Rows of dW from their sums, [columns][stride]: rounded to bf16, as the library's product is, and after the factor to
 // dW's dtype, and put between zeros.
 template <typename Result>
-void put_rows(const float* sums, int64_t stride, int64_t count, int64_t rows, float factor,
-              DenseRows<Result, Result>& dense, int64_t columns, Result* dw) {
+void put_rows(const float* sums, int64_t stride, const int32_t* index, int64_t count, int64_t columns, int64_t rows,
+              float factor, Result* dw) {
   const int64_t padded = round_up(count, 16) + 32;
+  DenseRows<Result, Result> dense(index, count, columns);
   Result* kept_rows = scratch<Result>(Slot::block, 16 * padded);
   for (int64_t first = 0; first < rows; first += 16) {
     for (int64_t column = 0; column < count; column += 16) {
@@ -508,7 +509,6 @@ void grad_weight_in_steps(const KeptX& kept_x, const void* staged_x, Matrix dy, 
   const bfloat16* left = static_cast<const bfloat16*>(staged_x);
   bfloat16* right = scratch<bfloat16>(Slot::rows, block * block_steps * step_terms + 2 * width * block);
   float* sums = reinterpret_cast<float*>(right + block * block_steps * step_terms);
-  DenseRows<Result, Result> dense(index, kept_x.count, columns);
   NoPrefetch nothing;
   for (int64_t first = begin; first < end; first += block) {
     const int64_t rows = end - first < block ? end - first : block;
@@ -531,7 +531,7 @@ void grad_weight_in_steps(const KeptX& kept_x, const void* staged_x, Matrix dy, 
       put_columns(sums, block, index, kept_x.count, columns, rows, static_cast<float>(factor), outputs,
                   static_cast<Result*>(dw) + first);
     else
-      put_rows(sums, block, kept_x.count, rows, static_cast<float>(factor), dense, columns,
+      put_rows(sums, block, index, kept_x.count, columns, rows, static_cast<float>(factor),
                static_cast<Result*>(dw) + first * columns);
     for (int64_t j = 0; j < rows && db; ++j)
       static_cast<bfloat16*>(db)[first + j] = narrow<bfloat16>(sums[kept_x.count * block + j]);

@@ -149,7 +149,7 @@ private:
   int64_t stride_ = 0, rows_left_ = 0, column_ = 0;
 };
 
-// As many outputs of all columns of a dW that lies by columns, from a block's sums, which are panels.
+// A block's outputs of a dW that lies by columns, from their sums, which are panels; dw is the first of them.
 template <typename T>
 void put_transposed(Panels<const T> sums, int64_t rows, const int32_t* index, int64_t count, int64_t columns,
                     double factor, int64_t outputs, T* dw) {
@@ -208,7 +208,6 @@ void grad_weight(const KeptX& kept_x, const void* staged_x, Matrix dy, int64_t o
     dy_totals[level] = reinterpret_cast<double*>(dy_sums + block_rows) + level * block_rows;
   memset(zeros, 0, (panel<T> + dy_sums_size * block_rows) * sizeof(T));
   FinishedRows<T> finished(kept_x, index, columns, factor, dw);
-  T* tile = scratch<T>(Slot::rows, tile_rows * row_size);
   for (int64_t first = begin; first < end; first += block_rows) {
     const int64_t rows = end - first < block_rows ? end - first : block_rows;
     if (m == 0 || has_totals) memset(totals, 0, sums_size * sizeof(T));
@@ -254,19 +253,22 @@ void grad_weight(const KeptX& kept_x, const void* staged_x, Matrix dy, int64_t o
       finished.put(sums, row_size, first, rows);
       std::swap(totals, other_sums);
     }
-    if (by_columns)
+    if constexpr (by_columns) {
       put_transposed<T>({totals, block_rows}, rows, index, count, columns, factor, outputs,
                         static_cast<T*>(dw) + first);
-    // A tile of rows at once: stored well before they are loaded from between two vectors.
-    for (int64_t row = 0; row < rows && !writes_behind && !by_columns; row += tile_rows) {
-      const int64_t height = rows - row < tile_rows ? rows - row : tile_rows;
-      for (int64_t i = 0; i < height; ++i)
-        for (int64_t column = 0; column < padded; column += panel<T>) {
-          const int64_t width = Panels<T>::width(column, padded);
-          memcpy(tile + i * row_size + column, totals + column * block_rows + (row + i) * width, width * sizeof(T));
-        }
-      finished.put(tile, row_size, first + row, height);
-      finished.finish();
+    } else if (!writes_behind) {
+      // A tile of rows at once: stored well before they are loaded from between two vectors.
+      T* tile = scratch<T>(Slot::rows, tile_rows * row_size);
+      for (int64_t row = 0; row < rows; row += tile_rows) {
+        const int64_t height = rows - row < tile_rows ? rows - row : tile_rows;
+        for (int64_t i = 0; i < height; ++i)
+          for (int64_t column = 0; column < padded; column += panel<T>) {
+            const int64_t width = Panels<T>::width(column, padded);
+            memcpy(tile + i * row_size + column, totals + column * block_rows + (row + i) * width, width * sizeof(T));
+          }
+        finished.put(tile, row_size, first + row, height);
+        finished.finish();
+      }
     }
     for (int64_t i = 0; db && i < rows; ++i) static_cast<T*>(db)[first + i] = static_cast<T>(dy_totals[levels - 1][i]);
     memset(dy_totals[levels - 1], 0, rows * sizeof(double));
