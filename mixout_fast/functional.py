@@ -5,6 +5,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from mixout_fast import autograd, backends, reference
 
@@ -161,8 +162,11 @@ def check_backend(backend: str | None, distribution: str = "bernoulli") -> None:
 
 
 def storage_of(tensor: Tensor) -> int:
-    """Names the storage that a tensor lies in; also of one that has no memory (meta, fake, DTensor)."""
-    return tensor.untyped_storage()._cdata
+    """Names the memory that a tensor lies in, in a storage of another's too (NumPy, DLPack); of one that has none
+    (meta, fake, DTensor) its storage."""
+    storage = tensor.untyped_storage()
+    has_none = storage.device.type == "meta" or is_traceable_wrapper_subclass(tensor)
+    return storage._cdata if has_none else storage.data_ptr()
 
 
 def _check_weight(name: str, weight: Tensor, target: Tensor | None) -> tuple[torch.dtype, torch.device, torch.Size]:

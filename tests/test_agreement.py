@@ -179,7 +179,7 @@ def test_weights_by_columns_are_mixed_as_those_by_rows(make, shape, p, mask, bac
 @pytest.mark.parametrize("p", (0.1, 0.9))
 def test_error_of_weights_by_columns(dtype, compute, mask, shape, p, device, backend, path, seed):
     options = {"p": p, "mask": mask, "dtype": dtype, "compute": compute, "device": device}
-    cases = testing.error_cases(testing.random_case, shape, seed, **options)
+    cases = testing.error_cases(testing.random_case, shape, seed, sums=250, **options)
     testing.check_error(map(testing.by_columns, cases), backend)
 
 

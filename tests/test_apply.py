@@ -400,7 +400,8 @@ def test_targets(net, tokens, mixes_first):
 
 
 def test_the_models_own_weights_as_target_are_copied(net):
-    for target in (None, net, net.state_dict()):
+    aliases = {name: torch.from_dlpack(tensor) for name, tensor in net.state_dict().items()}
+    for target in (None, net, net.state_dict(), aliases):
         apply_mixout(net, 0.9, target=target)
         for mixed in mixed_parameters(net):
             assert mixed.mixing.target.data_ptr() != mixed.parameter.data_ptr()

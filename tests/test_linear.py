@@ -287,7 +287,8 @@ def test_seed_of_the_call_is_the_next_draw_of_the_default_generator(linear, back
 
 
 def test_its_own_weight_as_target_is_copied(linear):
-    for own in (linear.weight.detach(), linear.state_dict()["weight"]):
+    alias = torch.from_dlpack(linear.weight.detach())
+    for own in (linear.weight.detach(), linear.state_dict()["weight"], alias):
         layer, before = MixLinear.from_linear(linear, 0.5, own), linear.weight.detach().clone()
         with torch.no_grad():
             layer.weight.add_(1.0)

@@ -460,8 +460,14 @@ MIXOUT_INLINE void store_as(bfloat16* out, Vector<float> values) {
 }
 MIXOUT_INLINE void store_as(float* out, Vector<float> values) { store(out, values); }
 
-// Rows of dW from their sums, [columns][stride]: rounded to bf16, as the library's product is, and after the factor to
-// dW's dtype, and put between zeros.
+// 16 elements of dW from their sums: rounded to bf16, as the library's product is, and after the factor to dW's dtype.
+template <typename Result>
+MIXOUT_INLINE void store_scaled(Result* out, Vector<float> sums, float factor) {
+  const __m256i halves = (__m256i)_mm512_cvtneps_pbh((__m512)sums);
+  store_as(out, (Vector<float>)_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16) * factor);
+}
+
+// Rows of dW from their sums, [columns][stride], put between zeros.
 template <typename Result>
 void put_rows(const float* sums, int64_t stride, const int32_t* index, int64_t count, int64_t columns, int64_t rows,
               float factor, Result* dw) {
@@ -475,11 +481,7 @@ void put_rows(const float* sums, int64_t stride, const int32_t* index, int64_t c
       for (int64_t i = 0; i < 16; ++i) tile[i] = load(sums + (column + i) * stride + first);
       transpose<float>(tile);
 #pragma GCC unroll 16
-      for (int64_t i = 0; i < 16; ++i) {
-        const __m256i halves = (__m256i)_mm512_cvtneps_pbh((__m512)tile[i]);
-        const auto product = (Vector<float>)_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16);
-        store_as(kept_rows + i * padded + column, product * factor);
-      }
+      for (int64_t i = 0; i < 16; ++i) store_scaled(kept_rows + i * padded + column, tile[i], factor);
     }
     for (int64_t i = 0; i < 16 && first + i < rows; ++i) dense.put(kept_rows + i * padded, dw + (first + i) * columns);
   }
@@ -491,18 +493,16 @@ void put_columns(const float* sums, int64_t stride, const int32_t* index, int64_
                  float factor, int64_t outputs, Result* dw) {
   Result* kept = scratch<Result>(Slot::block, stride);
   put_between_zeros(index, count, 0, columns, rows, outputs, dw, [=](int64_t j) {
-    for (int64_t i = 0; i < rows; i += 16) {
-      const __m256i halves = (__m256i)_mm512_cvtneps_pbh((__m512)load(sums + j * stride + i));
-      store_as(kept + i, (Vector<float>)_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16) * factor);
-    }
+    for (int64_t i = 0; i < rows; i += 16) store_scaled(kept + i, load(sums + j * stride + i), factor);
     return kept;
   });
 }
 
 // As grad_weight: blocks of dW's rows, whose sums over all rows of x and dy are made in fp32 and then spread.
-template <typename Unit, typename Result, bool by_columns>
+template <typename Unit, typename Result>
 void grad_weight_in_steps(const KeptX& kept_x, const void* staged_x, Matrix dy, int64_t outputs, const int32_t* index,
-                          int64_t columns, double factor, int64_t begin, int64_t end, void* dw, void* db) {
+                          int64_t columns, double factor, int64_t begin, int64_t end, bool by_columns, void* dw,
+                          void* db) {
   constexpr int64_t block = 128, most_steps = 64;
   const int64_t steps = round_up(kept_x.rows, step_terms) / step_terms, width = staged_columns(kept_x.count);
   const int64_t block_steps = steps < most_steps ? steps : most_steps;
@@ -547,8 +547,7 @@ constexpr Kernels with_unit() {
   }
   if constexpr (std::is_same_v<Operand, bfloat16>) {
     kernels.stage_kept = stage_kept_steps;
-    kernels.grad_weight = grad_weight_in_steps<Unit, Result, false>;
-    kernels.grad_weight_by_columns = grad_weight_in_steps<Unit, Result, true>;
+    kernels.grad_weight = grad_weight_in_steps<Unit, Result>;
   }
   return kernels;
 }

@@ -175,9 +175,9 @@ void put_transposed(Panels<const T> sums, int64_t rows, const int32_t* index, in
 // a block are panels, [block_rows][panel]. Where x is one block and dW lies by rows they are rows instead, and are
 // written while the next few are multiplied: a step at 128x768x768 takes 3 to 5 % less. Of more blocks dW takes 3 to
 // 5 % more with sums in rows.
-template <typename T, bool by_columns>
+template <typename T>
 void grad_weight(const KeptX& kept_x, const void* staged_x, Matrix dy, int64_t outputs, const int32_t* index,
-                 int64_t columns, double factor, int64_t begin, int64_t end, void* dw, void* db) {
+                 int64_t columns, double factor, int64_t begin, int64_t end, bool by_columns, void* dw, void* db) {
   static_assert(lanes<T> % tile_rows == 0 && output_unit % lanes<T> == 0);
   const int64_t m = kept_x.rows, count = kept_x.count, padded = round_up(count, lanes<T>);
   const int64_t piece = summed_at_once(count, outputs);
@@ -253,7 +253,7 @@ void grad_weight(const KeptX& kept_x, const void* staged_x, Matrix dy, int64_t o
       finished.put(sums, row_size, first, rows);
       std::swap(totals, other_sums);
     }
-    if constexpr (by_columns) {
+    if (by_columns) {
       put_transposed<T>({totals, block_rows}, rows, index, count, columns, factor, outputs,
                         static_cast<T*>(dw) + first);
     } else if (!writes_behind) {

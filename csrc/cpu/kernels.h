@@ -69,11 +69,10 @@ struct Kernels {
   // which has room for round_up(rows, staged_unit) of round_up(count + 1, staged_unit); staged_unit divides begin.
   void (*stage_kept)(const KeptX& kept_x, int64_t begin, int64_t end, void* staged) = nullptr;
   // Rows [begin, end) of dW (outputs, columns) from all of them staged and dy (m, outputs), the columns numbered index
-  // times factor, the others 0; and of db, the sums of dy, unless it is null.
+  // times factor, the others 0; and of db, the sums of dy, unless it is null. dW lies by rows or by columns.
   void (*grad_weight)(const KeptX& kept_x, const void* staged, Matrix dy, int64_t outputs, const int32_t* index,
-                      int64_t columns, double factor, int64_t begin, int64_t end, void* dw, void* db) = nullptr;
-  // The same of a dW that lies by columns.
-  decltype(grad_weight) grad_weight_by_columns = nullptr;
+                      int64_t columns, double factor, int64_t begin, int64_t end, bool by_columns, void* dw,
+                      void* db) = nullptr;
 };
 
 enum class Dtype { f64, f32, bf16, f16 };

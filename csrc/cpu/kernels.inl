@@ -20,8 +20,7 @@ constexpr Kernels make_kernels() {
 #if defined(MIXOUT_HAS_COMPRESS)
   if constexpr (std::is_same_v<Operand, Result> && std::is_same_v<Operand, Compute<Operand>>) {
     kernels.stage_kept = stage_kept<Operand>;
-    kernels.grad_weight = grad_weight<Operand, false>;
-    kernels.grad_weight_by_columns = grad_weight<Operand, true>;
+    kernels.grad_weight = grad_weight<Operand>;
   }
 #endif
   return kernels;

@@ -466,11 +466,10 @@ Gradients linear_backward(const Tensor& grad_output, const std::optional<Tensor>
   if (in_kernel) {
     grad_weight = allocate_like(layer.weight, weight.scalar_type());
     if (needs_bias) grad_bias = allocate({outputs}, dtype);
-    const auto kernel = layer.is_transposed ? of_weight.grad_weight_by_columns : of_weight.grad_weight;
     in_slices(bytes_of(*grad_weight) + bytes_of(grad), [&](Slice slice) {
-      kernel(kept_x, staged->const_data_ptr(), matrix_of(grad), outputs, indices, in_features, factor,
-             slice.first_output(outputs), slice.last_output(outputs), grad_weight->mutable_data_ptr(),
-             grad_bias ? grad_bias->mutable_data_ptr() : nullptr);
+      of_weight.grad_weight(kept_x, staged->const_data_ptr(), matrix_of(grad), outputs, indices, in_features, factor,
+                            slice.first_output(outputs), slice.last_output(outputs), layer.is_transposed,
+                            grad_weight->mutable_data_ptr(), grad_bias ? grad_bias->mutable_data_ptr() : nullptr);
     });
     return {grad_input, layer.by_outputs(*grad_weight), grad_bias};
   }
