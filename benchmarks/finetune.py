@@ -22,14 +22,14 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import mixout_fast
-from benchmarks import data
+from benchmarks import data, report
 from benchmarks.encoder import Pretrained, distance, linear_weights, with_dropout, with_mixout
 from benchmarks.environment import backend_name, cpu_model
 from benchmarks.finetune_plot import plot
+from benchmarks.model import BASELINE
 from benchmarks.records import RESULTS
 from benchmarks.run import probability
 
-BASELINE = "dropout(0.1)"
 EVALUATION_BATCH = 100
 
 
@@ -155,9 +155,7 @@ def table(results: list[Result], metric: str) -> str:
         ]
         for result in results
     ]
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    lines = ["   ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in [header, *rows]]
-    return "\n".join([lines[0], "─" * len(lines[0]), *lines[1:]])
+    return report.table(header, rows)
 
 
 def settings(pretrained: Pretrained, task: data.Task, options: argparse.Namespace) -> dict[str, str]:

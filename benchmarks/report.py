@@ -62,7 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{model_part(records)}\n")
     for records in results["memory"]:
         print(f"{memory_part(records)}\n")
-    for records in (*results["layer"], *results["memory"]):
+    for records in filter(measured, (*results["layer"], *results["memory"])):
         draw(records)
     print(f"\n{in_short(results)}")
     if options.readme:

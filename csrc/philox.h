@@ -4,15 +4,12 @@
 
 #include <cstdint>
 
-#if defined(__CUDACC__) || defined(__HIPCC__)
+#if defined(__CUDACC__)
 #define MIXOUT_INLINE __host__ __device__ __forceinline__
 #define MIXOUT_UNROLL _Pragma("unroll")
-#elif defined(__GNUC__)
+#else
 #define MIXOUT_INLINE inline __attribute__((always_inline))
 #define MIXOUT_UNROLL _Pragma("GCC unroll 16")
-#else
-#define MIXOUT_INLINE inline
-#define MIXOUT_UNROLL
 #endif
 
 namespace mixout_fast {

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from mixout_fast.dropout_feeds import DROPOUTS, dropout_feeds
 from mixout_fast.embedding import MixEmbedding
-from mixout_fast.functional import DTYPES, check_backend, check_options, storage_of
+from mixout_fast.functional import DTYPES, check_backend, check_options, seed_tensor, storage_of
 from mixout_fast.linear import MixLinear
 from mixout_fast.mixed_weight import PREFIX, MixedWeights, Mixing, unmix_weights
 from mixout_fast.uses import Use, find_uses, join_names, lowest_common_module, merge_groups, resolve_ties, siblings
@@ -142,7 +142,7 @@ def apply_mixout(
     for use in uses:
         if use.reason is None:
             use.p, use.reason = _choose(use, model, p, filter_fn, head, feeds, mask, grad_scale)
-    sources = None if target is None else _tensors_of(target)
+    sources = None if target is None else tensors_of(target)
     for use in uses:
         if use.reason is None:
             use.target, use.reason = _source(use, uses, sources, head)
@@ -270,7 +270,9 @@ class SharedSeed:
             self.draw()
 
     def draw(self) -> None:
-        seed = draw_seed(self.mixings[0])
+        first = self.mixings[0]
+        tensor = first.target if first.target is not None else getattr(first, "weight", None)
+        seed = seed_tensor(None, None if tensor is None else tensor.device)
         for mixing in self.mixings:
             mixing.seed = seed
 
@@ -285,17 +287,11 @@ class InputDropout:
         return F.dropout(arguments[0], self.p, module.training), *arguments[1:]
 
 
-def draw_seed(mixing: nn.Module) -> Tensor:
-    """A seed from the default generator of the target's device, or of the weight's where there is no target."""
-    tensor = mixing.target if mixing.target is not None else getattr(mixing, "weight", None)
-    return torch.randint(-(2**63), 2**63 - 1, (), device=None if tensor is None else tensor.device)
-
-
 def _check_arguments(model, p, target_dtype, layers, filter_fn, head, dropout, mask, grad_scale, backend) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: {type(model).__name__}; it takes an nn.Module")
     if not callable(p):
-        check_options(p, mask, grad_scale, "bernoulli")
+        check_options(p, mask, grad_scale)
     if target_dtype is not None and target_dtype not in DTYPES:
         raise TypeError(f"target_dtype: {target_dtype}; it takes one of {', '.join(map(str, DTYPES))}")
     if layers not in ("all", "paper"):
@@ -320,7 +316,7 @@ def _check_arguments(model, p, target_dtype, layers, filter_fn, head, dropout, m
             continue
         if not isinstance(rule, tuple) or len(rule) != 2 or rule[0] not in ("mixout", "dropout"):
             raise ValueError(f'head: {name!r}: {rule!r}; it takes None, ("mixout", p) or ("dropout", p)')
-        check_options(rule[1], mask, grad_scale, "bernoulli")
+        check_options(rule[1], mask, grad_scale)
         if rule[0] == "dropout" and not any(isinstance(m, nn.Linear) for m in modules[name].modules()):
             raise ValueError(f'head: {name!r}: ("dropout", p) needs an nn.Linear in it')
 
@@ -343,7 +339,7 @@ def _choose(use, model, p, filter_fn, head, feeds, mask, grad_scale) -> tuple[fl
         if feeds is not None and id(use.parameter) not in feeds:
             return None, "no Dropout feeds it"
         chosen = p(use.module, use.module_name) if callable(p) else p
-    check_options(chosen, mask, grad_scale, "bernoulli")
+    check_options(chosen, mask, grad_scale)
     return (None, "p = 0") if part is None and callable(p) and chosen == 0.0 else (float(chosen), None)
 
 
@@ -370,7 +366,7 @@ def _example(model: nn.Module, example: Any) -> Any:
     return example
 
 
-def _tensors_of(target: nn.Module | Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+def tensors_of(target: nn.Module | Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     if isinstance(target, nn.Module):
         return dict(target.named_parameters(remove_duplicate=False))
     if not isinstance(target, Mapping):
@@ -389,12 +385,16 @@ def _source(use, uses, sources, head) -> tuple[Tensor | None, str | None]:
     tensor = next((sources[name] for name in names if name in sources), None)
     if tensor is None:
         return None, NO_TARGET
+    return checked_target(use.name, tensor, use.parameter), None
+
+
+def checked_target(name: str, tensor: Any, parameter: nn.Parameter) -> Tensor:
     if not isinstance(tensor, Tensor) or tensor.dtype not in DTYPES:
         got = getattr(tensor, "dtype", type(tensor).__name__)
-        raise TypeError(f"target: {use.name} is {got}; it takes a floating-point tensor")
-    if tensor.shape != use.parameter.shape:
-        raise ValueError(f"target: {use.name} has shape {tuple(tensor.shape)}; it takes {tuple(use.parameter.shape)}")
-    return tensor.detach(), None
+        raise TypeError(f"target: {name} is {got}; it takes a floating-point tensor")
+    if tensor.shape != parameter.shape:
+        raise ValueError(f"target: {name} has shape {tuple(tensor.shape)}; it takes {tuple(parameter.shape)}")
+    return tensor.detach()
 
 
 def _own_targets(mixed: list[Use], uses: list[Use], dtype: torch.dtype | None) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from mixout_fast.apply import mixed_parameters
+from mixout_fast.apply import checked_target, mixed_parameters, tensors_of
 from mixout_fast.functional import storage_of
 
 
@@ -139,14 +139,9 @@ def _targets(model: nn.Module, target: Any, include: Callable) -> dict[nn.Parame
         if zero:
             raise ValueError(f"target: None, and {zero[0]} is mixed toward zero; pass targets, or 0, or leave it out")
         return {p: mixed[p] if p in mixed else p.detach().clone() for p in named.values()}
-    given = dict(target.named_parameters(remove_duplicate=False)) if isinstance(target, nn.Module) else target
+    given = tensors_of(target)
     missing = [name for name in named if name not in given]
     if missing:
         raise ValueError(f"target: it has no {missing[0]}; leave it out by `include`")
-    for name, parameter in named.items():
-        if given[name].shape != parameter.shape:
-            raise ValueError(f"target: {name} is {tuple(given[name].shape)}; it takes {tuple(parameter.shape)}")
-    return {
-        parameter: given[name].detach().to(parameter.device, copy=storage_of(given[name]) == storage_of(parameter))
-        for name, parameter in named.items()
-    }
+    targets = {parameter: checked_target(name, given[name], parameter) for name, parameter in named.items()}
+    return {w: u.to(w.device, copy=storage_of(u) == storage_of(w)) for w, u in targets.items()}

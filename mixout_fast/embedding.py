@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mixout_fast import reference
-from mixout_fast.functional import check_options
+from mixout_fast.functional import check_options, seed_tensor
 
 
 class MixEmbedding(nn.Embedding):
@@ -37,7 +37,7 @@ class MixEmbedding(nn.Embedding):
         rows = super().forward(input)
         if not self.training:
             return rows
-        check_options(self.p, self.mask, self.grad_scale, "bernoulli")
+        check_options(self.p, self.mask, self.grad_scale)
         if self.p == 0.0:
             return rows
         if self.target is not None and self.target.shape != self.weight.shape:
@@ -55,16 +55,13 @@ class MixEmbedding(nn.Embedding):
 
     def _kept(self, input: Tensor) -> Tensor:
         """The kept entries of the rows looked up, bool, to broadcast against (…, embedding_dim)."""
-        seed = self.seed
-        if seed is None:
-            seed = torch.randint(-(2**63), 2**63 - 1, (), device=self.weight.device)
-        if self.mask == "element":
-            index = input.unsqueeze(-1) * self.embedding_dim + torch.arange(self.embedding_dim, device=input.device)
-        elif self.columns:
+        seed = seed_tensor(self.seed, self.weight.device)
+        if self.mask == "input" and self.columns:
             return reference.keep_mask(seed, self.weight.shape, self.p, "input")
-        else:
-            index = input.unsqueeze(-1)
-        return words_at(seed, index.long()) >= reference.threshold(self.p)
+        index = input.long().unsqueeze(-1)
+        if self.mask == "element":
+            index = index * self.embedding_dim + torch.arange(self.embedding_dim, device=input.device)
+        return words_at(seed, index) >= reference.threshold(self.p)
 
     def extra_repr(self) -> str:
         target = "zero" if self.target is None else "tensor"
@@ -73,8 +70,4 @@ class MixEmbedding(nn.Embedding):
 
 def words_at(seed: Tensor, index: Tensor) -> Tensor:
     """reference.mask_words of any entries: int64 index (…) -> words, int64 (…)."""
-    counter = index >> 2
-    zero = torch.zeros_like(counter)
-    key = (seed & reference.LOW32, (seed >> 32) & reference.LOW32)
-    words = reference.philox4x32((counter & reference.LOW32, counter >> 32, zero, zero), key)
-    return torch.stack(words, dim=-1).gather(-1, (index & 3).unsqueeze(-1)).squeeze(-1)
+    return reference.counter_words(seed, index >> 2).gather(-1, (index & 3).unsqueeze(-1)).squeeze(-1)

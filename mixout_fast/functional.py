@@ -62,7 +62,7 @@ def mixout(
     if p == 0.0 or not training or input.numel() == 0:
         return input
     chosen = _select_backend(backend, input.device.type, distribution)
-    seed = _seed_tensor(seed, input.device)
+    seed = seed_tensor(seed, input.device)
     matrix, target_matrix = _as_matrix(input), None if target is None else _as_matrix(target)
     if distribution == "gaussian":
         mixed = reference.mix_gaussian(matrix, target_matrix, seed, p, mask)
@@ -121,7 +121,7 @@ def mix_linear(
             "compute F.linear(input, mixout(weight, ...), bias)"
         )
     chosen = _select_backend(backend, device_type, distribution)
-    seed = _seed_tensor(seed, device)
+    seed = seed_tensor(seed, device)
     if distribution == "gaussian":
         return F.linear(input, reference.mix_gaussian(weight, target, seed, p, mask), bias)
     if autocast:
@@ -134,7 +134,7 @@ def mix_linear(
     return autograd.mix_linear(input, weight, target, bias, seed, p, mask, _factor(p, grad_scale), chosen)
 
 
-def check_options(p: float, mask: str, grad_scale: str, distribution: str) -> None:
+def check_options(p: float, mask: str, grad_scale: str, distribution: str = "bernoulli") -> None:
     """Raise TypeError or ValueError for a p outside [0, 1] or an unknown choice."""
     if not isinstance(p, (float, int)) or isinstance(p, bool):
         raise TypeError(f"p: {p!r} of type {type(p).__name__}; it takes a number in [0, 1]")
@@ -238,7 +238,7 @@ def _select_backend(backend: str | None, device_type: str, distribution: str) ->
     return reference
 
 
-def _seed_tensor(seed: int | Tensor | None, device: torch.device) -> Tensor:
+def seed_tensor(seed: int | Tensor | None, device: torch.device) -> Tensor:
     if seed is None:
         return torch.randint(-(2**63), 2**63 - 1, (), device=device)
     if isinstance(seed, Tensor):

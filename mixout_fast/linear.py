@@ -47,9 +47,9 @@ class MixLinear(nn.Linear):
         check_options(p, mask, grad_scale, distribution)
         check_backend(backend, distribution)
         super().__init__(in_features, out_features, bias, device, dtype)
-        self._set_mixout(target, p, mask, grad_scale, distribution, backend)
+        self.set_mixout(target, p, mask, grad_scale, distribution, backend)
 
-    def _set_mixout(self, target, p, mask, grad_scale, distribution, backend) -> None:
+    def set_mixout(self, target, p, mask, grad_scale, distribution, backend) -> None:
         if target is not None:
             if not isinstance(target, Tensor):
                 raise TypeError(f"target: {type(target).__name__}; it takes a tensor or None")
@@ -99,7 +99,7 @@ class MixLinear(nn.Linear):
         layer.weight, layer.bias = linear.weight, linear.bias
         layer.train(linear.training)
         target = linear.weight.detach().clone() if target is None else target
-        layer._set_mixout(target, p, mask, grad_scale, distribution, backend)
+        layer.set_mixout(target, p, mask, grad_scale, distribution, backend)
         return layer
 
     def to_linear(self) -> nn.Linear:

@@ -73,7 +73,8 @@ class Mixing(nn.Module):
             True,
             mask=self.mask,
             grad_scale=self.grad_scale,
-            seed=self.seed,
+            # One drawn for several layers lies elsewhere where there is no target to tell the device.
+            seed=None if self.seed is None else self.seed.to(weight.device),
             backend=self.backend,
         )
         return mixed.view(weight.shape)

@@ -71,10 +71,14 @@ def mask_words(seed: Tensor, count: int) -> Tensor:
 
     Entry i is word i & 3 of counter i >> 2 under the 64-bit key `seed` (0-d int64).
     """
-    counter = torch.arange((count + 3) // 4, device=seed.device)
+    return counter_words(seed, torch.arange((count + 3) // 4, device=seed.device)).view(-1)[:count]
+
+
+def counter_words(seed: Tensor, counter: Tensor) -> Tensor:
+    """The four words of each counter, int64 (…) -> (…, 4)."""
     zero = torch.zeros_like(counter)
     words = philox4x32((counter & LOW32, counter >> 32, zero, zero), (seed & LOW32, (seed >> 32) & LOW32))
-    return torch.stack(words, dim=1).view(-1)[:count]
+    return torch.stack(words, dim=-1)
 
 
 def keep_mask(seed: Tensor, shape: tuple, p: float, mask: str) -> Tensor:
@@ -234,4 +238,4 @@ def mix_gaussian(weight: Tensor, target: Tensor | None, seed: Tensor, p: float, 
     else:
         multiplier = gaussian_multiplier(seed, weight.shape[1], p).view(1, -1, *(1,) * (weight.dim() - 2))
     u = torch.zeros((), dtype=compute, device=weight.device) if target is None else target.to(compute)
-    return (u + (weight.to(compute) - u) * multiplier.to(compute)).to(weight.dtype)
+    return _result(u + (weight.to(compute) - u) * multiplier.to(compute), weight.dtype)

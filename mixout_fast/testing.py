@@ -33,6 +33,9 @@ SHAPES = ((1, 255, 1023), (3, 1023, 255), (17, 3, 1023), (255, 1023, 17), (1023,
 """Odd (rows, in_features, out_features), each size in each place where a dtype or a block could be misjudged."""
 
 AUTOCAST_DTYPES = (torch.bfloat16, torch.float16)
+PRECISIONS = [(dtype, dtype) for dtype in DTYPES] + [(torch.float32, dtype) for dtype in AUTOCAST_DTYPES]
+"""(dtype of the operands, compute dtype)"""
+
 INT_OF_SIZE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 RESULTS = ("y", "dX", "dW", "db")
 ERROR_RATIO = 2
@@ -495,19 +498,19 @@ def check_repeatable(case: Case, backend: str | None) -> None:
         assert_same_bits(f"{name} (second call)", second[name], first[name], case)
 
 
-def check_error(cases: Iterable[Case], backend: str | None) -> None:
-    """Over the cases, each result's largest error is at most twice the library's.
+def check_error(cases: Iterable[Case], backend: str | None, truth_of: Callable[[Case], dict] = oracle) -> None:
+    """Over the cases, each result's largest error against `truth_of(case)` is at most twice the library's.
 
     Give cases with a thousand results between them: the largest of a few errors is luck.
     """
     worst = {}
     for case in cases:
         with sums_in_fp32():
-            ours, theirs, truth = run(case, backend), library(case), oracle(case)
+            ours, theirs, truth = run(case, backend), library(case), truth_of(case)
         for name, want in truth.items():
             if want.numel() == 0:
                 continue
-            errors = [(result[name].cpu().double() - want).abs().max().item() for result in (ours, theirs)]
+            errors = [(result[name].to(want.device).double() - want).abs().max().item() for result in (ours, theirs)]
             # Correctly rounded results differ from fp64 by this much: the library's own error can be 0 by luck.
             rounding = torch.finfo(case.compute).eps / 2 * want.abs().max().item()
             seen = worst.get(name, (0.0, 0.0, 0.0))
@@ -632,8 +635,7 @@ def checks(
     for mask in MASKS:
         yield f"gradcheck, float64, {mask} mask", functools.partial(check_gradients, mask, device, backend)
         yield f"threshold, {mask} mask", functools.partial(check_threshold, mask, device, backend)
-    precisions = [(dtype, dtype) for dtype in DTYPES] + [(torch.float32, dtype) for dtype in AUTOCAST_DTYPES]
-    for dtype, compute in precisions:
+    for dtype, compute in PRECISIONS:
         name = f"{dtype}" if dtype == compute else f"{dtype} -> {compute}"
         for mask in MASKS:
             options = {"mask": mask, "dtype": dtype, "compute": compute, "device": device}

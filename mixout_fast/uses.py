@@ -93,7 +93,7 @@ class Use:
         module = self.module
         if self.is_linear:
             module.__class__ = MixLinear
-            module._set_mixout(None, self.p, mask, grad_scale, "bernoulli", backend)
+            module.set_mixout(None, self.p, mask, grad_scale, "bernoulli", backend)
             module.target = self.target
             self.mixing = module
         elif self.is_embedding:

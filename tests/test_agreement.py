@@ -9,12 +9,11 @@ from torch.nn import functional as F
 
 from mixout_fast import backends, mix_linear, reference, testing
 from mixout_fast.backends import triton
-from mixout_fast.functional import DTYPES, MASKS
+from mixout_fast.functional import MASKS
 
-PRECISIONS = [(dtype, dtype) for dtype in DTYPES] + [(torch.float32, dtype) for dtype in testing.AUTOCAST_DTYPES]
-PRECISION_IDS = [str(w)[6:] if w == c else f"{str(w)[6:]}->{str(c)[6:]}" for w, c in PRECISIONS]
+PRECISION_IDS = [str(w)[6:] if w == c else f"{str(w)[6:]}->{str(c)[6:]}" for w, c in testing.PRECISIONS]
 
-precisions = pytest.mark.parametrize(("dtype", "compute"), PRECISIONS, ids=PRECISION_IDS)
+precisions = pytest.mark.parametrize(("dtype", "compute"), testing.PRECISIONS, ids=PRECISION_IDS)
 masks = pytest.mark.parametrize("mask", MASKS)
 shapes = pytest.mark.parametrize("shape", testing.SHAPES, ids=lambda shape: "x".join(map(str, shape)))
 

@@ -321,7 +321,7 @@ def test_a_wrong_layer_is_not_timed(broken, monkeypatch):
     check_ours(case, backend="broken")
     right = broken.mix
     monkeypatch.setattr(broken, "mix", lambda weight, target, *rest: right(target, weight, *rest))
-    with pytest.raises(AssertionError, match="the rule allows"):
+    with pytest.raises(AssertionError, match="against fp64"):
         check_ours(case, backend="broken")
 
 
@@ -428,6 +428,17 @@ def test_the_largest_p_is_told_in_words():
     contenders = {method: {"saved_bytes": bytes} for method, bytes in saved.items()}
     (text,) = report.memory_in_short([cell | {"contenders": contenders}])
     assert text == "tiny with mixout(0.9) saves 0.25 of dropout(0.1)'s bytes for backward"
+
+
+def test_a_report_of_failed_cells_alone_names_them(tmp_path, monkeypatch, capsys):
+    def wrong(*_, **__):
+        raise AssertionError("dW")
+
+    monkeypatch.setattr("benchmarks.layer.check_ours", wrong)
+    cell = ["--shapes", "256x64x48", "--p", "0.9", "--contenders", "dropout"]
+    assert run.main(["--suite", "layer", "--device", "cpu", "--results", str(tmp_path), *cell]) == 1
+    assert report.main(["--results", str(tmp_path)]) == 0
+    assert "failed: 256x64x48 p=0.9 fp32: AssertionError: dW" in capsys.readouterr().out
 
 
 def test_failed_and_missed_cells_are_named(tmp_path):

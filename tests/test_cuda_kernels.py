@@ -19,10 +19,9 @@ DEVICES = ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",)
 DEVICE = next((d for d in DEVICES if backends.describe(d)["cuda"] is None), None)
 pytestmark = pytest.mark.skipif(DEVICE is None, reason="no GPU (--emulate-cuda emulates one)")
 
-PRECISIONS = [(dtype, dtype) for dtype in DTYPES] + [(torch.float32, dtype) for dtype in testing.AUTOCAST_DTYPES]
-PRECISION_IDS = [str(w)[6:] if w == c else f"{str(w)[6:]}->{str(c)[6:]}" for w, c in PRECISIONS]
+PRECISION_IDS = [str(w)[6:] if w == c else f"{str(w)[6:]}->{str(c)[6:]}" for w, c in testing.PRECISIONS]
 
-precisions = pytest.mark.parametrize(("dtype", "compute"), PRECISIONS, ids=PRECISION_IDS)
+precisions = pytest.mark.parametrize(("dtype", "compute"), testing.PRECISIONS, ids=PRECISION_IDS)
 masks = pytest.mark.parametrize("mask", MASKS)
 emulated = pytest.mark.skipif(DEVICE != "cpu", reason="--emulate-cuda: tests neither set nor guard a GPU's memory")
 paths = pytest.mark.parametrize("path", ("one_pass", "mixed_first"))

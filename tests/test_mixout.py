@@ -143,6 +143,10 @@ def test_gaussian_has_mean_one_and_bernoullis_variance(mask, p, device):
     )
 
 
+def test_gaussian_result_of_a_transposed_weight_is_contiguous(device):
+    assert mixout(torch.ones(5, 17, device=device).t(), None, 0.5, True, distribution="gaussian").is_contiguous()
+
+
 @masks
 def test_gaussian_gradient(mask, device, seed):
     case = testing.random_case(3, 7, 5, p=0.5, mask=mask, dtype=torch.float64, device=device, seed=seed)

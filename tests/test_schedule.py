@@ -64,6 +64,13 @@ def test_masks_are_held(model, x):
     assert same == [True, True, False, True, True, False]
 
 
+def test_masks_are_held_on_the_weights_device_where_there_is_no_target():
+    model = apply_mixout(nn.Sequential(nn.Conv1d(1, 4, 1)), 0.5)
+    model[0].mixing_weight.target = None
+    MixoutScheduler(model.to("meta"), hold=2)
+    assert model(torch.empty(2, 1, 3, device="meta")).is_meta
+
+
 def test_targets_move_and_the_source_does_not(model, x):
     source = {m.name: torch.randn_like(m.parameter) for m in mixed_parameters(model)}
     for m in mixed_parameters(model):

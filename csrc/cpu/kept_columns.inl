@@ -10,7 +10,7 @@ template <typename T>
 void gather_elements(Matrix x, const int32_t* __restrict index, int64_t count, int64_t begin, int64_t end, void* out) {
   const int64_t kept = kept_count(index, count);
   for (int64_t row = begin; row < end; ++row) {
-    const T* __restrict source = row_segment<T>(x, row, 0, count ? index[kept ? kept - 1 : 0] + 1 : 0, Slot::weight);
+    const T* __restrict source = row_segment<T>(x, row, 0, kept ? index[kept - 1] + 1 : 0, Slot::weight);
     T* __restrict destination = static_cast<T*>(out) + row * count;
     for (int64_t j = 0; j < kept; ++j) destination[j] = source[index[j]];
     for (int64_t j = kept; j < count; ++j) destination[j] = T{0};
@@ -62,9 +62,7 @@ public:
     }
     for (uint32_t kept = kept_[last]; kept; kept &= kept - 1) *out++ = row[last * lanes<T> + __builtin_ctz(kept)];
   }
-#endif
 
-#if defined(MIXOUT_HAS_COMPRESS)
   // Vector v of a row, whose kept columns from there on are `columns`, which move on.
   MIXOUT_INLINE Vector<T> next(int64_t v, const T*& columns) const {
     if (v >= vectors_) return Vector<T>{};

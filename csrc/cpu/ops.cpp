@@ -118,7 +118,7 @@ Tensor product(const Tensor& a, const Tensor& b) {
   return multiplies_in_fp32(a.scalar_type()) ? product_in_fp32(a, b, std::nullopt) : library_mm(a, b);
 }
 
-Tensor product(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias) {
+Tensor linear_product(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias) {
   if (!multiplies_in_fp32(input.scalar_type())) return library_linear(input, weight, bias);
   const Tensor by_outputs = transposed(weight);
   return shaped_as(input, product_in_fp32(rows_of(input, weight.size(1)), by_outputs, bias));
@@ -368,7 +368,7 @@ Output linear(const Tensor& input, const Tensor& weight, const std::optional<Ten
     return {shaped_as(input, output), index, columns};
   }
   const Tensor mixed_weight = layer.by_outputs(mixed(layer.weight, layer.mixing, dtype, gathered_bytes, gather));
-  return {product(input, mixed_weight, bias), index, columns};
+  return {linear_product(input, mixed_weight, bias), index, columns};
 }
 
 // Kept columns of x, of few some, filled up with zeros: see THIN_OUTPUT in mixout_fast/reference.py.
