@@ -80,7 +80,7 @@ inline torch::stable::Tensor library_mm(const torch::stable::Tensor& a, const to
 
 // The operators' schemas, the same on every device. A mask is given by a 0-d int64 seed, p, and whether it has one
 // entry per column (an input mask) or per element. tf32: fp32 products may round their operands to it, which a CPU's do
-// not. fixed_size: of what is gathered, whatever is kept; on GPUs, where the host does not wait to know, always.
+// not. fixed_size: gather as many columns as the capacity, padded; on GPUs always, so the host need not wait.
 //
 // linear_backward gives dX, dW and db, where needed, of grad (..., N). dW is made of the kept index and columns, or
 // where there is an input, of that: in one full product, or gathered first. one_pass is of dX.

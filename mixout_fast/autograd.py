@@ -79,8 +79,8 @@ def mix_linear(
 ) -> Tensor:  # fmt: skip
     """(input (…, K), weight (N, K), target, bias) -> x W'ᵀ + b, in the input's dtype. Once differentiable.
 
-    Of a backend in C++ in eager calls by an autograd function in C++: a step takes the host 10 us less in a loop, and
-    45 to 65 from cold caches (docs/performance.md).
+    Eager calls of a C++ backend use the autograd function in C++, which saves the host 10 us a step in a loop, 45 to
+    65 from cold caches (docs/performance.md).
     """
     trains_weight = weight.requires_grad and torch.is_grad_enabled()
     gathers = trains_weight and mask == "input" and keeps_compact_copy(*weight.shape, p)
@@ -109,8 +109,8 @@ class MixLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_output):
-        # Here and not where the gradients are differentiated, as torch's once_differentiable has it: that error stands
-        # on no way from them to the operands, so torch.autograd.grad goes past it, and what is lost is zero in silence.
+        # Not by torch's once_differentiable, which raises when the gradients are differentiated: its node has no path
+        # to the operands, so torch.autograd.grad skips it and silently returns zeros.
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise RuntimeError(DIFFERENTIATES_ONCE)
         weight, target, seed, index, columns, input = ctx.saved_tensors

@@ -47,7 +47,7 @@ class MixEmbedding(nn.Embedding):
             )
         scale = reference.scale(self.p)
         if self.grad_scale == "paper":
-            # The same values; the gradient that the published code leaves unscaled.
+            # The same values of finite weights; the gradient that the published code leaves unscaled.
             rows = rows.detach() + (rows - rows.detach()) / scale
         w = rows.to(reference.compute_dtype(rows.dtype))
         u = torch.zeros_like(w) if self.target is None else F.embedding(input, self.target).to(w.dtype)

@@ -153,8 +153,8 @@ def check_options(p: float, mask: str, grad_scale: str, distribution: str = "ber
 
 
 def check_backend(backend: str | None, distribution: str = "bernoulli") -> None:
-    """Raise ValueError for a name that is no backend's, or of one that does not serve the distribution; whether it can
-    serve the device is seen when it has to."""
+    """Raise ValueError for an unknown backend, or one without the distribution. Whether it serves the device is checked
+    at the first call."""
     if backend is not None and backend not in backends.BACKENDS:
         raise ValueError(f"backend: {backend!r}; it takes one of {', '.join(backends.BACKENDS)}")
     if distribution == "gaussian" and backend not in (None, "reference"):
@@ -162,8 +162,8 @@ def check_backend(backend: str | None, distribution: str = "bernoulli") -> None:
 
 
 def storage_of(tensor: Tensor) -> int:
-    """Names the memory that a tensor lies in, in a storage of another's too (NumPy, DLPack); of one that has none
-    (meta, fake, DTensor) its storage."""
+    """An id of a tensor's memory, the same for aliases through NumPy or DLPack; of its storage where it has no memory
+    (meta, fake, DTensor)."""
     storage = tensor.untyped_storage()
     has_none = storage.device.type == "meta" or is_traceable_wrapper_subclass(tensor)
     return storage._cdata if has_none else storage.data_ptr()
@@ -205,7 +205,7 @@ def _wrong_dtype(name: str, tensor: Tensor, dtype: torch.dtype, autocast: bool) 
 def _check_linear(
     input: Tensor, bias: Tensor | None, dtype: torch.dtype, device: torch.device, shape: torch.Size, autocast: bool
 ) -> None:
-    """Of mix_linear's input and bias beside a weight of so dtype, device and shape."""
+    """Check mix_linear's input and bias against the weight's dtype, device and shape."""
     if not isinstance(input, Tensor):
         raise TypeError(f"input: {type(input).__name__}; it takes a tensor")
     if bias is not None and not isinstance(bias, Tensor):

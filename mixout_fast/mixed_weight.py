@@ -30,8 +30,8 @@ FORWARDS = {
     CONV1D: (forwards.conv1d, ("weight",)),
     "torch.nn.modules.activation.MultiheadAttention": (forwards.multihead_attention, ()),
 }
-"""Class -> what takes the place of its forward pass, in subclasses that have none of their own too, and the weights for
-which that leaves nothing to read, so that they stay plain Parameters."""
+"""Class -> the forward that replaces its own, also in subclasses that inherit it, and the weights that only this one
+uses, which so stay plain Parameters."""
 
 
 class Mixing(nn.Module):

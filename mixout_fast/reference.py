@@ -18,10 +18,10 @@ PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 PHILOX_WEYL = (0x9E3779B9, 0xBB67AE85)
 LOW32 = 0xFFFFFFFF
 
-# dW of fewer outputs is made of all columns of x and then masked. Such a product waits for x, so that fewer operations
-# save nothing; and MKL sums that of few outputs and few columns one by one, with up to 2.5 times the error of its full
-# product (255 rows, 1 output). Fewer kept columns are filled up with zeros: of 3 to 10 its sums have 2 to 5 times that
-# error with 2000 rows, 4 to 12 times with 20000 (AMD's processors, a dY of mean 1).
+# With fewer outputs dW is a full product, masked afterwards: bound by reading x, so that the compact one saves nothing,
+# and MKL sums few outputs of few columns one by one, with up to 2.5 times its usual error (255 rows, 1 output). Fewer
+# kept columns are padded with zeros: of 3 to 10 MKL has 2 to 5 times that error with 2000 rows, 4 to 12 with 20000
+# (AMD, a dY of mean 1).
 THIN_OUTPUT = 16
 
 
@@ -95,8 +95,8 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def _result(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """In the dtype, contiguous. Without a call that has nothing to do: to torch 2.11's compiler its result is an alias,
-    and where an autograd function returns one, the gradient is silently zero. 2.12 has no such error."""
+    """In the dtype, contiguous. Skips calls with nothing to do: torch 2.11's compiler takes their result for an alias,
+    and an autograd function that returns one gets a silent zero gradient (fixed in 2.12)."""
     tensor = tensor if tensor.dtype == dtype else tensor.to(dtype)
     return tensor if tensor.is_contiguous() else tensor.contiguous()
 
@@ -137,8 +137,8 @@ def gather(rows: Tensor, seed: Tensor, p: float, static: bool) -> tuple[Tensor, 
 def lies_by_columns(weight: Tensor, target: Tensor | None) -> bool:
     """Whether W and U (N, K) are transposes of matrices in rows, as GPT-2's Conv1D has them.
 
-    Of an input mask backends for a device then take them as those, and dW lies as W does: else autograd copies it,
-    transposed, for the parameter whose view W is.
+    With an input mask, backends other than this one then work on those and give dW the strides of W: else autograd
+    copies it into the parameter's layout.
     """
     return all(t is None or (t.stride(0) == 1 and t.stride(1) != 1) for t in (weight, target))
 

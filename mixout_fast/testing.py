@@ -526,9 +526,8 @@ def check_error(cases: Iterable[Case], backend: str | None, truth_of: Callable[[
 def error_cases(
     make: Callable[..., Case], shape: tuple[int, int, int], seed: int, *, sums: int = 1, **options
 ) -> list[Case]:
-    """As many random cases of one shape as give each of y, dX and dW about a thousand results (at most 8 cases), and db
-    so many sums (at most 16): the largest error of 34 is twice another's as good once in 30 seeds, of 250 in none of
-    200."""
+    """Random cases of one shape, enough for 1000 entries each of y, dX and dW (at most 8 cases) and `sums` of db (at
+    most 16). Of 34 sums the largest error is twice an equally exact kernel's once in 30 seeds, of 250 never in 200."""
     rows, in_features, out_features = shape
     kept = max(1.0, (1 - options["p"]) * in_features)
     fewest = min(rows * out_features, rows * in_features, out_features * kept)

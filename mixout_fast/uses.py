@@ -149,7 +149,7 @@ def find_uses(model: nn.Module, frozen: bool, mask: str) -> list[Use]:
 
 
 def _lora_weights(model: nn.Module) -> tuple[set[nn.Parameter], set[nn.Parameter], set[nn.Parameter | None]]:
-    """Of PEFT's LoRA layers the parameters of all A and all B, and those of its target_parameters, adapted and all."""
+    """PEFT's LoRA parameters: all A; all B; where target_parameters adapts a bare parameter, that and its A and B."""
     a, b, of_parameters = set(), set(), set()
     for module in model.modules():
         if any(cls.__name__ == "LoraLayer" and cls.__module__.startswith("peft.") for cls in type(module).__mro__):

@@ -1,10 +1,9 @@
 // bf16 products of our own, included behind kernels.inl in the region and namespace of AVX-512. Elsewhere bf16 is mixed
 // first and multiplied by the library.
 //
-// A product is made in steps, each of which adds to 32 x 32 sums in fp32 those of 32 terms: of left rows with 32 terms
-// each, and of a right operand, whose rows hold pairs of terms, each of 16 outputs. A unit multiplies: AMX tiles, or
-// vectors with AVX512_BF16. Like the library's products on them, and unlike its sum for db, both take subnormal numbers
-// for 0.
+// A step adds 32 terms of a product to 32 x 32 sums in fp32. Its left operand is 32 rows of 32 terms, its right one
+// rows of pairs of terms, each for 16 outputs. A unit multiplies: AMX tiles, or vectors with AVX512_BF16. Like the
+// library's products on them, and unlike its sum for db, both take subnormal numbers for 0.
 
 namespace mixout_fast::cpu::avx512 {
 namespace {
@@ -21,10 +20,10 @@ struct TileLayout {
 // Not on the stack: GCC 12's _tile_loadconfig does not tell that it reads more than 8 bytes.
 alignas(64) constexpr TileLayout tile_layout;
 
-// A left operand of 32 rows: 16 so many bytes apart, and 16 more behind; a step of terms behind a step.
+// A left operand: two halves of 16 rows, half_bytes apart; rows row_bytes apart, steps step_bytes.
 //
-// A unit's multiply(left, height, right, steps, adds, sums, stride, beside) makes sums (32, 32), so many floats apart,
-// of left rows and right steps, added to what is there where `adds`; of the rows at least the first `height`. It calls
+// A unit's multiply(left, height, right, steps, adds, sums, stride, beside) makes sums (32, 32), rows `stride` floats
+// apart, of left rows and right steps, or adds to them where `adds`; at least the first `height` rows. It calls
 // beside.step() at least once a step.
 struct LeftRows {
   const char* data;
@@ -277,7 +276,7 @@ struct Finishing {
 // is summed in parts of so many terms, for W and U to be read in wide parts of their rows.
 constexpr int64_t few_rows_block = 64 * 1024, block_size = 256 * 1024;
 constexpr int64_t few_rows_terms = 256;
-static_assert(block_size / few_rows_terms > step_outputs); // no block's first sums replace the last ones on their way
+static_assert(block_size / few_rows_terms > step_outputs); // else a block's first sums overwrite unfinished ones
 
 // As multiply: W' is mixed in parts that stay in L2, which the rows of x or dy pass.
 template <typename Unit, bool forward, typename Operand>

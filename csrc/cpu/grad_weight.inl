@@ -69,9 +69,9 @@ MIXOUT_INLINE void add_and_clear(T* __restrict from, int64_t count, Sum* __restr
 }
 
 // Columns [first, first + columns) of rows [term, term + terms) of dy as broadcast operands, one per tile of columns:
-// [tiles][tile_size], a tile [terms][tile_rows], filled up with 0. Adds the rows to `sums`, which ends with a vector:
-// sixteen at once and of these four, for an error like that of the library's sum, and from L1, behind the copies, which
-// would wait.
+// [tiles][tile_size], a tile [terms][tile_rows], filled up with 0. Adds the rows to `sums`, padded to
+// whole vectors: in groups of four, and of sixteen, for an error like that of the library's sum; after the copies, from
+// L1.
 template <typename T>
 void stage_tiles(Matrix dy, int64_t term, int64_t terms, int64_t first, int64_t columns, T* staged, T* sums) {
   const T* source = static_cast<const T*>(dy.data) + term * dy.row_stride + first * dy.column_stride;

@@ -14,8 +14,8 @@ struct Matrix {
 
 // One entry per column, shared by all rows, or one per row, or one per element, drawn where it is used.
 struct Mask {
-  // (columns,), all ones where kept, 0 where dropped, for all rows; with `keep_row` for kept rows, and behind it the
-  // same for dropped ones. Null: one entry per element.
+  // (columns,), all bits set where kept, 0 where dropped. With `keep_row` (2, columns): for kept rows, for dropped
+  // ones. Null: one entry per element.
   const uint32_t* keep;
   const uint32_t* keep_row; // (rows,); null: rows are alike
   uint64_t seed;
@@ -64,8 +64,8 @@ struct Kernels {
   void (*expand_rows)(Matrix compact, const int32_t* index, int64_t count, int64_t columns, double factor,
                       int64_t begin, int64_t end, void* out);
 
-  // dW without the library's product, where it is the faster, else null: with AVX-512, all of one dtype, fp32 or fp64,
-  // and with AVX512_BF16 or AMX where x and dy are bf16. Rows [begin, end) of the kept columns of x into `staged`,
+  // Our own product for dW, null where the library's is faster; set with AVX-512 where all is fp32 or all fp64, with
+  // AVX512_BF16 or AMX where x and dy are bf16. Rows [begin, end) of the kept columns of x into `staged`,
   // which has room for round_up(rows, staged_unit) of round_up(count + 1, staged_unit); staged_unit divides begin.
   void (*stage_kept)(const KeptX& kept_x, int64_t begin, int64_t end, void* staged) = nullptr;
   // Rows [begin, end) of dW (outputs, columns) from all of them staged and dy (m, outputs), the columns numbered index

@@ -29,8 +29,8 @@ struct TransposedTiles {
 };
 // How many terms are summed one by one, for an error near the library's: MKL sums blocks of 192 in fp64, in fp32 of 384
 // on Intel's processors and of 192 on AMD's, where ours of 384 had 1.4 times its error. Up to 16 rows or outputs it
-// sums in as many parts as its vectors have lanes. By the whole product and not a thread's part: the sums must not
-// depend on the threads.
+// sums in as many parts as its vectors have lanes. Chosen by the whole product's size: the sums must not depend on the
+// threads.
 constexpr int64_t piece_terms = 192, short_piece = 32;
 constexpr int64_t summed_at_once(int64_t rows, int64_t outputs) {
   return rows <= 16 || outputs <= 16 ? short_piece : piece_terms;

@@ -59,7 +59,7 @@ def _one_pass_rows() -> dict[torch.dtype, tuple[int, int]]:
 
 
 def _thin_rows() -> dict[torch.dtype, tuple[int, int]]:
-    """The most rows of one pass for few outputs, which wait for memory: y of fewer than 16, dX of fewer than 32.
+    """Rows up to which one pass is taken for few outputs (y: below 16, dX: below 32): memory bounds these.
 
     Zen 4, one pass / two, of 2, 15 and 24 outputs from 768 features: dX of 256 rows in fp32 0.30, 0.49, 0.51, in bf16
     1.26, 1.04, 0.89; of 1024 rows in fp32 1.6, 1.1, 1.3, in bf16 2.8, 1.8, 1.25; y in bf16 of 256 rows 0.84, 0.78,

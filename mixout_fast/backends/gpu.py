@@ -5,7 +5,7 @@ import torch
 from mixout_fast import reference
 
 MANY_OUTPUTS = 2048
-"""From so many outputs on, products in one pass have a table of their own: for y their grid fills the device."""
+"""From this many outputs on one pass has another table of rows: its grid for y then fills the device."""
 
 Rows = dict[torch.dtype, tuple[int, int]]
 """Up to how many rows y, and dX, are computed in one pass."""

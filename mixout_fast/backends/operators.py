@@ -14,7 +14,7 @@ from mixout_fast.reference import capacity, lies_by_columns
 PACKAGE = Path(__file__).parent.parent
 
 REGISTRATIONS: list[torch.library.Library] = []
-"""What they register lives as long as they do."""
+"""Kept: registrations end with their Library."""
 
 
 class Functions:
@@ -76,7 +76,7 @@ class Functions:
 
 
 def load(library: Path, not_built: str) -> str | None:
-    """Load a library of operators; None, or why there are none of its."""
+    """Load a library of operators; None, or why it cannot be."""
     if not library.exists():
         return not_built
     try:
@@ -96,9 +96,8 @@ AUTOGRAD_ERROR = _load_autograd()
 
 
 def register(namespace: str, on_gpu: bool) -> None:
-    """For tracing, the results of the operators; the operations of their products for torch's FlopCounterMode; and
-    nothing to do for any of them under autograd's key: autograd functions call them, and its fallback takes 6 us from
-    cold caches.
+    """Registers fakes for tracing, flop counts for FlopCounterMode, and a fallthrough under the Autograd key: autograd
+    functions call the operators, and torch's own fallback takes 6 us from cold caches.
 
     A GPU's gather always has the capacity as its size.
     """
