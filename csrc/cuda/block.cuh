@@ -38,18 +38,22 @@ using Compute = typename ComputeOf<T>::type;
 
 MIXOUT_INLINE constexpr int64_t blocks_of(int64_t count, int64_t size) { return (count + size - 1) / size; }
 
-// Shared memory of a block, one use after the other.
+// Shared memory of a block: the bits of a mask and what counting them needs, a gather's, and of a kernel with several
+// uses, one after the other.
+template <int64_t entries>
+struct MaskBits {
+  uint32_t keep[entries / 32];
+  int sums[warps];
+};
+struct GatherScratch {
+  MaskBits<gather_chunk> mask;
+  uint16_t list[gather_chunk];
+};
+template <int64_t entries, int bytes>
 union Scratch {
-  struct {
-    uint32_t keep[one_pass_columns / 32];
-    int sums[warps];
-  } mask;
-  struct {
-    uint32_t keep[gather_chunk / 32];
-    int sums[warps];
-    uint16_t list[gather_chunk];
-  } gather;
-  alignas(16) unsigned char partial[32 * 1024];
+  MaskBits<entries> mask;
+  GatherScratch gather;
+  alignas(16) unsigned char partial[bytes];
 };
 
 __device__ int lane_of_thread() { return threadIdx.x % 32; }
@@ -58,6 +62,9 @@ __device__ int warp_of_thread() { return threadIdx.x / 32; }
 // A lane's columns: 16 bytes of the narrower type, and a whole number of Philox blocks.
 template <typename Operand, typename Result>
 constexpr int lane_columns = sizeof(Operand) == 2 || sizeof(Result) == 2 ? 8 : 4;
+
+// The entries of a mask that a strip of 32 lanes' columns needs, which may begin anywhere in a word of its bits.
+constexpr int strip_entries = 32 * 8 + 32;
 
 // A lane's part of a matrix in mix_kernel, mask_grad_kernel and expand_rows_kernel: `width` columns of mix_rows rows,
 // `warps` apart. Blocks stand along strips of 32 lanes' columns.

@@ -6,9 +6,12 @@
 namespace mixout_fast::cuda {
 namespace {
 
+// What a block's partial sums take: of 16 bits a float for each of a lane's 8 columns, of others half of it.
+constexpr int sum_rows_bytes = 8 * sizeof(float) * threads;
+
 // One part of the sums of 32 lanes' columns. Two rows at a time: of four, bf16's mix_kernel spills on sm_90a.
 template <typename Value>
-__device__ void sum_rows_block(const ColumnSums& sums, int64_t block, Scratch& scratch) {
+__device__ void sum_rows_block(const ColumnSums& sums, int64_t block, unsigned char* scratch) {
   using T = Compute<Value>;
   constexpr int width = 16 / sizeof(Value);
   const int64_t strips = blocks_of(sums.columns, 32 * width), part = block / strips;
@@ -25,7 +28,7 @@ __device__ void sum_rows_block(const ColumnSums& sums, int64_t block, Scratch& s
 #pragma unroll
     for (int i = 0; i < 2 * width; ++i) sum[i % width] += widen(values[i / width][i % width]);
   }
-  T* partial = reinterpret_cast<T*>(scratch.partial);
+  T* partial = reinterpret_cast<T*>(scratch);
 #pragma unroll
   for (int j = 0; j < width; ++j) partial[j * threads + threadIdx.x] = sum[j];
   __syncthreads();

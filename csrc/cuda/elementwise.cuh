@@ -13,18 +13,21 @@ template <int width, bool neurons_are_rows>
 struct Kept {
   const Mask& mask;
   const Part<width>& part;
+  const uint64_t seed;
   uint32_t drawn = 0; // for all the block: bit j: is column + j kept, or bit i * warps: is row(i)
 
-  __device__ Kept(const Mask& mask, const Part<width>& part, Scratch& scratch) : mask(mask), part(part) {
-    auto& [keep, sums] = scratch.mask;
+  __device__ Kept(const Mask& mask, uint64_t seed, const Part<width>& part, MaskBits<strip_entries>& bits)
+      : mask(mask), part(part), seed(seed) {
     if constexpr (neurons_are_rows) {
       static_assert(warps * mix_rows == 32);
-      draw(mask, part.first_row - warp_of_thread(), 32, keep, sums);
-      drawn = keep[0] >> warp_of_thread();
+      draw(mask, seed, part.first_row - warp_of_thread(), 32, bits);
+      drawn = bits.keep[0] >> warp_of_thread();
     } else if (!mask.per_element) {
-      const int64_t first = part.strip / mask.repeats;
-      draw(mask, first, blocks_of(part.strip + 32 * width, mask.repeats) - first, keep, sums);
-      drawn = column_keep_bits<width>(mask, keep, first, part.column);
+      const bool once = mask.repeats == 1;
+      const int64_t first = once ? part.strip : part.strip / mask.repeats;
+      const int64_t last = once ? part.strip + 32 * width : blocks_of(part.strip + 32 * width, mask.repeats);
+      draw(mask, seed, first, last - first, bits);
+      drawn = column_keep_bits<width>(mask, bits.keep, first, part.column);
     }
   }
 
@@ -35,7 +38,7 @@ struct Kept {
   __device__ uint32_t bits(int i, int64_t columns) const {
     if (neurons_are_rows) return any(i) ? ~0u : 0;
     if (!mask.per_element) return drawn;
-    return element_keep_bits<width>(*mask.seed, mask.threshold, part.row(i) * columns + part.column);
+    return element_keep_bits<width>(seed, mask.threshold, part.row(i) * columns + part.column);
   }
 };
 
@@ -46,13 +49,15 @@ __global__ void __launch_bounds__(threads, sizeof(Operand) > sizeof(Result) ? 2 
     mix_kernel(Mixing mixing, Result* out, Gather gather, int64_t gathers, ColumnSums sums, int64_t others) {
   using T = Compute<Operand>;
   constexpr int width = lane_columns<Operand, Result>;
-  __shared__ Scratch scratch;
+  __shared__ Scratch<strip_entries, sum_rows_bytes> scratch;
   const Mask& mask = mixing.mask;
-  if (blockIdx.x < gathers) return gather_block<Element<Result>>(gather, mask, blockIdx.x, scratch);
-  if (blockIdx.x < others) return sum_rows_block<Result>(sums, blockIdx.x - gathers, scratch);
+  if (blockIdx.x < gathers) return gather_block<Element<Result>>(gather, mask, blockIdx.x, scratch.gather);
+  if (blockIdx.x < others) return sum_rows_block<Result>(sums, blockIdx.x - gathers, scratch.partial);
+  // First, for most waits for it.
+  const uint64_t seed = *mask.seed;
   const Part<width> part(mixing.columns, blockIdx.x - others);
   const int64_t column = part.column;
-  const Kept<width, neurons_are_rows> kept(mask, part, scratch);
+  const Kept<width, neurons_are_rows> kept(mask, seed, part, scratch.mask);
   Operand weight[mix_rows][width], target[mix_rows][width];
 #pragma unroll
   for (int i = 0; i < mix_rows; ++i) {
@@ -81,11 +86,12 @@ __global__ void __launch_bounds__(threads)
                      int64_t sum_blocks) {
   using T = Compute<Operand>;
   constexpr int width = lane_columns<Operand, Result>;
-  __shared__ Scratch scratch;
+  __shared__ MaskBits<strip_entries> bits;
   if (blockIdx.x < sum_blocks) return sum_parts_block<Operand>(sums, blockIdx.x);
+  const uint64_t seed = *mask.seed;
   const Part<width> part(columns, blockIdx.x - sum_blocks);
   const int64_t column = part.column;
-  const Kept<width, neurons_are_rows> kept(mask, part, scratch);
+  const Kept<width, neurons_are_rows> kept(mask, seed, part, bits);
   Operand values[mix_rows][width];
 #pragma unroll
   for (int i = 0; i < mix_rows; ++i) {

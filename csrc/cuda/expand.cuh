@@ -10,7 +10,8 @@ namespace {
 template <int places>
 __device__ __forceinline__ void find_slots(const int32_t* index, int64_t count, int64_t first,
                                            int32_t (&slots)[places]) {
-  for (int i = threadIdx.x; i < places; i += threads) slots[i] = -1;
+  static_assert(places <= threads);
+  if (threadIdx.x < places) slots[threadIdx.x] = -1;
   __syncthreads();
   // The first entry wanted stands in [start, start + spread], halved until a thread reads two entries at most: a read
   // waits for memory, and of short indices there is none more.
@@ -21,6 +22,7 @@ __device__ __forceinline__ void find_slots(const int32_t* index, int64_t count, 
     spread -= half;
   }
   const int64_t end = start + spread + places < count ? start + spread + places : count;
+#pragma unroll 1
   for (int64_t j = start + threadIdx.x; j < end; j += threads) {
     const int64_t place = index[j] - first;
     if (place >= 0 && place < places) slots[place] = static_cast<int32_t>(j);
@@ -42,28 +44,38 @@ __global__ void __launch_bounds__(threads)
   // With 16 bytes more, the vectors that 8 lanes write of their rows are in different banks.
   alignas(16) __shared__ Result tile[expand_rows][expand_columns + width];
   __shared__ int32_t slots[expand_columns];
-  const int64_t strips = blocks_of(columns, expand_columns);
-  const int64_t first_column = block % strips * expand_columns;
+  const int64_t strips = blocks_of(columns, expand_columns), band = block / strips;
+  const int64_t first_column = (block - band * strips) * expand_columns, first_row = band * expand_rows;
   find_slots(index, count, first_column, slots);
-  const int64_t first_row = block / strips * expand_rows;
   const int lane = lane_of_thread();
   const int64_t row = first_row + lane;
+  // A warp's columns, of which it reads the kept ones, a few loads at a time that wait for memory together.
+  constexpr int own = expand_columns / warps, depth = 4;
+  const int first = warp_of_thread() * own;
+  const Result zeros[own] = {};
+  memcpy(&tile[lane][first], zeros, sizeof(zeros));
   const Operand* from = static_cast<const Operand*>(compact.data) + row;
+  uint32_t left = __ballot_sync(whole_warp, lane < own && slots[first + lane % own] >= 0);
+  if (row >= rows) left = 0;
 #pragma unroll 1
-  for (int vector = warp_of_thread(); vector < vectors; vector += warps) {
-    Operand entries[width];
+  while (left) {
+    Operand entries[depth];
+    int places[depth];
 #pragma unroll
-    for (int i = 0; i < width; ++i) {
-      const int32_t slot = slots[vector * width + i];
-      entries[i] = slot >= 0 && row < rows ? from[slot * compact.row_stride] : Operand{};
+    for (int i = 0; i < depth; ++i) {
+      places[i] = first + __ffs(left) - 1;
+      entries[i] = left ? from[slots[places[i]] * compact.row_stride] : Operand{};
+      if (!left) places[i] = -1;
+      left &= left - 1;
     }
-    Result values[width];
 #pragma unroll
-    for (int i = 0; i < width; ++i) values[i] = narrow<Result>(multiply(widen(entries[i]), static_cast<T>(factor)));
-    memcpy(&tile[lane][vector * width], values, sizeof(values));
+    for (int i = 0; i < depth; ++i)
+      if (places[i] >= 0) tile[lane][places[i]] = narrow<Result>(multiply(widen(entries[i]), static_cast<T>(factor)));
   }
   __syncthreads();
-  for (int i = threadIdx.x; i < expand_rows * vectors; i += threads) {
+  static_assert(expand_rows * vectors % threads == 0);
+#pragma unroll 1
+  for (unsigned i = threadIdx.x; i < expand_rows * vectors; i += threads) {
     const int64_t column = first_column + i % vectors * width;
     if (first_row + i / vectors >= rows || column >= columns) continue;
     Result values[width];

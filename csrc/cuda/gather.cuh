@@ -9,8 +9,8 @@ namespace {
 // Rows [block * warps * gather_rows_per_warp, ...) of the kept columns; block 0 also writes the index. Element has the
 // size of x's.
 template <typename Element>
-__device__ void gather_block(const Gather& gather, const Mask& mask, int64_t block, Scratch& scratch) {
-  auto& [keep, sums, list] = scratch.gather;
+__device__ void gather_block(const Gather& gather, const Mask& mask, int64_t block, GatherScratch& scratch) {
+  auto& [bits, list] = scratch;
   const int lane = lane_of_thread(), thread = threadIdx.x;
   const int64_t first_row = (block * warps + warp_of_thread()) * gather_rows_per_warp;
   const int64_t last_row =
@@ -22,23 +22,24 @@ __device__ void gather_block(const Gather& gather, const Mask& mask, int64_t blo
   constexpr int depth = sizeof(Element) == 8 ? 4 : 8;
   Mask unbounded = mask;
   unbounded.capacity = mask.entries;
+  const uint64_t seed = *mask.seed;
   int64_t before = 0;
   for (int64_t start = 0; start < gather.columns && before < gather.capacity; start += gather_chunk) {
-    draw(unbounded, start, gather_chunk, keep, sums);
-    uint32_t word = start + 32 * thread < gather.columns ? keep[thread] : 0;
+    draw(unbounded, seed, start, gather_chunk, bits);
+    uint32_t word = start + 32 * thread < gather.columns ? bits.keep[thread] : 0;
     int inclusive = __popc(word);
 #pragma unroll
     for (int distance = 1; distance < 32; distance *= 2) {
       const int below = __shfl_up_sync(whole_warp, inclusive, distance);
       if (lane >= distance) inclusive += below;
     }
-    if (lane == 31) sums[warp_of_thread()] = inclusive;
+    if (lane == 31) bits.sums[warp_of_thread()] = inclusive;
     __syncthreads();
     int slot = inclusive - __popc(word), kept = 0;
 #pragma unroll
     for (int warp = 0; warp < warps; ++warp) {
-      slot += warp < warp_of_thread() ? sums[warp] : 0;
-      kept += sums[warp];
+      slot += warp < warp_of_thread() ? bits.sums[warp] : 0;
+      kept += bits.sums[warp];
     }
     for (; word; word &= word - 1) list[slot++] = static_cast<uint16_t>(32 * thread + __ffs(word) - 1);
     __syncthreads();

@@ -42,8 +42,9 @@ __device__ int block_sum(int value, int* sums) {
 
 // Draws entries [first, first + count) of an input mask: that of entry k is bit k % 32 of keep[k / 32 - first / 32].
 // Bits of entries that do not exist are 0.
-__device__ void draw(const Mask& mask, int64_t first, int64_t count, uint32_t* keep, int* sums) {
-  const uint64_t seed = *mask.seed;
+template <int64_t entries>
+__device__ void draw(const Mask& mask, uint64_t seed, int64_t first, int64_t count, MaskBits<entries>& drawn) {
+  auto& [keep, sums] = drawn;
   const int64_t last = first + count < mask.entries ? first + count : mask.entries;
   // Where more entries could be kept than the capacity, those before count too.
   const bool counts = mask.capacity < last;

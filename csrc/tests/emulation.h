@@ -202,6 +202,19 @@ template <typename T>
 T __shfl_up_sync(unsigned, T value, int distance) {
   return emulation::exchange(value, [=](int lane) { return lane < distance ? lane : lane - distance; });
 }
+inline uint32_t __ballot_sync(unsigned, bool vote) {
+  struct {
+    bool vote;
+    uint32_t votes;
+  } mine{vote, 0};
+  using Mine = decltype(mine);
+  emulation::meet_warp(&mine, [](void** brought) {
+    uint32_t votes = 0;
+    for (int lane = 0; lane < 32; ++lane) votes |= uint32_t{static_cast<Mine*>(brought[lane])->vote} << lane;
+    for (int lane = 0; lane < 32; ++lane) static_cast<Mine*>(brought[lane])->votes = votes;
+  });
+  return mine.votes;
+}
 inline int __popc(uint32_t bits) { return __builtin_popcount(bits); }
 inline int __ffs(uint32_t bits) { return __builtin_ffs(static_cast<int>(bits)); }
 inline float fma(float a, float b, float c) { return std::fma(a, b, c); }
