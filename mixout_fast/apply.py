@@ -7,7 +7,7 @@ optimizers.
 
 import warnings
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,7 +19,16 @@ from mixout_fast.embedding import MixEmbedding
 from mixout_fast.functional import DTYPES, check_backend, check_options, seed_tensor, storage_of
 from mixout_fast.linear import MixLinear
 from mixout_fast.mixed_weight import PREFIX, MixedWeights, Mixing, unmix_weights
-from mixout_fast.uses import Use, find_uses, join_names, lowest_common_module, merge_groups, resolve_ties, siblings
+from mixout_fast.uses import (
+    OPTIONS,
+    Use,
+    find_uses,
+    join_names,
+    lowest_common_module,
+    merge_groups,
+    resolve_ties,
+    siblings,
+)
 
 Probability = float | Callable[[nn.Module, str], float]
 HeadRule = tuple[str, float] | None
@@ -100,10 +109,10 @@ def apply_mixout(
     """Train every weight matrix of a model with mixout (Lee et al. 2020); changes the model in place.
 
     nn.Linear, nn.Embedding, nn.Conv1d to 3d, nn.MultiheadAttention, Hugging Face's Conv1D, XLNet's attention and
-    transformers' stacked experts, and subclasses, are mixed; `INPUT_DIMS` takes others. A weight used in several
-    modules (tied) is mixed with one mask a forward pass in all of them, or in none. Of a PEFT LoRA layer, A is mixed
-    toward zero: mixout of the sum W + BA toward the frozen W. Load the pretrained weights before, wrap the model (DDP,
-    FSDP2, torch.compile) after.
+    transformers' stacked experts, and subclasses, are mixed; `INPUT_DIMS` takes others, and `READ_PAST` modules that
+    read their children's weights. A weight used in several modules (tied) is mixed with one mask a forward pass in all
+    of them, or in none. Of a PEFT LoRA layer, A is mixed toward zero: mixout of the sum W + BA toward the frozen W.
+    Load the pretrained weights before, wrap the model (DDP, FSDP2, torch.compile) after.
 
     Args:
         model: the pretrained model. Its module and Parameter objects stay; state_dict keeps its keys.
@@ -195,7 +204,7 @@ def remove_mixout(model: nn.Module) -> nn.Module:
     for module in list(model.modules()):
         if isinstance(module, (MixLinear, MixEmbedding)):
             del module.target
-            for name in ("p", "mask", "grad_scale", "distribution", "backend", "seed", "columns", "base_p"):
+            for name in OPTIONS:
                 vars(module).pop(name, None)
             module.__class__ = nn.Linear if isinstance(module, MixLinear) else nn.Embedding
         elif isinstance(module, MixedWeights):
@@ -216,14 +225,19 @@ def remove_mixout(model: nn.Module) -> nn.Module:
 def mixout_report(model: nn.Module) -> Report:
     """What apply_mixout did to each parameter; printed, it is a table.
 
-    `model` may be a module around the one that apply_mixout was given, such as DDP's or PEFT's, or its parent.
+    `model` may be a module around the one that apply_mixout was given, such as DDP's or PEFT's, or its parent. Of
+    several parts that apply_mixout was given one by one, it has the rows of all, under their names in `model`.
 
     Raises ValueError for a model without mixout.
     """
-    for module in model.modules():
-        if "mixout_report" in vars(module):
-            return module.mixout_report
-    raise ValueError("model: apply_mixout has not been applied to it")
+    parts = {name: vars(part)["mixout_report"] for name, part in model.named_modules() if "mixout_report" in vars(part)}
+    if not parts:
+        raise ValueError("model: apply_mixout has not been applied to it")
+    if len(parts) == 1:
+        return next(iter(parts.values()))
+    rows = [replace(row, name=join_names(name, row.name)) for name, part in parts.items() for row in part.rows]
+    dropouts = {join_names(name, key): p for name, part in parts.items() for key, p in part.dropouts.items()}
+    return Report(tuple(rows), dropouts, max(part.dropout for part in parts.values()))
 
 
 def mixed_parameters(model: nn.Module) -> list[MixedParameter]:
@@ -337,7 +351,7 @@ def _choose(use, model, p, filter_fn, head, feeds, mask, grad_scale) -> tuple[fl
         if feeds is not None and not _in_base_model(model, use.module):
             return None, "outside the base model"
         if feeds is not None and id(use.parameter) not in feeds:
-            return None, "no Dropout feeds it"
+            return None, "no Dropout module feeds it"
         chosen = p(use.module, use.module_name) if callable(p) else p
     check_options(chosen, mask, grad_scale)
     return (None, "p = 0") if part is None and callable(p) and chosen == 0.0 else (float(chosen), None)
@@ -357,7 +371,11 @@ def _example(model: nn.Module, example: Any) -> Any:
     # transformers gives all its models token numbers there, those of images and sound too.
     if example is None and getattr(model, "main_input_name", None) in getattr(model, "dummy_inputs", ()):
         device = next(model.parameters()).device
-        example = {name: torch.as_tensor(value, device=device) for name, value in model.dummy_inputs.items()}
+        example = {
+            name: torch.as_tensor(value, device=device)
+            for name, value in model.dummy_inputs.items()
+            if value is not None
+        }
     if example is None:
         raise ValueError(
             'example: None; layers="paper" takes an argument of the model, or a tuple or mapping of them, such as '

@@ -83,9 +83,9 @@ def wdecay(
             weights = [weight for weight in group["params"] if weight in targets and weight.grad is not None]
             if not weights:
                 continue
-            ends = (
-                None if isinstance(target, (int, float)) else [targets[weight].to(weight.dtype) for weight in weights]
-            )
+            ends = None
+            if not isinstance(target, (int, float)):
+                ends = [sharded_as(weight, targets[weight]).to(weight.dtype) for weight in weights]
             if decoupled:
                 _decay(weights, ends, float(group["lr"]) * decay)
             else:
@@ -110,6 +110,15 @@ def wdecay(
         return (args[0], closure_and_decay, *args[2:]), kwargs
 
     return optimizer.register_step_pre_hook(before_step)
+
+
+def sharded_as(weight: Tensor, target: Tensor) -> Tensor:
+    """A target as FSDP2 holds its weight, which is a DTensor there: of this process's shard, without communication."""
+    if not hasattr(weight, "device_mesh") or hasattr(target, "device_mesh"):
+        return target
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(target, weight.device_mesh, weight.placements, src_data_rank=None)
 
 
 def _decay(weights: list[Tensor], ends: list[Tensor] | None, factor: float) -> None:

@@ -46,12 +46,13 @@ class MixEmbedding(nn.Embedding):
                 "resize the table before apply_mixout"
             )
         scale = reference.scale(self.p)
-        if self.grad_scale == "paper":
-            # The same values of finite weights; the gradient that the published code leaves unscaled.
-            rows = rows.detach() + (rows - rows.detach()) / scale
         w = rows.to(reference.compute_dtype(rows.dtype))
         u = torch.zeros_like(w) if self.target is None else F.embedding(input, self.target).to(w.dtype)
-        return torch.where(self._kept(input), u + (w - u) * scale, u).to(rows.dtype)
+        keep = self._kept(input)
+        mixed = torch.where(keep, u + (w - u) * scale, u)
+        if self.grad_scale == "paper":
+            mixed = WithGradientOf.apply(mixed.detach(), torch.where(keep, w, torch.zeros_like(w)))
+        return mixed.to(rows.dtype)
 
     def _kept(self, input: Tensor) -> Tensor:
         """The kept entries of the rows looked up, bool, to broadcast against (…, embedding_dim)."""
@@ -66,6 +67,19 @@ class MixEmbedding(nn.Embedding):
     def extra_repr(self) -> str:
         target = "zero" if self.target is None else "tensor"
         return f"{super().extra_repr()}, p={self.p}, mask={self.mask!r}, target={target}"
+
+
+class WithGradientOf(torch.autograd.Function):
+    """(values, other) -> values, with other's gradient: unscaled, as the published code has it, and not scaled and then
+    divided, which rounds twice and in fp16 overflows."""
+
+    @staticmethod
+    def forward(ctx, values, other):
+        return values.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None, grad
 
 
 def words_at(seed: Tensor, index: Tensor) -> Tensor:

@@ -44,6 +44,8 @@ class MixLinear(nn.Linear):
         dtype: torch.dtype | None = None,
         backend: str | None = None,
     ) -> None:
+        if isinstance(bias, Tensor):
+            raise TypeError("bias: Tensor; it takes True or False (target is the fourth argument)")
         check_options(p, mask, grad_scale, distribution)
         check_backend(backend, distribution)
         super().__init__(in_features, out_features, bias, device, dtype)
@@ -93,6 +95,10 @@ class MixLinear(nn.Linear):
         """
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"linear: {type(linear).__name__}; it takes an nn.Linear")
+        if type(linear).forward not in (nn.Linear.forward, MixLinear.forward):
+            raise TypeError(
+                f"linear: {type(linear).__name__}, which has a forward of its own; apply_mixout mixes what that reads"
+            )
         check_options(p, mask, grad_scale, distribution)
         check_backend(backend, distribution)
         layer = cls(linear.in_features, linear.out_features, linear.bias is not None, device="meta")

@@ -12,7 +12,7 @@ from mixout_fast.apply import MixedParameter, SharedSeed, mixed_parameters
 
 @dataclass(eq=False)
 class BaseP:
-    """The p that apply_mixout set for a weight, for all schedulers until remove_mixout."""
+    """The p that apply_mixout set for a weight. Its mixing holds that of the scheduler whose steps count."""
 
     p: float
 
@@ -61,11 +61,9 @@ class MixoutScheduler:
         self.p_factor, self.hold, self.ema = p_factor, hold, ema
         self.steps = 0
         # A scheduler before this one has scaled p and may hold seeds: this one begins where that one began.
-        self._base_p = [
-            (entry.mixing, vars(entry.mixing).setdefault("base_p", BaseP(entry.mixing.p))) for entry in mixed
-        ]
+        self._base_p = [(entry.mixing, BaseP(vars(entry.mixing).get("base_p", entry.mixing).p)) for entry in mixed]
         for mixing, base in self._base_p:
-            mixing.p, mixing.seed = base.p, None
+            mixing.base_p, mixing.p, mixing.seed = base, base.p, None
         self._moving = _own_targets(mixed) if ema is not None else {}
         hooks = _shared_seeds(model)
         for hook in hooks:
@@ -78,18 +76,18 @@ class MixoutScheduler:
     def step(self) -> None:
         """Go on to the next step: call it after the optimizer's.
 
-        Raises RuntimeError after remove_mixout.
+        Raises RuntimeError after remove_mixout, and where a further scheduler has taken this one's place.
         """
         if any(vars(mixing).get("base_p") is not base for mixing, base in self._base_p):
             raise RuntimeError(
-                "model: its mixout was removed, and perhaps applied anew: remove the hook that takes this scheduler's "
-                "steps, and make a new scheduler"
+                "model: its mixout was removed, and perhaps applied anew, or a further scheduler has taken this one's "
+                "place: remove the hook that takes this scheduler's steps, and make a new scheduler if there is none"
             )
         self.steps += 1
         if self._moving:
             torch._foreach_lerp_(
                 [target for _, target in self._moving.values()],
-                [parameter.detach() for parameter, _ in self._moving.values()],
+                [_whole(parameter.detach()) for parameter, _ in self._moving.values()],
                 1.0 - self.ema,
             )
         if self.hold and self.steps % self.hold == 0:
@@ -128,6 +126,11 @@ class MixoutScheduler:
             if not 0.0 <= p <= 1.0:
                 raise ValueError(f"p_factor: {factor} at step {self.steps} makes p = {p}, outside [0, 1]")
             mixing.p = float(p)
+
+
+def _whole(weight: Tensor) -> Tensor:
+    """Of all processes' shards, where FSDP2 has spread it: targets are whole."""
+    return weight.full_tensor() if hasattr(weight, "device_mesh") else weight
 
 
 def _own_targets(mixed: list[MixedParameter]) -> dict[str, tuple[nn.Parameter, Tensor]]:

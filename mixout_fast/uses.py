@@ -46,6 +46,23 @@ EXPERTS = ("gate_up_proj", "up_proj", "down_proj")
 """Weights of the classes that transformers' use_experts_implementation makes, one class a model: (expert, out, in), or
 transposed (expert, in, out). A mask is of all experts: entry k of x, or hidden neuron k, is dropped for all of them."""
 
+OPTIONS = ("p", "mask", "grad_scale", "distribution", "backend", "seed", "columns", "base_p")
+"""What MixLinear and MixEmbedding have beside their target, and MixoutScheduler gives them."""
+
+READ_PAST: dict[str, tuple[str, ...]] = {
+    "torchvision.models.swin_transformer.ShiftedWindowAttention": ("qkv", "proj"),
+    "timm.models.beit.Attention": ("qkv",),
+    "timm.models.eva.EvaAttention": ("qkv",),
+    "transformers.models.deberta.modeling_deberta.DebertaEncoder": ("rel_embeddings",),
+    "transformers.models.deberta_v2.modeling_deberta_v2.DebertaV2Encoder": ("rel_embeddings",),
+    "transformers.models.detr.modeling_detr.DetrModel": ("query_position_embeddings",),
+    "transformers.models.prophetnet.modeling_prophetnet.ProphetNetDecoder": ("ngram_embeddings",),
+    "transformers.models.mamba.modeling_mamba.MambaMixer": ("dt_proj",),
+    "transformers.models.jamba.modeling_jamba.JambaMambaMixer": ("dt_proj",),
+}
+"""Class -> its nn.Linear and nn.Embedding children whose weights it reads itself, past their forward passes: these are
+mixed where they are read. Subclasses are covered. Add the classes of your own that do so."""
+
 SIBLINGS = (
     ("query", "key", "value"),
     ("q_proj", "k_proj", "v_proj"),
@@ -74,19 +91,26 @@ class Use:
     p: float | None = None
     target: Tensor | None = None
     mixing: nn.Module | None = None
+    read_past: bool = False
 
     @property
     def name(self) -> str:
         return join_names(self.module_name, self.attribute)
 
-    # A forward that someone put on the instance reads the weight and knows nothing of the class's.
     @property
     def is_linear(self) -> bool:
-        return type(self.module) is nn.Linear and "forward" not in vars(self.module)
+        return type(self.module) is nn.Linear and self._takes_our_class()
 
     @property
     def is_embedding(self) -> bool:
-        return type(self.module) is nn.Embedding and "forward" not in vars(self.module)
+        return type(self.module) is nn.Embedding and self._takes_our_class()
+
+    def _takes_our_class(self) -> bool:
+        """Others are mixed where they are read. A forward that someone put on the instance knows nothing of the
+        class's, and attributes of ours would replace the module's own."""
+        module = self.module
+        own = itertools.chain(vars(module), module._buffers, module._modules)
+        return not self.read_past and {"forward", "target", *OPTIONS}.isdisjoint(own)
 
     def mix(self, mask: str, grad_scale: str, backend: str | None) -> None:
         """Have the module read the mixed weight."""
@@ -108,6 +132,7 @@ class Use:
 def find_uses(model: nn.Module, frozen: bool, mask: str) -> list[Use]:
     """Every parameter in every module that holds it, with the reasons that lie in the parameter itself."""
     lora_a, lora_b, lora_parameters = _lora_weights(model)
+    read_past = _read_past(model)
     uses = []
     for module_name, module in model.named_modules():
         for attribute, parameter in module._parameters.items():
@@ -121,6 +146,7 @@ def find_uses(model: nn.Module, frozen: bool, mask: str) -> list[Use]:
                 )
             kind = type(module).__name__
             use = Use(module_name, module, attribute, parameter, input_dims, kind, None, parameter in lora_a)
+            use.read_past = module in read_past
             if parameter.dim() < 2 or attribute.endswith("bias"):
                 use.reason = "bias or normalisation"
             elif parameter.dtype not in DTYPES:
@@ -159,6 +185,16 @@ def _lora_weights(model: nn.Module) -> tuple[set[nn.Parameter], set[nn.Parameter
                 of_parameters.update(module.lora_A.parameters(), module.lora_B.parameters())
                 of_parameters.add(module.get_base_layer()._parameters.get(module.parameter_name))
     return a, b, of_parameters
+
+
+def _read_past(model: nn.Module) -> set[nn.Module]:
+    return {
+        child
+        for module in model.modules()
+        for cls in type(module).__mro__
+        for name in READ_PAST.get(f"{cls.__module__}.{cls.__qualname__}", ())
+        if (child := module._modules.get(name)) is not None
+    }
 
 
 def _input_dims(module: nn.Module, attribute: str) -> tuple[int, ...]:

@@ -24,7 +24,7 @@ from mixout_fast.apply import mixed_parameters
 from mixout_fast.embedding import MixEmbedding
 from mixout_fast.functional import MASKS
 from mixout_fast.mixed_weight import Mixing
-from mixout_fast.uses import INPUT_DIMS
+from mixout_fast.uses import INPUT_DIMS, READ_PAST
 
 masks = pytest.mark.parametrize("mask", MASKS)
 
@@ -305,6 +305,17 @@ def test_embedding_is_that_of_the_mixed_table(mask, grad_scale, device):
     testing.assert_same_values("gradient", grads[0][0], grads[1][0], table)
 
 
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16, torch.float32))
+def test_an_embeddings_gradient_as_published_is_not_rounded(dtype, device):
+    """fp16's largest number is 65504."""
+    table = apply_mixout(nn.Embedding(50, 8).to(device, dtype), 0.9, grad_scale="paper")
+    table.seed = torch.tensor(5, device=device)
+    gradient = (8000 * torch.rand(50, 8, device=device)).to(dtype)
+    table(torch.arange(50, device=device)).backward(gradient)
+    keep = table._kept(torch.arange(50, device=device))
+    testing.assert_same_values("gradient", table.weight.grad, gradient * keep, table)
+
+
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16, torch.float64))
 def test_embedding_in_other_dtypes(dtype, device):
     table = nn.Embedding(50, 8).to(device, dtype)
@@ -569,13 +580,13 @@ def test_paper_layers(device):
     x = torch.randn(2, 8, device=device)
     apply_mixout(model, 0.9, layers="paper", example=x)
     assert {mixed.name for mixed in mixed_parameters(model)} == {"second.weight"}
-    assert reasons(model)["first.weight"] == reasons(model)["third.weight"] == "no Dropout feeds it"
+    assert reasons(model)["first.weight"] == reasons(model)["third.weight"] == "no Dropout module feeds it"
     assert (model.drop.p, model.unused_drop.p) == (0.0, 0.2)
     assert "Dropouts set to 0: drop (was 0.1)" in str(mixout_report(model))
     assert model.training and model.drop.training
     assert not model.drop._forward_hooks
     remove_mixout(model)
-    # A head is mixed though no Dropout feeds it.
+    # A head is mixed though no Dropout module feeds it.
     apply_mixout(model, 0.9, layers="paper", example=(x,), head={"first": ("mixout", 0.5)})
     assert model.first.p == 0.5
     remove_mixout(model)
@@ -716,6 +727,52 @@ def test_eval_model_exports(net, tokens):
     exported = torch.export.export(net, (tokens,))
     testing.assert_same_bits("exported", exported.module()(tokens), net(tokens), net)
     assert not any("mixout_fast" in str(node.target) for node in exported.graph.nodes)
+
+
+def test_a_modules_own_attributes_stay(device):
+    """Layers that have attributes of the names of ours are mixed where their weight is read."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Embedding(5, 4)).to(device)
+    model[0].register_buffer("mask", torch.ones(4))
+    model[1].p, model[2].seed = "own", "own"
+    attributes = [dir(module) for module in model]
+    apply_mixout(model, 1.0)
+    assert [type(module) for module in model] != [nn.Linear, nn.Linear, nn.Embedding]
+    (
+        model[1](model[0](torch.ones(2, 4, device=device))).sum() + model[2](torch.tensor([3], device=device)).sum()
+    ).backward()
+    assert not any(module.weight.grad.any() for module in remove_mixout(model))
+    assert [dir(module) for module in model] == attributes
+    assert (model[1].p, model[2].seed) == ("own", "own")
+
+
+class ReadsItsChildren(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.table = nn.Linear(4, 12), nn.Embedding(5, 4)
+
+    def forward(self, x):
+        return F.linear(x + self.table.weight[3], self.qkv.weight, self.qkv.bias)
+
+
+@pytest.mark.parametrize("listed", (True, False))
+def test_weights_that_their_parents_read(listed, monkeypatch, device):
+    """At p = 1 a weight that gets a gradient has been read past its layer."""
+    if listed:
+        monkeypatch.setitem(READ_PAST, f"{__name__}.ReadsItsChildren", ("qkv", "table"))
+    model = apply_mixout(type("Subclass", (ReadsItsChildren,), {})().to(device), 1.0)
+    model(torch.ones(2, 4, device=device)).sum().backward()
+    read_past = [m.name for m in mixed_parameters(model) if m.parameter.grad is not None and m.parameter.grad.any()]
+    assert read_past == ([] if listed else ["qkv.weight", "table.weight"])
+
+
+def test_the_report_of_parts_has_the_rows_of_all():
+    model = nn.ModuleDict({"a": nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.2)), "b": nn.Linear(4, 4)})
+    apply_mixout(model["a"], 0.9, dropout=0.0)
+    apply_mixout(model["b"], 0.5)
+    report = mixout_report(model)
+    mixed = [(row.name, row.p) for row in report.rows if row.reason is None]
+    assert mixed == [("a.0.weight", 0.9), ("b.weight", 0.5)]
+    assert report.dropouts == {"a.1": 0.2}
 
 
 def test_an_attribute_error_in_mixing_does_not_leave_the_plain_weight():

@@ -1,5 +1,6 @@
 """What only the C++ kernels for CPUs need: every instruction set, and sizes at which their sums change form."""
 
+import dataclasses
 import os
 import platform
 import re
@@ -58,6 +59,16 @@ def test_error_of_many_rows(shape, p, dtype, name, seed):
         case.grad_output.add_(1)
     testing.check_error(cases, name)
     testing.check_error(map(testing.by_columns, cases), name)
+
+
+@pytest.mark.parametrize("dtype", dict.fromkeys((*OWN_PRODUCTS, torch.bfloat16)), ids=str)
+@pytest.mark.parametrize("rows", (1, 40))
+def test_error_beside_a_large_bias(rows, dtype, seed):
+    """To which each of the sums that y is made of would be rounded."""
+    cases = testing.error_cases(testing.random_case, (rows, 3500, 300), seed, p=0.1, dtype=dtype)
+    cases = [dataclasses.replace(case, bias=1000 * case.bias) for case in cases]
+    testing.check_error(cases, "cpu")
+    testing.check_error(map(testing.by_columns, cases), "cpu")
 
 
 def assert_same_for_any_threads(case, names):

@@ -109,6 +109,21 @@ def test_from_linear_and_back_keep_parameters_and_mode(bias, training, device):
         assert (module.in_features, module.out_features) == (17, 5)
 
 
+def test_a_forward_of_its_own_is_refused():
+    class Scaled(nn.Linear):
+        def forward(self, input):
+            return 2 * super().forward(input)
+
+    with pytest.raises(TypeError, match="linear: Scaled, which has a forward of its own"):
+        MixLinear.from_linear(Scaled(3, 4), 0.5)
+    assert MixLinear.from_linear(MixLinear(3, 4, p=0.1), 0.5).p == 0.5
+
+
+def test_a_target_in_the_place_of_bias_is_refused():
+    with pytest.raises(TypeError, match=r"bias: Tensor.*target is the fourth"):
+        MixLinear(3, 4, torch.zeros(4, 3))
+
+
 def test_from_linear_takes_a_copy_of_the_weight_as_target(linear):
     layer = MixLinear.from_linear(linear, 1.0)
     pretrained = linear.weight.detach().clone()

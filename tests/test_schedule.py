@@ -159,7 +159,6 @@ def test_refuses_a_model_without_mixout_and_small_targets():
 def test_after_removal_its_steps_say_so(layer):
     model = apply_mixout(nn.Sequential(layer), 0.8)
     scheduler = MixoutScheduler(model, p_factor=lambda step: 1.0)
-    MixoutScheduler(model)
     scheduler.step()
     remove_mixout(model)
     for then in (None, lambda: apply_mixout(model, 0.3), lambda: MixoutScheduler(model)):
@@ -188,8 +187,10 @@ def test_a_state_of_other_options_is_refused(model, saved, loaded):
 def test_a_further_scheduler_takes_the_place_of_the_one_before():
     """p scaled to 0 and held seeds do not stay behind."""
     model = apply_mixout(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), 0.8)
-    MixoutScheduler(model, p_factor=lambda step: 0.0, hold=3)
+    first = MixoutScheduler(model, p_factor=lambda step: 0.0, hold=3)
     assert [mixed.mixing.p for mixed in mixed_parameters(model)] == [0.0, 0.0]
     MixoutScheduler(model)
     assert [(mixed.mixing.p, mixed.mixing.seed) for mixed in mixed_parameters(model)] == [(0.8, None)] * 2
+    with pytest.raises(RuntimeError, match="a further scheduler has taken this one's place"):
+        first.step()
     assert not hasattr(remove_mixout(model)[0], "base_p")

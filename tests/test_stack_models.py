@@ -235,6 +235,12 @@ def test_the_papers_layers_of_a_model_of_images_take_an_example():
     assert mixed_parameters(model)
 
 
+def test_the_papers_layers_where_dummy_inputs_lack_some():
+    model = bert()
+    model.__class__ = type("Bert", (type(model),), {"dummy_inputs": {**model.dummy_inputs, "token_type_ids": None}})
+    assert mixed_parameters(apply_mixout(model, 0.9, layers="paper"))
+
+
 def test_twenty_steps_agree_with_the_reference(device, backend):
     """Weights after 20 steps, against fp64: the median over runs is at most twice the reference's error.
 

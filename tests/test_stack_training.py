@@ -17,6 +17,7 @@ from mixout_fast import (
     mix_linear,
     mixout_report,
     remove_mixout,
+    target_state_dict,
     testing,
     wdecay,
 )
@@ -391,6 +392,26 @@ def test_fsdp2_trains_alike(name, process_group):
     model, inputs = apply_mixout(MODELS[name]().train(), 0.8, share_masks=True), batch(name)
     want = losses(copy.deepcopy(model), inputs)
     testing.assert_same_bits("losses of three steps", losses(sharded(model), inputs), want, name)
+
+
+def test_decay_and_moving_targets_under_fsdp2(process_group):
+    """Targets are whole there, weights sharded."""
+    start, inputs, seen = apply_mixout(bert().train(), 0.8), batch("bert"), []
+    for wrap in (copy.deepcopy, lambda model: sharded(copy.deepcopy(model))):
+        model = wrap(start)
+        scheduler = MixoutScheduler(model, ema=0.5)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        wdecay(optimizer, model, 0.5)
+        for number in range(3):
+            torch.manual_seed(number)
+            model(**inputs).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            scheduler.step()
+        seen.append([getattr(w, "full_tensor", lambda w=w: w)() for w in model.parameters()])
+        seen[-1] += target_state_dict(model).values()
+    for want, got in zip(*seen, strict=True):
+        testing.assert_same_bits("weight or target", got.detach(), want.detach(), "FSDP2")
 
 
 def test_fsdp2_in_bf16_takes_targets_in_bf16(process_group, mixes_first):

@@ -159,14 +159,14 @@ void multiply(const Mixing& mixing, Matrix x, int64_t m, int64_t all_rows, int64
   T* staged =
       scratch<T>(Slot::block, staged_size + (block_terms + 1) * block_outputs + (narrows ? m * (end - begin) : 0));
   T* mixed = staged + staged_size;
-  T* offset = mixed + block_terms * block_outputs;
-  memset(offset, 0, block_outputs * sizeof(T));
+  T* widened_bias = mixed + block_terms * block_outputs;
+  static constexpr T zeros[panel<T>] = {};
   // Sums go to the result itself where it is of their dtype.
   T* sums;
   int64_t sums_stride;
   if constexpr (narrows) {
     sums_stride = end - begin;
-    sums = offset + block_outputs;
+    sums = widened_bias + block_outputs;
   } else {
     sums_stride = result_stride;
     sums = static_cast<Result*>(result) + begin;
@@ -183,8 +183,11 @@ void multiply(const Mixing& mixing, Matrix x, int64_t m, int64_t all_rows, int64
       const Panels<T> panels{mixed, part.terms};
       if (first == begin) stage_rows<T, Result>(x, in_place, m, term, part.terms, staged_rows.row_stride, staged);
       mix_panels<forward, Operand, Result>(mixing, part, panels);
-      if (bias && term == 0)
-        for (int64_t j = 0; j < part.outputs; ++j) offset[j] = widen(static_cast<const Result*>(bias)[first + j]);
+      // Last, for each of several sums would round beside it: first, a large one gave y of one row and 8192 terms 10
+      // times the error of the library, which adds it once.
+      const bool adds_bias = bias && term + block_terms >= terms;
+      if (adds_bias)
+        for (int64_t j = 0; j < part.outputs; ++j) widened_bias[j] = widen(static_cast<const Result*>(bias)[first + j]);
       const bool is_last = first + block_outputs >= end;
       Prefetch next = prefetch_of<forward, Operand>(mixing, is_last ? part_at(begin, term + block_terms)
                                                                     : part_at(first + block_outputs, term));
@@ -195,11 +198,16 @@ void multiply(const Mixing& mixing, Matrix x, int64_t m, int64_t all_rows, int64
                                   : reinterpret_cast<const T*>(address<T>(x, row, term));
         const int64_t width = panels.width(output, part.outputs);
         T* out = sums + row * sums_stride + (first - begin) + output;
-        const T* base = term ? out : offset + output;
+        const T* base = term ? out : zeros;
         const int64_t base_stride = term ? sums_stride : 0;
         if (row + tile_rows <= m && output + width <= part.outputs && !in_short_pieces) {
           multiply_panel(layout, width, piece, part.terms, left, panels.at(output), base, base_stride, out, sums_stride,
                          prefetch);
+          for (int64_t i = 0; i < tile_rows && adds_bias; ++i)
+            for (int64_t v = 0; v < width; v += lanes<T>) {
+              T* sum = out + i * sums_stride + v;
+              store(sum, load(sum) + load(widened_bias + output + v));
+            }
           return;
         }
         // Beside the result where the tile sticks out of it, in the same order; and where a block's short pieces are
@@ -214,8 +222,10 @@ void multiply(const Mixing& mixing, Matrix x, int64_t m, int64_t all_rows, int64
                        prefetch);
         for (int64_t i = 0; i < rows_left; ++i)
           for (int64_t j = 0; j < outputs_left; ++j) {
-            const T sum = edge[i * panel<T> + j];
-            out[i * sums_stride + j] = in_short_pieces ? base[i * base_stride + j] + sum : sum;
+            T sum = edge[i * panel<T> + j];
+            if (in_short_pieces) sum += base[i * base_stride + j];
+            if (adds_bias) sum += widened_bias[output + j];
+            out[i * sums_stride + j] = sum;
           }
       };
       NoPrefetch nothing;
