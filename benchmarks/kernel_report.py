@@ -175,7 +175,7 @@ def specialization(launch: Launch) -> tuple[dict, dict, dict]:
             signature[name] = POINTER[value.dtype]
         else:
             signature[name] = parameter.annotation_type or ("i32" if value < 2**31 else "i64")
-        if isinstance(value, torch.Tensor) or (specialized and isinstance(value, int) and value % 16 == 0):
+        if specialized and (isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0)):
             attributes[(i,)] = [["tt.divisibility", 16]]
     return signature, constants, attributes
 

@@ -132,6 +132,15 @@ def test_sizes_of_one_compile_and_launch(mask, path, launched, monkeypatch):
     assert {name.removesuffix("_kernel") for name in launched} == kinds
 
 
+def test_a_seed_at_any_address_compiles_nothing_anew(launched):
+    """As those are that a user draws into one tensor."""
+    for seed in torch.arange(2):
+        triton.mix(torch.empty(32, 32), None, seed, 0.5, "input", torch.float32)
+    (compiled, *_) = triton.kernels.prologue_kernel.device_caches[-1]
+    assert len(launched) == 2
+    assert len(compiled) == 1
+
+
 def test_faults_are_found(launches):
     """Of a product too large for its registers and shared memory, and of rows two apart."""
     product = launches["y, input"]

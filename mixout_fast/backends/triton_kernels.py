@@ -14,10 +14,10 @@ import triton.language as tl
 # matrices as integers (triton 3.9, runtime/interpreter.py: _convert_float, create_dot). Compiled, none of this is used.
 INTERPRETS = tl.constexpr(triton.knobs.runtime.interpret)
 
-# Arguments that change between calls of a layer: p's and numbers of rows, parts and programs. Triton compiles a kernel
-# again for an integer that is 1 or divisible by 16 where those before were not.
+# Arguments that change between calls of a layer: p's, the seed, and numbers of rows, parts and programs. Triton
+# compiles again for an integer that is 1, or an integer or address that 16 divides, where those before were not.
 VARIABLE = (
-    "threshold", "M", "weight_programs", "weight_blocks", "gathered_rows", "programs", "summed_rows",
+    "threshold", "seed_ptr", "M", "weight_programs", "weight_blocks", "gathered_rows", "programs", "summed_rows",
     "part_rows",
 )  # fmt: skip
 
