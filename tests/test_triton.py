@@ -228,7 +228,7 @@ def test_every_configuration_of_the_one_pass_product(served, seed, monkeypatch):
         config = triton.one_pass_config(13, 70) | {"BLOCK_F": features}
         monkeypatch.setattr(triton, "one_pass_config", lambda rows, features, config=config: config)
         for mask in MASKS:
-            case = testing.integer_case(13, 130, 70, p=0.75, mask=mask, device=served, seed=seed)
+            case = testing.integer_case(13, 132, 70, p=0.75, mask=mask, device=served, seed=seed)
             testing.check_exact(case, "triton")
 
 
@@ -238,6 +238,19 @@ def test_the_configuration_follows_the_number_of_programs():
         assert (config["BLOCK_M"], config["BLOCK_F"]) == (32, features)
     assert triton.one_pass_config(1000, 64)["BLOCK_M"] == 64
     assert triton.one_pass_config(1, 64)["BLOCK_M"] == 16
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_element_masks_in_one_pass(dtype, served, seed):
+    """Where rows are whole Philox calls. Of others W is mixed first."""
+    options = {"mask": "element", "compute": dtype, "device": served}
+    for shape in ((13, 132, 70), (1, 4, 33), (16, 252, 5)):
+        for p in (0.5, 0.75):
+            testing.check_exact(testing.integer_case(*shape, p=p, seed=seed, **options), "triton")
+    testing.check_error(testing.error_cases(testing.random_case, (16, 252, 65), seed, p=0.9, **options), "triton")
+    for in_features, one_pass in ((132, True), (130, False)):
+        weight = torch.empty(70, in_features)
+        assert triton.ways(dtype, 16, weight, None, "element") == (False, one_pass, one_pass)
 
 
 def test_error_of_few_rows(served, seed):
@@ -257,7 +270,7 @@ def test_error_of_few_rows(served, seed):
 def test_operators_are_pure_and_have_fakes(served, seed):
     case = testing.random_case(5, 33, 17, p=0.9, device=served, seed=seed)
     operands, draw = (case.weight, case.target), (case.seed, case.p)
-    x, grad = case.input, case.grad_output
+    x, grad, entries = case.input, case.grad_output, case.weight[:, :32]
     _, index, columns, parts = triton.prologue(None, None, x, grad, *draw, "input", 1.0, False, False, torch.float32)
     lying = testing.by_columns(case)
     for function, arguments in (
@@ -267,7 +280,7 @@ def test_operators_are_pure_and_have_fakes(served, seed):
         (triton.prologue, (*operands, None, grad, *draw, "element", 10.0, False, False, torch.float32)),
         (triton.prologue, (case.weight, None, None, parts, *draw, "element", 10.0, True, False, torch.bfloat16)),
         (triton.product, (x, *operands, case.bias, *draw, "input", False)),
-        (triton.product, (grad, *operands, None, *draw, "element", True)),
+        (triton.product, (grad, entries, None, None, *draw, "element", True)),
         (triton.expanded, (columns.t() @ grad, index, parts, 33, 10.0, False, torch.bfloat16)),
         (triton.expanded, (columns.t() @ grad, index, None, 33, 10.0, True, torch.bfloat16)),
     ):

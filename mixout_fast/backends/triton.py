@@ -103,9 +103,20 @@ def unavailable(device_type: str) -> str | None:
 def is_one_pass(dtype: torch.dtype, rows: int, out_features: int) -> tuple[bool, bool]:
     """Whether y, and whether dX, of so many rows and outputs is computed in one pass.
 
-    Of an input mask a weight that lies by columns is mixed first all the same.
+    `ways` has the exceptions.
     """
     return gpu.is_one_pass(ONE_PASS_ROWS, MANY_OUTPUTS_ROWS, dtype, rows, out_features)
+
+
+def ways(dtype: torch.dtype, rows: int, weight: Tensor, target: Tensor | None, mask: str) -> tuple[bool, bool, bool]:
+    """Whether W is taken by columns; whether y, and whether dX, is computed in one pass.
+
+    Neither is of W by columns, nor of an element mask where a Philox call's 4 entries can be of two rows.
+    """
+    by_columns = mask == "input" and lies_by_columns(weight, target)
+    mixed_first = by_columns or (mask == "element" and weight.shape[1] % 4 != 0)
+    forward, backward = is_one_pass(dtype, rows, weight.shape[0])
+    return by_columns, forward and not mixed_first, backward and not mixed_first
 
 
 def mix(weight: Tensor, target: Tensor | None, seed: Tensor, p: float, mask: str, dtype: torch.dtype) -> Tensor:
@@ -121,8 +132,7 @@ def linear(
     gathers: bool, static: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     rows = input.reshape(-1, weight.shape[1])
-    by_columns = mask == "input" and lies_by_columns(weight, target)
-    one_pass = not by_columns and is_one_pass(input.dtype, rows.shape[0], weight.shape[0])[0]
+    by_columns, one_pass, _ = ways(input.dtype, rows.shape[0], weight, target, mask)
     index = columns = None
     if gathers or not one_pass:
         operands = (None, None) if one_pass else (weight, target)
@@ -145,8 +155,7 @@ def gradients(
     out_features, in_features = weight.shape
     rows, draw = grad.reshape(-1, out_features), (seed, p, mask)
     x = input.reshape(-1, in_features) if needs_weight and input is not None else None
-    by_columns = mask == "input" and lies_by_columns(weight, target)
-    one_pass = not by_columns and is_one_pass(grad.dtype, *rows.shape)[1]
+    by_columns, _, one_pass = ways(grad.dtype, rows.shape[0], weight, target, mask)
     in_full = mask == "element" or gpu.takes_full_product(p, out_features, in_features)
     mixes, gathers = needs_input and not one_pass, x is not None and not in_full
     in_parts = needs_bias and needs_weight and (mixes or gathers)
@@ -347,8 +356,8 @@ def product(
     launch(
         kernels.one_pass_kernel, grid, rows.device, rows, weight, target, bias, output, seed, threshold(p), scale(p),
         row_count, *weight.shape, bound, *rows.stride(), *weight.stride(), *_strides(target, 2), *_strides(bias, 1),
-        TRANSPOSED=transposed, ELEMENT=mask == "element", BOUNDED=bound < in_features, IN_FOURS=in_features % 4 == 0,
-        COMPUTE=_compute(rows), PRECISION=_precision(rows.dtype), **config,
+        TRANSPOSED=transposed, ELEMENT=mask == "element", BOUNDED=bound < in_features, COMPUTE=_compute(rows),
+        PRECISION=_precision(rows.dtype), **config,
     )  # fmt: skip
     return output
 

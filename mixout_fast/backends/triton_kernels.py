@@ -44,26 +44,19 @@ def narrow(value, dtype: tl.constexpr):
 
 
 @triton.jit
-def philox(seed, group):
-    """The words of entries 4·group … 4·group + 3, uint32 each, from an int64 counter."""
+def drawn_entries(seed, threshold, group, BLOCK: tl.constexpr):
+    """The draw of mask entries 4·group … 4·group + BLOCK - 1: (BLOCK,), or of groups (A, 1) (A, BLOCK)."""
+    group = (group + tl.arange(0, BLOCK // 4)).to(tl.int64)
     low = group.to(tl.uint32)
     zero = tl.zeros_like(low)
-    return tl.philox(seed, low, (group >> 32).to(tl.uint32), zero, zero)
-
-
-@triton.jit
-def mask_words(seed, group):
-    """The words of a group one behind another: int64 counters (…, G) to int64 words (…, 4G) in [0, 2**32)."""
-    word0, word1, word2, word3 = philox(seed, group)
-    return tl.interleave(tl.interleave(word0, word2), tl.interleave(word1, word3)).to(tl.int64)
+    word0, word1, word2, word3 = tl.philox(seed, low, (group >> 32).to(tl.uint32), zero, zero)
+    return tl.interleave(tl.interleave(word0, word2), tl.interleave(word1, word3)).to(tl.int64) >= threshold
 
 
 @triton.jit
 def drawn_columns(seed, threshold, start, end, BLOCK: tl.constexpr):
     """The input mask's draw for columns start … start + BLOCK - 1, false from `end` on; 4 divides start. (BLOCK,)"""
-    group = start // 4 + tl.arange(0, BLOCK // 4)
-    column = start + tl.arange(0, BLOCK)
-    return (mask_words(seed, group.to(tl.int64)) >= threshold) & (column < end)
+    return drawn_entries(seed, threshold, start // 4, BLOCK) & (start + tl.arange(0, BLOCK) < end)
 
 
 @triton.jit
@@ -86,23 +79,6 @@ def mask_end(seed, threshold, limit, C, BOUNDED: tl.constexpr):
                 end = tl.minimum(end, tl.min(tl.where(past, start + tl.arange(0, COUNTED), limit)))
                 kept += tl.sum(drawn)
     return end
-
-
-@triton.jit
-def drawn_entries(seed, threshold, row, start, K, IN_FOURS: tl.constexpr, BLOCK: tl.constexpr):
-    """The element mask of rows (A,) and columns start … start + BLOCK - 1, as (A, BLOCK); 4 divides start.
-
-    IN_FOURS: 4 divides K, so that 4 columns of a row share a Philox call; else each entry has one of its own.
-    """
-    if IN_FOURS:
-        column_group = start // 4 + tl.arange(0, BLOCK // 4)
-        words = mask_words(seed, (row.to(tl.int64) * (K // 4))[:, None] + column_group[None, :])
-    else:
-        entry = (row.to(tl.int64) * K)[:, None] + (start + tl.arange(0, BLOCK))[None, :]
-        word0, word1, word2, word3 = philox(seed, entry >> 2)
-        lane = (entry & 3).to(tl.int32)
-        words = tl.where(lane < 2, tl.where(lane == 0, word0, word1), tl.where(lane == 2, word2, word3)).to(tl.int64)
-    return words >= threshold
 
 
 @triton.jit
@@ -283,7 +259,7 @@ def element_kernel(
     if program < programs:
         scale = tl.full((), factor, COMPUTE)
         start = program.to(tl.int64) * BLOCK
-        keep = mask_words(seed, start // 4 + tl.arange(0, BLOCK // 4)) >= threshold
+        keep = drawn_entries(seed, threshold, start // 4, BLOCK)
         entry = start + tl.arange(0, BLOCK)
         inside = entry < entries
         if CONTIGUOUS:
@@ -312,8 +288,8 @@ def one_pass_kernel(
     seed_ptr,  # int64
     threshold: tl.int64, factor: tl.float64, M, N, K, C,
     stride_xm, stride_xr, stride_wn, stride_wk, stride_un, stride_uk, stride_b,
-    TRANSPOSED: tl.constexpr, ELEMENT: tl.constexpr, BOUNDED: tl.constexpr, IN_FOURS: tl.constexpr,
-    COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
+    TRANSPOSED: tl.constexpr, ELEMENT: tl.constexpr, BOUNDED: tl.constexpr, COMPUTE: tl.constexpr,
+    PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """x W'ᵀ + b, or with TRANSPOSED dY W', without W' in memory: a program makes BLOCK_F features of BLOCK_M rows.
@@ -345,16 +321,12 @@ def one_pass_kernel(
         reduced = start + tl.arange(0, BLOCK_R)
         inside = (row < M)[None, :] & (reduced < reduced_size)[:, None]
         x = tl.load(rows_ptr + row_offset + reduced.to(tl.int64)[:, None] * stride_xr, mask=inside, other=0)
-        if TRANSPOSED:
-            n, k = reduced, feature
-            if ELEMENT:
-                keep = drawn_entries(seed, threshold, n, feature_start, K, IN_FOURS, BLOCK_F)
-        else:
-            n, k = feature, reduced
-            if ELEMENT:
-                keep = drawn_entries(seed, threshold, n, start, K, IN_FOURS, BLOCK_R)
-            else:
-                keep = drawn_columns(seed, threshold, start, end, BLOCK_R)[None, :]
+        n, k = (reduced, feature) if TRANSPOSED else (feature, reduced)
+        if ELEMENT:
+            group = (n.to(tl.int64) * (K // 4))[:, None] + (feature_start if TRANSPOSED else start) // 4
+            keep = drawn_entries(seed, threshold, group, BLOCK_F if TRANSPOSED else BLOCK_R)
+        elif not TRANSPOSED:
+            keep = drawn_columns(seed, threshold, start, end, BLOCK_R)[None, :]
         inside = (n < N)[:, None] & (k < K)[None, :]
         n, k = n.to(tl.int64)[:, None], k.to(tl.int64)[None, :]
         weight_offset, target_offset = n * stride_wn + k * stride_wk, n * stride_un + k * stride_uk
