@@ -48,18 +48,8 @@ INTERPRETS = INSTALLED and kernels.INTERPRETS.value
 # in_features of dX, and takes a step for 32 of the others: estimated at 0.2 us on an H100. One pass / mixing first,
 # us: y and dX at 768x768 6 / 7; y of 4096 outputs from 1024 in_features 8 / 14, of 768 from 3072 22 / 10; dX of 3072
 # outputs at 768 22 / 10. In fp32 the product itself weighs more, and beyond few rows the library's is the better one.
-ONE_PASS_ROWS = {
-    torch.bfloat16: (16, 16),
-    torch.float16: (16, 16),
-    torch.float32: (16, 16),
-    torch.float64: (-1, -1),
-}
-MANY_OUTPUTS_ROWS = {
-    torch.bfloat16: (64, -1),
-    torch.float16: (64, -1),
-    torch.float32: (16, -1),
-    torch.float64: (-1, -1),
-}
+ONE_PASS_ROWS = dict.fromkeys((torch.bfloat16, torch.float16, torch.float32), (16, 16)) | {torch.float64: (-1, -1)}
+MANY_OUTPUTS_ROWS = ONE_PASS_ROWS | {torch.bfloat16: (64, -1), torch.float16: (64, -1), torch.float32: (16, -1)}
 
 # Chosen by benchmarks/kernel_report.py: in steps of 64 entries of 16-bit rows some kernels take more than 200 registers
 # or spill a dozen, in steps of 32 none does (at most 134; with 5 stages and 32 features one spills). In fp32 the halves
