@@ -128,10 +128,7 @@ def linear(
         operands = (None, None) if one_pass else (weight, target)
         x = rows if gathers else None
         mixed, index, columns, _ = prologue(*operands, x, None, seed, p, mask, scale(p), False, by_columns, input.dtype)
-    if not one_pass:
-        output = F.linear(input, mixed, bias)
-        return reference.shaped(output, output.shape), index, columns
-    output = product(rows, weight, target, bias, seed, p, mask, False)
+    output = product(rows, weight, target, bias, seed, p, mask, False) if one_pass else F.linear(input, mixed, bias)
     return reference.shaped(output, (*input.shape[:-1], weight.shape[0])), index, columns
 
 
