@@ -13,31 +13,31 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mixout_fast import MixLinear, backends
-from mixout_fast.testing import Case, by_columns, random_case
+from mixout_fast.testing import Case, column_major, random_case
 
 
 @dataclass(frozen=True)
 class Shape:
-    """RxKxN, and a t behind it where the weight lies by columns, as GPT-2's Conv1D has it."""
+    """RxKxN, and a t behind it where the weight is column-major, as GPT-2's Conv1D has it."""
 
     rows: int
     in_features: int
     out_features: int
-    by_columns: bool = False
+    column_major: bool = False
 
     @classmethod
     def parse(cls, text: str) -> "Shape":
         return cls(*map(int, text.removesuffix("t").split("x")), text.endswith("t"))
 
     def __str__(self) -> str:
-        return f"{self.rows}x{self.in_features}x{self.out_features}{'t' if self.by_columns else ''}"
+        return f"{self.rows}x{self.in_features}x{self.out_features}{'t' if self.column_major else ''}"
 
 
 @functools.lru_cache(maxsize=1)
 def _tensors(shape: Shape, dtype: torch.dtype, device: str) -> Case:
     case = random_case(*astuple(shape)[:3], p=0.5, dtype=dtype, device=device)
     case.input.requires_grad_()
-    return by_columns(case) if shape.by_columns else case
+    return column_major(case) if shape.column_major else case
 
 
 def problem(shape: Shape, p: float, dtype: torch.dtype, device: str = "cpu") -> Case:

@@ -120,26 +120,26 @@ def launches(quick: bool) -> list[Launch]:
             compact = torch.empty(len(index), out_features, dtype=compute)
             for sums, summed in ((", sum", grad), ("", None)):
                 record(f"gather{sums}", backend.prologue, None, None, x, summed, *draw, False, False, compute)
-            for by_columns in (False, True):
-                where = ", columns" if by_columns else ""
-                W, dW = (lying(out_features, in_features, d, by_columns) for d in (dtype, compute))
+            for column_major in (False, True):
+                where = ", columns" if column_major else ""
+                W, dW = (lying(out_features, in_features, d, column_major) for d in (dtype, compute))
                 for sums, summed in ((", sum", parts), ("", None)):
-                    ending = (summed, *draw, True, by_columns, dtype)
+                    ending = (summed, *draw, True, column_major, dtype)
                     record(f"mask_grad of dW'{sums}{where}", backend.prologue, dW, None, None, *ending)
                     record(
                         f"expand{sums}{where}", backend.expanded, compact, index, summed, in_features, 2.0, *ending[-2:]
                     )
                 for sums, summed in ((", sum", grad), ("", None)):
-                    ending = (summed, *draw, False, by_columns, compute)
+                    ending = (summed, *draw, False, column_major, compute)
                     record(f"mix, gather{sums}{where}", backend.prologue, W, W, x, *ending)
-                    if by_columns:
+                    if column_major:
                         record(f"mix{sums}{where}", backend.prologue, W, W, None, *ending)
     return list(seen.values())
 
 
-def lying(out_features: int, in_features: int, dtype: torch.dtype, by_columns: bool) -> torch.Tensor:
-    """(N, K) that lies by rows or by columns."""
-    if by_columns:
+def lying(out_features: int, in_features: int, dtype: torch.dtype, column_major: bool) -> torch.Tensor:
+    """(N, K), row-major or column-major."""
+    if column_major:
         return torch.empty(in_features, out_features, dtype=dtype).t()
     return torch.empty(out_features, in_features, dtype=dtype)
 

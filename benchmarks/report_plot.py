@@ -76,7 +76,7 @@ def largest_group(cells: list[dict], group: Callable, place: Callable) -> tuple[
 
 
 def layer_of(cell: dict) -> str:
-    """KxN, with the t of a weight by columns."""
+    """KxN, with the t of a column-major weight."""
     return cell["cell"]["shape"].partition("x")[2]
 
 

@@ -30,7 +30,7 @@ def main() -> None:
                 for p in (0.2, 0.9):
                     case = testing.random_case(*shape, p=p, mask=mask, dtype=dtype, compute=compute, device="cuda")
                     testing.run(case, backend)
-                    testing.run(testing.by_columns(case), backend)
+                    testing.run(testing.column_major(case), backend)
                 mixout(case.weight, case.target, case.p, True, mask=mask, seed=case.seed, backend=backend)
     print(f"ran the kernels of {backend}")
 

@@ -43,7 +43,7 @@ inline torch::stable::Tensor rows_of(const torch::stable::Tensor& tensor, int64_
 }
 
 // As in mixout_fast/reference.py.
-inline bool lies_by_columns(const torch::stable::Tensor& weight, const std::optional<torch::stable::Tensor>& target) {
+inline bool is_column_major(const torch::stable::Tensor& weight, const std::optional<torch::stable::Tensor>& target) {
   const auto lies = [](const torch::stable::Tensor& matrix) { return matrix.stride(0) == 1 && matrix.stride(1) != 1; };
   return lies(weight) && (!target || lies(*target));
 }

@@ -13,8 +13,9 @@ class MixEmbedding(nn.Embedding):
 
     An embedding is a linear layer fed by one-hot vectors, so its input neurons are the rows of the table: with the
     input mask a row is kept or replaced as a whole, wherever it occurs in the batch (Lee et al. 2020, section 3). A
-    table tied to an nn.Linear is mixed as that layer reads it, by columns (`columns`). Only rows that are looked up are
-    mixed; the reference's bound on the kept entries (probability below 1e-8 a draw) is not applied to rows.
+    table tied to an nn.Linear is mixed as that layer reads it: entries of the mask number its columns (`columns`). Only
+    rows that are looked up are mixed; the reference's bound on the kept entries (probability below 1e-8 a draw) is not
+    applied to rows.
 
     `mixout_fast.apply_mixout` makes these of nn.Embedding, in place. `p`, `mask`, `grad_scale` and `seed` are as for
     `mixout_fast.mixout` and may be reassigned; `target` is a non-persistent buffer, None for zero.

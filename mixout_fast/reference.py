@@ -134,7 +134,7 @@ def gather(rows: Tensor, seed: Tensor, p: float, static: bool) -> tuple[Tensor, 
     return index, columns.masked_fill(index < 0, 0) if static else columns
 
 
-def lies_by_columns(weight: Tensor, target: Tensor | None) -> bool:
+def is_column_major(weight: Tensor, target: Tensor | None) -> bool:
     """Whether W and U (N, K) are transposes of matrices in rows, as GPT-2's Conv1D has them.
 
     With an input mask, backends other than this one then work on those and give dW the strides of W: else autograd

@@ -191,10 +191,10 @@ def _case(tensors, generator, p, mask, dtype, compute, device, origin) -> Case:
     return Case(*moved, seed.to(device), p, mask, compute, origin)
 
 
-def by_columns(case: Case) -> Case:
+def column_major(case: Case) -> Case:
     """The case with W and U as transposes of matrices in rows, as GPT-2's Conv1D has them."""
     weight, target = (None if t is None else t.t().contiguous().t() for t in (case.weight, case.target))
-    return replace(case, weight=weight, target=target, origin=f"{case.origin}, by columns")
+    return replace(case, weight=weight, target=target, origin=f"{case.origin}, column-major")
 
 
 def run(case: Case, backend: str | None = None, grad_scale: str = "exact") -> dict[str, Tensor]:

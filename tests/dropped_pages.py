@@ -28,8 +28,8 @@ MIXED = {
     "W'": lambda module, w, u, *draw: module.mix(w[None], u[None], *draw, w.dtype),
     "masked dW'": lambda module, w, u, *draw: module.mask_grad(w[None], *draw, 2.0, w.dtype),
 }
-"""What a backend's module makes of W and U (K, N) in rows: taken by columns as (N, K), for products with identities,
-whose entries are those of W'; or as (1, K, N), a convolution's of one output."""
+"""What a backend's module makes of W and U (K, N) in rows: taken as a column-major (N, K), for products with
+identities, whose entries are those of W'; or as (1, K, N), a convolution's of one output."""
 
 
 def check_they_are_not_read(name: str, module, dtype: torch.dtype, seed: int) -> None:

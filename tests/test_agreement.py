@@ -146,9 +146,9 @@ column_shapes = pytest.mark.parametrize("shape", COLUMN_SHAPES, ids=lambda shape
 @precisions
 @masks
 @pytest.mark.parametrize("p", (0.1, 0.5, 0.9))
-def test_weights_by_columns_are_mixed_as_those_by_rows(make, shape, p, mask, backend, path):
+def test_column_major_weights_are_mixed_as_row_major_ones(make, shape, p, mask, backend, path):
     """And dW lies as the weight does: else autograd copies it, transposed, for the parameter that the weight views."""
-    case = testing.by_columns(make(testing.random_case, *shape, p=p))
+    case = testing.column_major(make(testing.random_case, *shape, p=p))
     if mask == "input":
         testing.check_grad_weight(case, backend)
     testing.check_mixed_weight(case, backend)
@@ -167,7 +167,7 @@ def test_weights_by_columns_are_mixed_as_those_by_rows(make, shape, p, mask, bac
             _, dW, _ = gradients(case.grad_output, x, None, None, case.weight, target, *draw, *dW_alone)
             assert dW.stride() == strides
     if p == 0.5:
-        case = testing.by_columns(make(testing.integer_case, *shape, p=p))
+        case = testing.column_major(make(testing.integer_case, *shape, p=p))
         testing.check_exact(case, backend)
         testing.check_exact(dataclasses.replace(case, target=case.target.contiguous()), backend)
 
@@ -176,10 +176,10 @@ def test_weights_by_columns_are_mixed_as_those_by_rows(make, shape, p, mask, bac
 @precisions
 @masks
 @pytest.mark.parametrize("p", (0.1, 0.9))
-def test_error_of_weights_by_columns(dtype, compute, mask, shape, p, device, backend, path, seed):
+def test_error_of_column_major_weights(dtype, compute, mask, shape, p, device, backend, path, seed):
     options = {"p": p, "mask": mask, "dtype": dtype, "compute": compute, "device": device}
     cases = testing.error_cases(testing.random_case, shape, seed, sums=250, **options)
-    testing.check_error(map(testing.by_columns, cases), backend)
+    testing.check_error(map(testing.column_major, cases), backend)
 
 
 @masks

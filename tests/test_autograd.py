@@ -456,17 +456,20 @@ def test_both_autograd_functions_call_the_operators_alike(ways, p, mask, device,
 
 @masks
 @pytest.mark.parametrize(
-    "leading, by_columns",
+    "leading, column_major",
     ((3, ""), (255, ""), ((2, 3), ""), (255, "WU"), (255, "W")),
     ids=("3", "255", "2x3", "columns", "W's columns"),
 )
 @pytest.mark.parametrize("target", (True, False))
-def test_registered_operators_are_pure_and_have_fakes(target, leading, by_columns, mask, device, backend, path, seed):
+def test_registered_operators_are_pure_and_have_fakes(target, leading, column_major, mask, device, backend, path, seed):
     """What torch.compile relies on; a backend without registered operators has nothing to check."""
     case = testing.random_case(leading, 33, 17, p=0.9, mask=mask, target=target, bias=target, device=device, seed=seed)
     module, draw = backends.BACKENDS[backend], (case.seed, case.p, case.mask)
-    lying = testing.by_columns(case)
-    operands = [lying.weight if "W" in by_columns else case.weight, lying.target if "U" in by_columns else case.target]
+    lying = testing.column_major(case)
+    operands = [
+        lying.weight if "W" in column_major else case.weight,
+        lying.target if "U" in column_major else case.target,
+    ]
     with OperatorCalls() as recorder:
         module.mix(*operands, *draw, torch.bfloat16)
         module.mask_grad(case.weight, *draw, 10.0, torch.bfloat16)

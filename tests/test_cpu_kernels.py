@@ -41,12 +41,12 @@ def test_error_is_at_most_twice_the_librarys(shape, dtype, seed):
 
 @pytest.mark.parametrize("dtype", dict.fromkeys((*OWN_PRODUCTS, torch.bfloat16, torch.float16)), ids=str)
 @pytest.mark.parametrize("rows", (12, 300))
-def test_error_of_weights_by_columns(rows, dtype, seed):
+def test_error_of_column_major_weights(rows, dtype, seed):
     """Of parts of vectors and whole ones, more than one block of outputs in y, in dX and in dW."""
     for shape in ((rows, 70, 300), (rows, 1600, 96), (rows, 64, 1601), (rows, 1500, 500)):
         for options in ({"p": 0.9}, {"p": 0.1, "target": False, "bias": False}):
             cases = testing.error_cases(testing.random_case, shape, seed, sums=250, dtype=dtype, **options)
-            testing.check_error(map(testing.by_columns, cases), "cpu")
+            testing.check_error(map(testing.column_major, cases), "cpu")
 
 
 @pytest.mark.parametrize("dtype", OWN_PRODUCTS, ids=str)
@@ -58,7 +58,7 @@ def test_error_of_many_rows(shape, p, dtype, name, seed):
     for case in cases:
         case.grad_output.add_(1)
     testing.check_error(cases, name)
-    testing.check_error(map(testing.by_columns, cases), name)
+    testing.check_error(map(testing.column_major, cases), name)
 
 
 @pytest.mark.parametrize("dtype", dict.fromkeys((*OWN_PRODUCTS, torch.bfloat16)), ids=str)
@@ -68,7 +68,7 @@ def test_error_beside_a_large_bias(rows, dtype, seed):
     cases = testing.error_cases(testing.random_case, (rows, 3500, 300), seed, p=0.1, dtype=dtype)
     cases = [dataclasses.replace(case, bias=1000 * case.bias) for case in cases]
     testing.check_error(cases, "cpu")
-    testing.check_error(map(testing.by_columns, cases), "cpu")
+    testing.check_error(map(testing.column_major, cases), "cpu")
 
 
 def assert_same_for_any_threads(case, names):
@@ -91,7 +91,7 @@ def test_results_do_not_depend_on_the_threads(shape, dtype, seed):
         pytest.skip("the library's products depend on the threads")
     case = testing.random_case(*shape, p=0.7, dtype=dtype, seed=seed)
     assert_same_for_any_threads(case, testing.RESULTS)
-    assert_same_for_any_threads(testing.by_columns(case), testing.RESULTS)
+    assert_same_for_any_threads(testing.column_major(case), testing.RESULTS)
 
 
 @pytest.mark.parametrize("shape", ((601, 300, 49), (300, 49, 800), (300, 512, 200)), ids=str)

@@ -80,13 +80,13 @@ def test_rows_of_whole_vectors(shape, dtype, compute, mask, path, take, seed):
     take(path)
     options = {"mask": mask, "dtype": dtype, "compute": compute, "device": DEVICE, "seed": seed}
     check_bits(testing.random_case(*shape, p=0.3, **options))
-    by_columns = testing.by_columns(testing.random_case(*shape, p=0.9, **options))
-    testing.check_each_gradient_alone(by_columns, "cuda")
+    column_major = testing.column_major(testing.random_case(*shape, p=0.9, **options))
+    testing.check_each_gradient_alone(column_major, "cuda")
     if mask == "input":
-        testing.check_grad_weight(by_columns, "cuda")
+        testing.check_grad_weight(column_major, "cuda")
     case = testing.integer_case(*shape, p=0.75, **options)
     testing.check_exact(case, "cuda")
-    testing.check_exact(testing.by_columns(case), "cuda")
+    testing.check_exact(testing.column_major(case), "cuda")
     del options["seed"]
     # Of one row error_cases' 8 have too few results: their largest error is luck.
     seeds = range(seed, seed + 64, 8) if shape[0] == 1 else (seed,)
@@ -130,7 +130,7 @@ def test_kept_columns_past_a_lowered_capacity_are_dropped(in_features, limit, pa
     kept = reference.keep_mask(case.seed, case.weight.shape, 0.5, "input")
     assert kept.sum() == min(limit, reference.mask_words(case.seed, in_features).ge(2**31).sum())
     testing.check_exact(case, "cuda")
-    testing.check_exact(testing.by_columns(case), "cuda")
+    testing.check_exact(testing.column_major(case), "cuda")
 
 
 @emulated
@@ -185,15 +185,15 @@ KEPT = {
 
 @pytest.mark.parametrize("padding", (0, 5, 600))
 @pytest.mark.parametrize("kept", KEPT.values(), ids=KEPT)
-@pytest.mark.parametrize("by_columns", (False, True), ids=("rows", "columns"))
-def test_columns_are_found_in_the_index(by_columns, kept, padding, seed):
-    """A block spreads 128 columns, by columns 32; of an index of more than 384, 480, it looks for its part."""
+@pytest.mark.parametrize("column_major", (False, True), ids=("rows", "columns"))
+def test_columns_are_found_in_the_index(column_major, kept, padding, seed):
+    """A block spreads 128 columns, column-major 32; of an index of more than 384, 480, it looks for its part."""
     torch.manual_seed(seed)
     index = torch.tensor([*kept, *padding * [-1]], dtype=torch.int32, device=DEVICE)
     columns, grad = (torch.randint(-3, 4, (3, count), device=DEVICE).float() for count in (len(index), 40))
     draw = torch.tensor(seed, device=DEVICE), 0.5, "input"
     weight, needs = torch.empty(40, 1500, device=DEVICE), (False, True, False)
-    weight = weight.t().contiguous().t() if by_columns else weight
+    weight = weight.t().contiguous().t() if column_major else weight
     _, dW, _ = cuda.gradients(grad, None, index, columns, weight, None, *draw, 2.0, needs, False)
     want = torch.zeros_like(weight)
     want[:, list(kept)] = 2 * grad.t() @ columns[:, : len(kept)]

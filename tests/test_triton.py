@@ -67,9 +67,9 @@ def test_bits_over_many_blocks(dtype, compute, mask, served, seed, small_blocks)
             if mask == "input":
                 testing.check_gather(case, "triton")
                 testing.check_grad_weight(case, "triton")
-                testing.check_grad_weight(testing.by_columns(case), "triton")
-        by_columns = testing.by_columns(testing.integer_case(*shape, p=0.5, mask=mask, device=served, seed=seed))
-        testing.check_exact(by_columns, "triton")
+                testing.check_grad_weight(testing.column_major(case), "triton")
+        column_major = testing.column_major(testing.integer_case(*shape, p=0.5, mask=mask, device=served, seed=seed))
+        testing.check_exact(column_major, "triton")
 
 
 @masks
@@ -105,7 +105,7 @@ def test_kept_columns_past_the_capacity_are_dropped(in_features, most, served, m
     testing.check_mixed_weight(case, "triton")
     assert testing.is_one_pass(case, "triton") == (True, True)
     testing.check_exact(case, "triton")
-    testing.check_exact(testing.by_columns(case), "triton")
+    testing.check_exact(testing.column_major(case), "triton")
 
 
 @pytest.mark.skipif("cpu" not in DEVICES, reason="only in the interpreter (TRITON_INTERPRET=1) is memory the CPU's")
@@ -272,7 +272,7 @@ def test_operators_are_pure_and_have_fakes(served, seed):
     operands, draw = (case.weight, case.target), (case.seed, case.p)
     x, grad, entries = case.input, case.grad_output, case.weight[:, :32]
     _, index, columns, parts = triton.prologue(None, None, x, grad, *draw, "input", 1.0, False, False, torch.float32)
-    lying = testing.by_columns(case)
+    lying = testing.column_major(case)
     for function, arguments in (
         (triton.prologue, (*operands, None, None, *draw, "input", 10.0, False, False, torch.bfloat16)),
         (triton.prologue, (lying.weight, lying.target, x, grad, *draw, "input", 10.0, False, True, torch.float32)),

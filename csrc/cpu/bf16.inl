@@ -486,7 +486,7 @@ void put_rows(const float* sums, int64_t stride, const int32_t* index, int64_t c
   }
 }
 
-// The same of a dW that lies by columns.
+// The same of a column-major dW.
 template <typename Result>
 void put_columns(const float* sums, int64_t stride, const int32_t* index, int64_t count, int64_t columns, int64_t rows,
                  float factor, int64_t outputs, Result* dw) {
@@ -500,7 +500,7 @@ void put_columns(const float* sums, int64_t stride, const int32_t* index, int64_
 // As grad_weight: blocks of dW's rows, whose sums over all rows of x and dy are made in fp32 and then spread.
 template <typename Unit, typename Result>
 void grad_weight_in_steps(const KeptX& kept_x, const void* staged_x, Matrix dy, int64_t outputs, const int32_t* index,
-                          int64_t columns, double factor, int64_t begin, int64_t end, bool by_columns, void* dw,
+                          int64_t columns, double factor, int64_t begin, int64_t end, bool column_major, void* dw,
                           void* db) {
   constexpr int64_t block = 128, most_steps = 64;
   const int64_t steps = round_up(kept_x.rows, step_terms) / step_terms, width = staged_columns(kept_x.count);
@@ -526,7 +526,7 @@ void grad_weight_in_steps(const KeptX& kept_x, const void* staged_x, Matrix dy, 
         }
       }
     }
-    if (by_columns)
+    if (column_major)
       put_columns(sums, block, index, kept_x.count, columns, rows, static_cast<float>(factor), outputs,
                   static_cast<Result*>(dw) + first);
     else

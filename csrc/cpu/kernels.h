@@ -69,9 +69,9 @@ struct Kernels {
   // which has room for round_up(rows, staged_unit) of round_up(count + 1, staged_unit); staged_unit divides begin.
   void (*stage_kept)(const KeptX& kept_x, int64_t begin, int64_t end, void* staged) = nullptr;
   // Rows [begin, end) of dW (outputs, columns) from all of them staged and dy (m, outputs), the columns numbered index
-  // times factor, the others 0; and of db, the sums of dy, unless it is null. dW lies by rows or by columns.
+  // times factor, the others 0; and of db, the sums of dy, unless it is null. dW is row-major or column-major.
   void (*grad_weight)(const KeptX& kept_x, const void* staged, Matrix dy, int64_t outputs, const int32_t* index,
-                      int64_t columns, double factor, int64_t begin, int64_t end, bool by_columns, void* dw,
+                      int64_t columns, double factor, int64_t begin, int64_t end, bool column_major, void* dw,
                       void* db) = nullptr;
 };
 

@@ -196,9 +196,9 @@ Mixing mixing_of(const Tensor& weight, const std::optional<Tensor>& target, doub
   return {matrix_of(weight), target_matrix, weight.size(0), columns, scale_of(p), mask};
 }
 
-// W and U of a layer, their mask and mixing. Where they lie by columns, as in GPT-2's Conv1D, and the mask is an input
-// mask, they are taken as the matrices in rows (K, N) that they are the transposes of, with a mask by row: then y is
-// made by the kernel of dX and dX by that of y.
+// W and U of a layer, their mask and mixing. Where they are column-major, as in GPT-2's Conv1D, and the mask is an
+// input mask, they are taken as the matrices in rows (K, N) that they are the transposes of, with a mask by row: then y
+// is made by the kernel of dX and dX by that of y.
 struct Layer {
   int64_t outputs, in_features;
   bool is_transposed;
@@ -207,7 +207,7 @@ struct Layer {
   Mixing mixing;
 
   Layer(const Tensor& w, const std::optional<Tensor>& u, const Tensor& seed, double p, bool per_column)
-      : outputs(w.size(0)), in_features(w.size(1)), is_transposed(per_column && lies_by_columns(w, u)),
+      : outputs(w.size(0)), in_features(w.size(1)), is_transposed(per_column && is_column_major(w, u)),
         weight(is_transposed ? transposed(w) : w), drawn(seed, p, per_column, in_features) {
     if (is_transposed) mixing = mixing_of(weight, u ? std::optional(transposed(*u)) : u, p, drawn.by_row(outputs));
     else mixing = mixing_of(weight, u, p, drawn.mask);
@@ -390,9 +390,9 @@ Tensor expanded(const Layer& layer, const Tensor& kept_columns, const Tensor& gr
   // (C, N) where few columns of many rows are kept: fp32 at 2048x768x768, p = 0.9, takes 1.25 ms so and 1.48 the other
   // way, with the expansion, bf16's product 0.36 and 0.53. (N, C) else, level from there on: it expands without a
   // transpose.
-  const bool by_columns = layer.is_transposed || (columns.size(0) > 256 && 2 * columns.size(1) < layer.in_features);
-  Tensor compact = by_columns ? product(transposed(columns), grad) : product(transposed(grad), columns);
-  if (!by_columns) compact = transposed(compact);
+  const bool columns_first = layer.is_transposed || (columns.size(0) > 256 && 2 * columns.size(1) < layer.in_features);
+  Tensor compact = columns_first ? product(transposed(columns), grad) : product(transposed(grad), columns);
+  if (!columns_first) compact = transposed(compact);
   const Kernels& kernels = kernels_of(compact.scalar_type(), weight.scalar_type());
   const auto expand = layer.is_transposed ? kernels.expand_rows : kernels.expand;
   const Matrix matrix = matrix_of(compact);

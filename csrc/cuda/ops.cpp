@@ -74,7 +74,7 @@ Matrix matrix_of(const Tensor& tensor, int64_t row_stride, int64_t column_stride
 
 Matrix matrix_of(const Tensor& tensor) { return matrix_of(tensor, tensor.stride(0), tensor.stride(1)); }
 
-// How the kernels see a weight: (N, K) as it is, or where it lies by columns and is seen `transposed`, as (K, N) in
+// How the kernels see a weight: (N, K) as it is, or where it is column-major and seen `transposed`, as (K, N) in
 // rows; (N, K, R) as (N, K * R), or of one output as (K, R), which a Conv1D's weight that is mixed alone is.
 struct View {
   bool transposed;
@@ -122,13 +122,13 @@ struct View {
 };
 
 // One pass takes matrices whose columns are neighbours in memory; others are mixed first.
-bool is_by_rows(const Matrix& matrix, int64_t columns) {
+bool is_row_major(const Matrix& matrix, int64_t columns) {
   return !matrix.data || matrix.column_stride == 1 || columns <= 1;
 }
 
 bool takes_one_pass(const Mixing& mixing, const Matrix& x, int64_t length) {
-  return !mixing.mask.neurons_are_rows && is_by_rows(mixing.weight, mixing.columns) &&
-         is_by_rows(mixing.target, mixing.columns) && is_by_rows(x, length) && mixing.columns <= one_pass_columns;
+  return !mixing.mask.neurons_are_rows && is_row_major(mixing.weight, mixing.columns) &&
+         is_row_major(mixing.target, mixing.columns) && is_row_major(x, length) && mixing.columns <= one_pass_columns;
 }
 
 Mixing mixing_of(const View& view, const Tensor& weight, const std::optional<Tensor>& target, const Tensor& seed,
@@ -139,7 +139,7 @@ Mixing mixing_of(const View& view, const Tensor& weight, const std::optional<Ten
 
 // That of a layer's (N, K).
 View view_of(const Tensor& weight, const std::optional<Tensor>& target, bool per_column) {
-  return View(weight, per_column && lies_by_columns(weight, target));
+  return View(weight, per_column && is_column_major(weight, target));
 }
 
 // The kept columns of rows, as tensors and as what the kernels take.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from mixout_fast.reference import capacity, lies_by_columns
+from mixout_fast.reference import capacity, is_column_major
 
 PACKAGE = Path(__file__).parent.parent
 
@@ -128,12 +128,12 @@ def register(namespace: str, on_gpu: bool) -> None:
     @fake(f"{namespace}::linear_backward")
     def _(grad, input, index, columns, weight, target, seed, needs_input, needs_weight, needs_bias, p, *options):
         out_features, in_features = weight.shape
-        by_columns = options[0] and lies_by_columns(weight, target)
-        shape = (in_features, out_features) if by_columns else (out_features, in_features)
+        column_major = options[0] and is_column_major(weight, target)
+        shape = (in_features, out_features) if column_major else (out_features, in_features)
         grad_weight = weight.new_empty(shape) if needs_weight else None
         return (
             grad.new_empty(*grad.shape[:-1], in_features) if needs_input else None,
-            grad_weight.t() if needs_weight and by_columns else grad_weight,
+            grad_weight.t() if needs_weight and column_major else grad_weight,
             grad.new_empty(out_features) if needs_bias else None,
         )
 

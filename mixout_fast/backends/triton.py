@@ -30,7 +30,7 @@ from torch.nn import functional as F
 
 from mixout_fast import reference
 from mixout_fast.backends import gpu
-from mixout_fast.reference import capacity, lies_by_columns, scale, threshold
+from mixout_fast.reference import capacity, is_column_major, scale, threshold
 
 # A constant: torch.compile traces `unavailable` and cannot trace a search for a module.
 INSTALLED = importlib.util.find_spec("triton") is not None
@@ -63,13 +63,13 @@ WIDE_PROGRAMS = 128
 # Bytes of a tile of one operand: 4 loads of 16 bytes a thread.
 TILE_BYTES = 8192
 BLOCK_COLUMNS = 1024
-# Outputs of such a tile where an input neuron's weights are neighbours in memory: of weights by columns, and of three
+# Outputs of such a tile where an input neuron's weights are neighbours in memory: of column-major weights, and of three
 # dimensions whose last is so long. Those of a dropped neuron are not read.
 BLOCK_OUTPUTS = 256
 # Programs of a streaming kernel: 4 on each of an H100's 132 multiprocessors.
 PROGRAMS = 528
 ELEMENT_BLOCK = 2048
-# Of the dense gradient, (BLOCK_N, BLOCK_K), by rows and by columns.
+# Of the dense gradient, (BLOCK_N, BLOCK_K), row-major and column-major.
 EXPANDED = (32, 64), (64, 32)
 # Columns of dY, and tiles of so many, that a program sums: 32 KiB, where one that mixes moves 24 or more. Parts so
 # short keep the error, at 130 to 30000 rows of fp32, at 0.7 to 0.8 of that of PyTorch's sum on a CPU.
@@ -99,14 +99,14 @@ def is_one_pass(dtype: torch.dtype, rows: int, out_features: int) -> tuple[bool,
 
 
 def ways(dtype: torch.dtype, rows: int, weight: Tensor, target: Tensor | None, mask: str) -> tuple[bool, bool, bool]:
-    """Whether W is taken by columns; whether y, and whether dX, is computed in one pass.
+    """Whether W is taken as column-major; whether y, and whether dX, is computed in one pass.
 
-    Neither is of W by columns, nor of an element mask where a Philox call's 4 entries can be of two rows.
+    Neither is of a column-major W, nor of an element mask where a Philox call's 4 entries can be of two rows.
     """
-    by_columns = mask == "input" and lies_by_columns(weight, target)
-    mixed_first = by_columns or (mask == "element" and weight.shape[1] % 4 != 0)
+    column_major = mask == "input" and is_column_major(weight, target)
+    mixed_first = column_major or (mask == "element" and weight.shape[1] % 4 != 0)
     forward, backward = is_one_pass(dtype, rows, weight.shape[0])
-    return by_columns, forward and not mixed_first, backward and not mixed_first
+    return column_major, forward and not mixed_first, backward and not mixed_first
 
 
 def mix(weight: Tensor, target: Tensor | None, seed: Tensor, p: float, mask: str, dtype: torch.dtype) -> Tensor:
@@ -122,12 +122,14 @@ def linear(
     gathers: bool, static: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     rows = input.reshape(-1, weight.shape[1])
-    by_columns, one_pass, _ = ways(input.dtype, rows.shape[0], weight, target, mask)
+    column_major, one_pass, _ = ways(input.dtype, rows.shape[0], weight, target, mask)
     index = columns = None
     if gathers or not one_pass:
         operands = (None, None) if one_pass else (weight, target)
         x = rows if gathers else None
-        mixed, index, columns, _ = prologue(*operands, x, None, seed, p, mask, scale(p), False, by_columns, input.dtype)
+        mixed, index, columns, _ = prologue(
+            *operands, x, None, seed, p, mask, scale(p), False, column_major, input.dtype
+        )
     output = product(rows, weight, target, bias, seed, p, mask, False) if one_pass else F.linear(input, mixed, bias)
     return reference.shaped(output, (*input.shape[:-1], weight.shape[0])), index, columns
 
@@ -142,7 +144,7 @@ def gradients(
     out_features, in_features = weight.shape
     rows, draw = grad.reshape(-1, out_features), (seed, p, mask)
     x = input.reshape(-1, in_features) if needs_weight and input is not None else None
-    by_columns, _, one_pass = ways(grad.dtype, rows.shape[0], weight, target, mask)
+    column_major, _, one_pass = ways(grad.dtype, rows.shape[0], weight, target, mask)
     in_full = mask == "element" or gpu.takes_full_product(p, out_features, in_features)
     mixes, gathers = needs_input and not one_pass, x is not None and not in_full
     in_parts = needs_bias and needs_weight and (mixes or gathers)
@@ -150,16 +152,16 @@ def gradients(
     if mixes or gathers:
         operands = (weight, target) if mixes else (None, None)
         operands += (x if gathers else None, rows if in_parts else None)
-        mixed, *gathered, parts = prologue(*operands, *draw, scale(p), False, by_columns, grad.dtype)
+        mixed, *gathered, parts = prologue(*operands, *draw, scale(p), False, column_major, grad.dtype)
         index, columns = gathered if gathers else (index, columns)
     if needs_input:
         dX = rows.mm(mixed) if mixes else product(rows, weight, target, None, *draw, True)
         dX = dX.view(*grad.shape[:-1], in_features)
     if x is not None and in_full:
-        full = x.t().mm(rows).t() if by_columns else rows.t().mm(x)
-        dW, _, _, db = prologue(full, None, None, parts, *draw, factor, True, by_columns, weight.dtype)
+        full = x.t().mm(rows).t() if column_major else rows.t().mm(x)
+        dW, _, _, db = prologue(full, None, None, parts, *draw, factor, True, column_major, weight.dtype)
     elif needs_weight:
-        dW, db = expanded(columns.t().mm(rows), index, parts, in_features, factor, by_columns, weight.dtype)
+        dW, db = expanded(columns.t().mm(rows), index, parts, in_features, factor, column_major, weight.dtype)
     if needs_bias and not in_parts:
         db = rows.sum(0)
     return dX, dW, db
@@ -247,13 +249,13 @@ def prologue_blocks(
     return blocks, weight_rows // block_n, row_blocks * column_blocks, *gathered
 
 
-def _fake_prologue(weight, target, rows, summed, seed, p, mask, factor, is_gradient, by_columns, dtype):
+def _fake_prologue(weight, target, rows, summed, seed, p, mask, factor, is_gradient, column_major, dtype):
     mixed = None
     if weight is not None:
         # Not torch.empty(weight.shape): a torch.Size takes 1 us to read.
-        lying = weight.t() if by_columns else weight
+        lying = weight.t() if column_major else weight
         mixed = torch.empty_like(lying, dtype=dtype, memory_format=torch.contiguous_format)
-        mixed = mixed.t() if by_columns else mixed
+        mixed = mixed.t() if column_major else mixed
     index = columns = None
     if rows is not None:
         count = capacity(rows.shape[1], p)
@@ -265,21 +267,21 @@ def _fake_prologue(weight, target, rows, summed, seed, p, mask, factor, is_gradi
 @traced(
     _fake_prologue,
     "(Tensor? weight, Tensor? target, Tensor? rows, Tensor? summed, Tensor seed, float p, str mask, float factor, "
-    "bool is_gradient, bool by_columns, ScalarType dtype) -> (Tensor?, Tensor?, Tensor?, Tensor?)",
+    "bool is_gradient, bool column_major, ScalarType dtype) -> (Tensor?, Tensor?, Tensor?, Tensor?)",
 )
 def prologue(
     weight: Tensor | None, target: Tensor | None, rows: Tensor | None, summed: Tensor | None, seed: Tensor, p: float,
-    mask: str, factor: float, is_gradient: bool, by_columns: bool, dtype: torch.dtype,
+    mask: str, factor: float, is_gradient: bool, column_major: bool, dtype: torch.dtype,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """In one launch, each where its operand is given:
 
-    W' of weight (N, K) or (N, K, R), in `dtype`, contiguous, or of one (N, K) that lies by columns as that does; of a
+    W' of weight (N, K) or (N, K, R), in `dtype`, contiguous, or of a column-major (N, K) as that lies; of a
     gradient m ⊙ weight · factor;
     of rows (M, K) the kept indices (C,) int32 and the kept columns (M, C), padded with -1 and 0;
     of summed (M, N) the sums of the columns, beside W' of parts of them, (P, N), beside a gradient (N,) in its dtype.
     """
     mixed, index, columns, sums = _fake_prologue(
-        weight, target, rows, summed, seed, p, mask, factor, is_gradient, by_columns, dtype
+        weight, target, rows, summed, seed, p, mask, factor, is_gradient, column_major, dtype
     )
     draw = seed, threshold(p), factor
     if mask == "element":
@@ -298,7 +300,7 @@ def prologue(
     outputs = 0 if weight is None else weight.shape[0]
     offsets = weight.shape[2] if weight is not None and weight.dim() == 3 and weight.shape[2] != 1 else None
     row_count = 0 if rows is None else rows.shape[0]
-    along_outputs = weight is not None and (by_columns or (offsets or 1) >= BLOCK_OUTPUTS)
+    along_outputs = weight is not None and (column_major or (offsets or 1) >= BLOCK_OUTPUTS)
     blocks, weight_blocks, weight_programs, gathered_rows, gather_programs = prologue_blocks(
         in_features, outputs * (offsets or 1), row_count, matrix.element_size(), along_outputs
     )
@@ -349,28 +351,28 @@ def product(
     return output
 
 
-def _fake_expanded(compact, index, parts, in_features, factor, by_columns, dtype):
+def _fake_expanded(compact, index, parts, in_features, factor, column_major, dtype):
     outputs = compact.shape[1]
-    dense = compact.new_empty((in_features, outputs) if by_columns else (outputs, in_features), dtype=dtype)
-    return dense.t() if by_columns else dense, empty_sums(parts, compact.dtype)
+    dense = compact.new_empty((in_features, outputs) if column_major else (outputs, in_features), dtype=dtype)
+    return dense.t() if column_major else dense, empty_sums(parts, compact.dtype)
 
 
 @traced(
     _fake_expanded,
-    "(Tensor compact, Tensor index, Tensor? parts, SymInt in_features, float factor, bool by_columns, "
+    "(Tensor compact, Tensor index, Tensor? parts, SymInt in_features, float factor, bool column_major, "
     "ScalarType dtype) -> (Tensor, Tensor?)",
 )
 def expanded(
-    compact: Tensor, index: Tensor, parts: Tensor | None, in_features: int, factor: float, by_columns: bool,
+    compact: Tensor, index: Tensor, parts: Tensor | None, in_features: int, factor: float, column_major: bool,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """The dense gradient (N, K) in `dtype`: compact (C, N) times factor in the kept columns, 0 elsewhere.
 
     Beside it the sums of the columns of parts (P, N), where given: (N,) in compact's dtype.
     """
-    dense, sums = _fake_expanded(compact, index, parts, in_features, factor, by_columns, dtype)
+    dense, sums = _fake_expanded(compact, index, parts, in_features, factor, column_major, dtype)
     count, outputs = compact.shape
-    block_n, block_k = EXPANDED[by_columns]
+    block_n, block_k = EXPANDED[column_major]
     column_blocks = _blocks(in_features, block_k)
     row_count, row_blocks = _split(outputs, block_n, column_blocks)
     launch_and_sum(
