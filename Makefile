@@ -16,7 +16,7 @@ FORMATTED := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.inl
 EMULATED := tests/test_cuda_kernels.py tests/test_autograd.py tests/test_mixout.py tests/test_philox.py
 # The interpreter is slow, so without what does not depend on the kernels, or on the path of the products.
 INTERPRETED := $(addprefix tests/test_,agreement.py autograd.py philox.py triton.py) \
-  -k "not bytes_saved and not (one_pass and (bits_of_mask or weight_equal or by_columns))"
+  -k "not bytes_saved and not (one_pass and (bits_of_mask or weight_equal or column_major))"
 
 .PHONY: bench gpu test ctest lint format build clean
 
