@@ -85,7 +85,7 @@ def wdecay(
                 continue
             ends = None
             if not isinstance(target, (int, float)):
-                ends = [sharded_as(weight, targets[weight]).to(weight.dtype) for weight in weights]
+                ends = [_sharded_as(weight, targets[weight]).to(weight.dtype) for weight in weights]
             if decoupled:
                 _decay(weights, ends, float(group["lr"]) * decay)
             else:
@@ -112,7 +112,7 @@ def wdecay(
     return optimizer.register_step_pre_hook(before_step)
 
 
-def sharded_as(weight: Tensor, target: Tensor) -> Tensor:
+def _sharded_as(weight: Tensor, target: Tensor) -> Tensor:
     """A target as FSDP2 holds its weight, which is a DTensor there: of this process's shard, without communication."""
     if not hasattr(weight, "device_mesh") or hasattr(target, "device_mesh"):
         return target

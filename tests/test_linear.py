@@ -289,13 +289,16 @@ def test_hooks_and_functional_call_work(linear, backend):
 
 
 def test_seed_of_the_call_is_the_next_draw_of_the_default_generator(linear, backend):
-    layer, x = mixed_layer(linear, backend=backend), torch.randn(3, 17, device=linear.weight.device)
-    torch.manual_seed(5)
-    output, after = layer(x), torch.rand(3, device=x.device)
-    torch.manual_seed(5)
-    layer.seed = torch.randint(-(2**63), 2**63 - 1, (), device=x.device)
-    testing.assert_same_bits("y", output, layer(x), layer)
-    assert torch.equal(after, torch.rand(3, device=x.device)), "one draw a call"
+    """One draw a call: what follows from the generator does not depend on the mask, p or shape."""
+    x = torch.randn(3, 17, device=linear.weight.device)
+    for p, mask in ((0.1, "input"), (0.9, "element")):
+        layer = mixed_layer(linear, p, mask=mask, backend=backend)
+        torch.manual_seed(5)
+        output, after = layer(x), torch.rand(3, device=x.device)
+        torch.manual_seed(5)
+        layer.seed = torch.randint(-(2**63), 2**63 - 1, (), device=x.device)
+        testing.assert_same_bits("y", output, layer(x), layer)
+        assert torch.equal(after, torch.rand(3, device=x.device)), "one draw a call"
 
 
 def test_its_own_weight_as_target_is_copied(linear):

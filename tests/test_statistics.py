@@ -23,7 +23,7 @@ def layer_of_ones(in_features, out_features, p, mask, device, backend):
 
 
 @masks
-@pytest.mark.parametrize("p", (0.05, 0.7))  # 0.1, 0.5 and 0.9 run in test_check_passes
+@pytest.mark.parametrize("p", (0.05, 0.1, 0.5, 0.7, 0.9))
 def test_mean_variance_and_independence(mask, p, device, backend):
     testing.check_mask_statistics(mask, p, device, backend)
 

@@ -227,8 +227,8 @@ def test_every_configuration_of_the_one_pass_product(served, seed, monkeypatch):
     for features in triton.ONE_PASS_FEATURES:
         config = triton.one_pass_config(13, 70) | {"BLOCK_F": features}
         monkeypatch.setattr(triton, "one_pass_config", lambda rows, features, config=config: config)
-        for mask in MASKS:
-            case = testing.integer_case(13, 132, 70, p=0.75, mask=mask, device=served, seed=seed)
+        for mask, in_features in zip(MASKS, (130, 132), strict=True):
+            case = testing.integer_case(13, in_features, 70, p=0.75, mask=mask, device=served, seed=seed)
             testing.check_exact(case, "triton")
 
 
@@ -270,7 +270,7 @@ def test_error_of_few_rows(served, seed):
 def test_operators_are_pure_and_have_fakes(served, seed):
     case = testing.random_case(5, 33, 17, p=0.9, device=served, seed=seed)
     operands, draw = (case.weight, case.target), (case.seed, case.p)
-    x, grad, entries = case.input, case.grad_output, case.weight[:, :32]
+    x, grad, in_fours = case.input, case.grad_output, (case.weight[:, :32], case.target[:, :32])
     _, index, columns, parts = triton.prologue(None, None, x, grad, *draw, "input", 1.0, False, False, torch.float32)
     lying = testing.column_major(case)
     for function, arguments in (
@@ -280,7 +280,7 @@ def test_operators_are_pure_and_have_fakes(served, seed):
         (triton.prologue, (*operands, None, grad, *draw, "element", 10.0, False, False, torch.float32)),
         (triton.prologue, (case.weight, None, None, parts, *draw, "element", 10.0, True, False, torch.bfloat16)),
         (triton.product, (x, *operands, case.bias, *draw, "input", False)),
-        (triton.product, (grad, entries, None, None, *draw, "element", True)),
+        (triton.product, (grad, *in_fours, None, *draw, "element", True)),
         (triton.expanded, (columns.t() @ grad, index, parts, 33, 10.0, False, torch.bfloat16)),
         (triton.expanded, (columns.t() @ grad, index, None, 33, 10.0, True, torch.bfloat16)),
     ):

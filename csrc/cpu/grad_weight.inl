@@ -69,9 +69,8 @@ MIXOUT_INLINE void add_and_clear(T* __restrict from, int64_t count, Sum* __restr
 }
 
 // Columns [first, first + columns) of rows [term, term + terms) of dy as broadcast operands, one per tile of columns:
-// [tiles][tile_size], a tile [terms][tile_rows], filled up with 0. Adds the rows to `sums`, padded to
-// whole vectors: in groups of four, and of sixteen, for an error like that of the library's sum; after the copies, from
-// L1.
+// [tiles][tile_size], a tile [terms][tile_rows], filled up with 0. Adds the rows to `sums`, padded to whole
+// vectors: in groups of four, and of sixteen, for an error like that of the library's sum; after the copies, from L1.
 template <typename T>
 void stage_tiles(Matrix dy, int64_t term, int64_t terms, int64_t first, int64_t columns, T* staged, T* sums) {
   const T* source = static_cast<const T*>(dy.data) + term * dy.row_stride + first * dy.column_stride;

@@ -152,8 +152,8 @@ void expand(Matrix compact, const int32_t* index, int64_t count, int64_t columns
   }
 }
 
-// Rows [begin, end) of a column-major dense gradient: `width` elements of each, the rows `stride` apart. The
-// kept ones are row(j), for ascending j, which returns memory aligned and padded to vectors; others are 0.
+// Rows [begin, end) of a column-major dense gradient: `width` elements of each, the rows `stride` apart. The kept ones
+// are row(j), for ascending j, which returns memory padded to whole vectors; others are 0.
 template <typename T, typename Row>
 void put_between_zeros(const int32_t* index, int64_t count, int64_t begin, int64_t end, int64_t width, int64_t stride,
                        T* out, const Row& row) {
