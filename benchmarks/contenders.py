@@ -60,7 +60,9 @@ class PublishedMixout(torch.autograd.Function):
     def forward(ctx, weight, target, p):
         mixed = weight.clone()
         draws = torch.empty_like(weight[0]).bernoulli_(1 - p)
-        mask = draws.repeat(weight.shape[0], 1)
+        # In the weight's layout, as that code, which knows row-major ones alone, has it.
+        rows = weight.shape[0]
+        mask = draws.repeat(rows, 1) if weight.stride(1) == 1 else draws.unsqueeze(1).repeat(1, rows).t()
         ctx.save_for_backward(mask)
         return ((1 - mask) * target + mask * mixed - p * target) / (1 - p)
 

@@ -2,6 +2,7 @@
 
 import datetime
 import hashlib
+import os
 import platform
 import re
 import shlex
@@ -32,10 +33,16 @@ def environment(device_type: str, sources: tuple[str, ...]) -> dict[str, str | i
         "mixout_fast": mixout_fast.__version__,
         "backend": backend_name(device_type),
         "autograd": "C++" if is_in_cpp(select(None, device_type)) else "Python",
+        "variables": " ".join(variables()),
         "code": code_digest(sources),
     }
     if device_type == "cuda":
-        facts |= {"cuda": torch.version.cuda, "driver": driver_version(), "triton": package_version("triton")}
+        facts |= {
+            "host": cpu_model(),
+            "cuda": torch.version.cuda,
+            "driver": driver_version(),
+            "triton": package_version("triton"),
+        }
     return facts
 
 
@@ -43,9 +50,15 @@ def occasion(module: str) -> dict[str, str]:
     """When, by which command and from which commit."""
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "command": shlex.join(["python", "-m", module, *sys.argv[1:]]),
+        "command": shlex.join([*variables(), "python", "-m", module, *sys.argv[1:]]),
         "commit": commit(),
     }
+
+
+def variables() -> list[str]:
+    """NAME=value of the variables that choose instruction sets, libraries' algorithms, threads or a backend."""
+    prefixes = ("ATEN_CPU_", "ONEDNN_", "DNNL_", "MKL_", "OMP_", "KMP_", "GOMP_", "MIXOUT_FAST_BACKEND")
+    return sorted(f"{name}={value}" for name, value in os.environ.items() if name.startswith(prefixes))
 
 
 def device_name(device_type: str) -> str:

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from statistics import fmean, median
+from statistics import median
 
 import torch
 from torch import Tensor, nn
@@ -142,22 +142,6 @@ def ratio(times: list[float], baseline: list[float]) -> float:
     return median(time / base for time, base in zip(times, baseline, strict=True))
 
 
-def table(results: list[Result], metric: str) -> str:
-    header = ["", "seconds a step", "ratio to dropout", f"dev {metric}, each restart", "mean", "‖w − w_pre‖"]
-    rows = [
-        [
-            result.method,
-            f"{result.seconds:.3f}",
-            f"{result.ratio:.2f}",
-            "  ".join(f"{score:.3f}" for score in result.scores),
-            f"{fmean(result.scores):.3f}",
-            f"{fmean(result.distances):.2f}",
-        ]
-        for result in results
-    ]
-    return report.table(header, rows)
-
-
 def settings(pretrained: Pretrained, task: data.Task, options: argparse.Namespace) -> dict[str, str]:
     """What the figures hold for, in words."""
     return {
@@ -224,7 +208,7 @@ def main() -> None:
     plot(results, task, described, options.out)
     record = {**described, "metric": task.metric, "chance": task.chance, "results": [asdict(r) for r in results]}
     options.out.with_suffix(".json").write_text(json.dumps(record, indent=2) + "\n")
-    print(f"\n{table(results, task.metric)}\n")
+    print(f"\n{report.finetune_table(record)}\n")
     print("Ratio to dropout: median over the steps, each against dropout's step on the same batch.")
     print(f"Always giving the same answer scores {task.chance:.3f}.")
     print(f"Picture: {options.out}")

@@ -99,14 +99,18 @@ if [ "$part" = figures ] || [ "$part" = all ]; then
   tests "kernel tests" 60 tests/test_cuda_kernels.py
   # To compile a form takes far longer than to time it: few cells, and what compiles last.
   compiled=(--contenders published compiled compiled-dropout)
-  [ "$device" = cpu ] || compiled+=(--shapes 4096x1024x1024 4096x1024x4096 --dtypes bf16 --p 0.9)
+  compiled_model=(--modes compile --precisions bf16)
+  if [ "$device" != cpu ]; then
+    compiled+=(--shapes 4096x1024x1024 4096x1024x4096 --dtypes bf16 --p 0.9)
+    compiled_model+=(--models bert-large-4-layers)
+  fi
   suite layer 130
   suite model 70 --modes eager
   suite paths 60
   suite terms 15
   suite memory 30
   suite layer 30 "${compiled[@]}"
-  suite model 50 --modes compile --precisions bf16
+  suite model 50 "${compiled_model[@]}"
   step "report" 60 "$python" -m benchmarks.report --results "$results"
 fi
 if [ "$part" = checks ] || [ "$part" = all ]; then

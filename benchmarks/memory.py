@@ -21,7 +21,7 @@ from benchmarks.bert import SIZES, rte_like_batch
 from benchmarks.layer import matmul_precision
 from benchmarks.model import BASELINE, PRECISIONS, TrainingStep, method, pretrained
 
-SOURCES = ("timing", "encoder", "bert", "model", "memory")
+SOURCES = ("timing", "layer", "encoder", "bert", "model", "memory")
 PROBABILITIES = (0.1, 0.3, 0.5, 0.7, 0.9)
 
 CPU_MODELS = ("minilm", "bert-base-4-layers")
@@ -64,7 +64,8 @@ def in_own_process(model: str, precision: str, name: str, device: str) -> dict[s
     arguments = [model, precision, name, device, str(torch.get_num_threads())]
     process = subprocess.run([sys.executable, "-m", "benchmarks.memory", *arguments], capture_output=True, text=True)
     if process.returncode:
-        raise RuntimeError(f"{name}: {process.stderr.strip().splitlines()[-1]}")
+        reasons = process.stderr.strip().splitlines() or [f"exit status {process.returncode}"]
+        raise RuntimeError(f"{name}: {reasons[-1]}")
     return json.loads(process.stdout)
 
 
@@ -83,6 +84,8 @@ def main() -> None:
 def measure_method(model: str, precision: str, name: str, device: str) -> dict[str, int]:
     gpu = device == "cuda"
     gc.collect()
+    if gpu:  # cuBLAS allocates its workspace at its first product; it is no method's
+        torch.ones(16, 16, device=device).mm(torch.ones(16, 16, device=device))
     before = torch.cuda.memory_allocated() if gpu else process_bytes("VmRSS")
     step = TrainingStep(method(name)(pretrained(model, device)), rte_like_batch(device), precision)
     with matmul_precision(precision):

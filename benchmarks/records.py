@@ -37,13 +37,13 @@ class Records:
     def environment(self) -> dict:
         return self.runs[-1]["environment"] if self.runs else {}
 
-    def start(self, environment: dict, occasion: dict[str, str], fresh: bool = False) -> list[str]:
-        """Begin a run. What was measured in another environment, or with `fresh` anything, no longer counts.
+    def start(self, environment: dict, occasion: dict[str, str]) -> list[str]:
+        """Begin a run. What was measured in another environment no longer counts.
 
         Returns the names of what has changed in the environment. The file changes with the first `append`.
         """
         changed = [name for name in environment if self.runs and self.environment.get(name) != environment[name]]
-        if changed or fresh:
+        if changed:
             self.entries = []
         self.entries.append({"run": {"environment": environment, **occasion}})
         self.written = False

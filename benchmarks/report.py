@@ -12,13 +12,13 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 
 from benchmarks.contenders import TITLES, Shape
 from benchmarks.environment import ROOT, this_machine
 from benchmarks.layer import GPU_SWEEPS, TARGET_P, TARGET_SAVED, TARGET_SHAPES, TARGETS
 from benchmarks.model import BASELINE
-from benchmarks.records import RESULTS, Records, is_disturbed
+from benchmarks.records import RESULTS, Records, is_disturbed, key
 
 SUITES = ("layer", "terms", "paths", "model", "memory")
 PIVOT = ("ours", "linear", "dropout")
@@ -26,6 +26,9 @@ PIVOT = ("ours", "linear", "dropout")
 NOT_MEASURED = "On GPUs: not measured yet."
 OVERVIEW = (*TARGET_SHAPES, *GPU_SWEEPS[0][0])
 """The shapes of the layers that README.md shows; docs/measurements.md has all."""
+
+NOISE = 1.1
+"""Times that a ratio may differ by between runs hours apart."""
 
 LEGEND = """Each figure is the median over rounds of our time divided by the other's in the same round; below 1 ours is
 faster. * marks cells that other processes disturbed."""
@@ -41,6 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="FOLDER", help="default benchmarks/results")
     parser.add_argument("--quick", action="store_true", help="of the --quick runs' results")
     parser.add_argument("--all", action="store_true", help="other machines' results too")
+    parser.add_argument("--against", type=Path, metavar="FOLDER", help="name the layers that are slower than in it")
     parser.add_argument("--readme", action="store_true", help="put all machines' tables into README.md and docs/")
     options = parser.parse_args(arguments)
     if options.quick and options.readme:
@@ -52,6 +56,8 @@ def main(arguments: list[str] | None = None) -> int:
         results = of_this_machine(results)
     for records in results["layer"]:
         print(f"{caption(records)}\n\n{LEGEND}\n\n{layer_details(records)}\n\n{limits_section(records)}\n")
+        if options.against and (older := Records(options.against / records.path.name)).cells:
+            print(f"{compared(records, older)}\n")
         if is_gpu(records):
             print(f"{HOST_LEGEND}\n\n{host_table(records)}\n")
     for records in results["terms"]:
@@ -199,7 +205,9 @@ def limits_section(records: Records) -> str:
     for sentence, worst in beyond_limits(measured(records)):
         lines += [sentence, *(f"    {excess:.2f} times the limit: {cell_name(cell)}" for excess, cell in worst)]
     lines += [f"failed: {cell_name(cell)}: {cell['error']}" for cell in records.cells.values() if "error" in cell]
-    targets = "" if is_gpu(records) else targets_table(measured(records))
+    left_out = ((cell, name, why) for cell in measured(records) for name, why in cell["left_out"].items())
+    lines += [f"left out: {cell_name(cell)}: {TITLES.get(name, name)}: {why}" for cell, name, why in left_out]
+    targets = "" if is_gpu(records) or records.environment["threads"] != 2 else targets_table(measured(records))
     return "\n".join(lines) + (f"\n\n{targets}" if targets else "")
 
 
@@ -210,6 +218,24 @@ def beyond_limits(cells: list[dict]) -> Iterator[tuple[str, list[tuple[float, di
         beyond = [(excess(cell), cell) for cell in judged if excess(cell) > 1]
         beyond.sort(key=lambda pair: pair[0], reverse=True)
         yield f"{len(beyond)} of {len(judged)} cells with at least {rows} rows and p >= {p} are {what}", beyond
+
+
+def compared(records: Records, older: Records) -> str:
+    """How our ratios to nn.Linear have changed in the cells that both have, and which are slower by more than NOISE."""
+    old, new = ({key(cell["cell"]): cell for cell in measured(both)} for both in (older, records))
+    changes = {
+        cell_name(new[name]): step_ratio(new[name], "linear") / step_ratio(old[name], "linear")
+        for name in new
+        if name in old
+    }
+    if not changes:
+        return f"no cell in common with {older.path}"
+    slower = sorted((name for name in changes if changes[name] > NOISE), key=changes.get, reverse=True)
+    return "\n".join([
+        f"our ratios to nn.Linear over those of {older.path}: median {median(changes.values()):.2f} of {len(changes)}",
+        f"{len(slower)} of them above {NOISE}",
+        *(f"    {changes[name]:.2f}: {name}" for name in slower),
+    ])  # fmt: skip
 
 
 def cell_name(cell: dict) -> str:
@@ -316,7 +342,7 @@ def memory_row(cell: dict, methods: list[str]) -> list[str]:
 
 
 def in_short(results: dict[str, list[Records]]) -> str:
-    """The main figures, each at its largest p, in words."""
+    """The main figures, each at its largest p below 1, in words."""
     lines = []
     for suite, describe in (("layer", layer_in_short), ("model", model_in_short), ("memory", memory_in_short)):
         for records in results[suite]:
@@ -328,7 +354,7 @@ def in_short(results: dict[str, list[Records]]) -> str:
 def layer_in_short(cells: list[dict]) -> Iterator[str]:
     for dtype in dict.fromkeys(cell["cell"]["dtype"] for cell in cells):
         of_dtype = [cell for cell in cells if cell["cell"]["dtype"] == dtype]
-        largest = max(cell["cell"]["p"] for cell in of_dtype)
+        largest = max((p for cell in of_dtype if (p := cell["cell"]["p"]) < 1), default=1.0)
         spans = []
         for name, title in (("linear", "nn.Linear"), ("dropout", "nn.Dropout + nn.Linear")):
             ratios = [step_ratio(cell, name) for cell in of_dtype if cell["cell"]["p"] == largest]
@@ -351,8 +377,9 @@ def memory_in_short(cells: list[dict]) -> Iterator[str]:
 
 
 def largest_mixout(by_method: dict[str, dict]) -> tuple[str, dict]:
-    """The one of the methods mixout(p) whose p is the largest, by its name."""
-    name = max((name for name in by_method if name.startswith("mixout(")), key=lambda name: float(name[7:-1]))
+    """The one of the methods mixout(p) whose p is the largest below 1, by its name."""
+    p = {name: float(name[7:-1]) for name in by_method if name.startswith("mixout(")}
+    name = max(p, key=lambda name: (p[name] < 1, p[name]))
     return name, by_method[name]
 
 
@@ -487,8 +514,8 @@ def ratio_pair(cell: dict | None) -> str:
     return f"{step_ratio(cell, 'linear'):.2f} / {step_ratio(cell, 'dropout'):.2f}" + "*" * is_disturbed(cell)
 
 
-def finetune_part(record: dict) -> str:
-    header = ["", "s a step", "ratio", f"dev {record['metric']} of each restart", "mean"]
+def finetune_table(record: dict) -> str:
+    header = ["", "s a step", "ratio", f"dev {record['metric']} of each restart", "mean", "‖w − w_pre‖"]
     rows = [
         [
             result["method"],
@@ -496,12 +523,19 @@ def finetune_part(record: dict) -> str:
             f"{result['ratio']:.2f}",
             " ".join(f"{score:.3f}" for score in result["scores"]),
             f"{fmean(result['scores']):.3f}",
+            f"{fmean(result['distances']):.2f}",
         ]
         for result in record["results"]
     ]
+    return table(header, rows)
+
+
+def finetune_part(record: dict) -> str:
     where = f"{record['model']} on {record['data']}; {record['training']}, learning rate {record['learning rate']}; "
     chance = f"Always giving the same answer scores {record['chance']:.3f}."
-    return f"{where}{record['machine']}; {record['versions']}; `{record['command']}`. {chance}\n\n{table(header, rows)}"
+    return (
+        f"{where}{record['machine']}; {record['versions']}; `{record['command']}`. {chance}\n\n{finetune_table(record)}"
+    )
 
 
 def with_parts(text: str, parts: dict[str, str]) -> str:

@@ -82,11 +82,12 @@ def run_suite(name: str, options: argparse.Namespace, budget: float | None) -> i
     suite = SUITES[name]
     quick = "-quick" if options.quick else ""
     records = Records(options.results / f"{name}-{machine_slug(options.device)}{quick}.jsonl")
-    changed = records.start(environment(options.device, suite.SOURCES), occasion("benchmarks.run"), options.fresh)
+    changed = records.start(environment(options.device, suite.SOURCES), occasion("benchmarks.run"))
     if changed:
         say(f"{records.path.name} holds results of another {', '.join(changed)}: measured afresh")
     cells = suite.cells(options)
-    missing = [cell for cell in cells if not is_finished(records.cells.get(key(cell)), suite, options)]
+    there = {} if options.fresh else records.cells
+    missing = [cell for cell in cells if not is_finished(there.get(key(cell)), suite, options)]
     if len(missing) < len(cells):
         say(f"{name}: {len(cells) - len(missing)} of {len(cells)} cells are there already; --fresh measures them again")
     return measure_all(suite, missing, records, options, budget) if missing else 0

@@ -41,8 +41,7 @@ def measure(cell: dict, options: argparse.Namespace) -> dict:
             for name in wanted(options)
             for term, gradients in {"y": TERMS[1:], "dX": ("dX",), "dW": ("dW",), "db": ("db",)}.items()
         }
-        with timing.OtherLoad() as others:
-            times = timing.alternate(steps, PHASES, device, seconds(options), REPEATS[device])
+        times, other_load = timing.alternate(steps, PHASES, device, seconds(options), REPEATS[device])
     contenders = {}
     for name in wanted(options):
         phases = {"y": times[f"{name} y"]["forward"], "step": times[f"{name} y"]["step"]}
@@ -51,7 +50,7 @@ def measure(cell: dict, options: argparse.Namespace) -> dict:
     bandwidth = timing.copy_bandwidth(case.weight.nbytes, device)
     return {
         "rounds": len(times["ours y"]["step"]),
-        "other_load": others.share,
+        "other_load": other_load,
         "copy_gb_per_s": round(bandwidth / 1e9, 1),
         "contenders": contenders,
         "floor_ms": {term: round(value, 4) for term, value in floors(case, contenders, bandwidth).items()},

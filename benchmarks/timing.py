@@ -1,5 +1,6 @@
 """Alternating timings in one process, so that ratios hold on a machine whose speed changes with its load."""
 
+import functools
 import gc
 import itertools
 import os
@@ -66,11 +67,12 @@ def _chunks(items: list, size: int) -> list[list]:
 
 def alternate(
     steps: dict[str, Step], phases: tuple[str, ...], device_type: str, seconds: float, repeats: int = 1
-) -> dict[str, Times]:
+) -> tuple[dict[str, Times], float | None]:
     """Run `repeats` steps of every contender per round, in a fresh order each round, for about `seconds`.
 
-    An entry of the result is the mean over the `repeats` steps, which follow each other without waiting for the device,
-    as in training.
+    Returns the times, each the mean over the `repeats` steps, which follow each other without waiting for the device,
+    as in training; and what other processes took of the CPUs during the rounds (OtherLoad; None for a GPU, whose time
+    is its own). The warm-up doesn't count: compilers run in it, in processes of their own.
     """
     clock = CudaClock() if device_type == "cuda" else CpuClock()
     times: dict[str, Times] = {name: {phase: [] for phase in (*phases, "step", "host")} for name in steps}
@@ -81,17 +83,18 @@ def alternate(
     gc.collect()
     gc.disable()
     try:
-        start = time.perf_counter()
-        for done in range(MAX_ROUNDS):
-            if done >= MIN_ROUNDS and time.perf_counter() - start > seconds:
-                break
-            shuffle(order)
-            for name in order:
-                for phase, value in _run(steps[name], phases, clock, repeats).items():
-                    times[name][phase].append(value)
+        with OtherLoad() as others:
+            start = time.perf_counter()
+            for done in range(MAX_ROUNDS):
+                if done >= MIN_ROUNDS and time.perf_counter() - start > seconds:
+                    break
+                shuffle(order)
+                for name in order:
+                    for phase, value in _run(steps[name], phases, clock, repeats).items():
+                        times[name][phase].append(value)
     finally:
         gc.enable()
-    return times
+    return times, None if device_type == "cuda" else others.share
 
 
 def _run(step: Step, phases: tuple[str, ...], clock: CpuClock | CudaClock, repeats: int) -> dict[str, float]:
@@ -137,7 +140,7 @@ class OtherLoad:
     def __exit__(self, *_) -> None:
         if self.start is not None:
             total, busy, own = (end - start for end, start in zip(cpu_seconds(), self.start, strict=True))
-            self.share = round(max(0.0, busy - own) / total, 3)
+            self.share = round(max(0.0, busy - own) / total, 3) if total else 0.0
 
 
 def cpu_seconds() -> tuple[float, float, float] | None:
@@ -163,13 +166,19 @@ def ratio(times: Times, base: Times, phase: str) -> dict[str, float]:
     return spread([a / b for a, b in zip(times[phase], base[phase], strict=True)])
 
 
+@functools.cache
 def copy_bandwidth(nbytes: int, device_type: str) -> float:
-    """Bytes read and written per second by copying buffers of `nbytes`, each of which has last been used long ago."""
+    """Bytes read and written per second by copying buffers of `nbytes`, each of which has last been used long ago.
+
+    On a GPU they have at least 64 MiB: issuing a smaller copy takes longer than the copy. One figure per size and run.
+    """
+    if device_type == "cuda":
+        nbytes = max(nbytes, 64 << 20)
     count = max(2, -(-2 * cache_bytes(device_type) // nbytes))
     buffers = [torch.ones(nbytes, dtype=torch.uint8, device=device_type) for _ in range(count)]
     clock = CudaClock() if device_type == "cuda" else CpuClock()
     seconds = []
-    for _ in range(7):
+    while len(seconds) < 7 or sum(seconds) < 0.2:
         clock.start()
         clock.mark()
         for source, destination in zip(buffers, buffers[1:] + buffers[:1], strict=True):

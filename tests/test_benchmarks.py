@@ -118,6 +118,39 @@ def test_a_second_run_measures_only_what_is_missing(suite, tmp_path):
     assert measured("--fresh", "--budget", "0") == (0, []), "no time, no cell, and what is there stays"
     assert measured() == (0, [])
     assert measured("--fresh") == (0, [0.1, 0.5, 0.9])
+    suite.cells = lambda options: [{"p": 0.5}]
+    assert measured("--fresh") == (0, [0.5])
+    suite.cells = lambda options: [{"p": p} for p in (0.1, 0.5, 0.9)]
+    assert measured() == (0, []), "--fresh leaves the cells that it does not measure"
+
+
+def test_variables_that_choose_instruction_sets_belong_to_the_environment(monkeypatch):
+    before = environment.environment("cpu", ()), environment.occasion("benchmarks.run")["command"]
+    monkeypatch.setenv("ATEN_CPU_CAPABILITY", "avx2")
+    after = environment.environment("cpu", ()), environment.occasion("benchmarks.run")["command"]
+    assert "ATEN_CPU_CAPABILITY=avx2" in after[0]["variables"].split()
+    assert before[0]["variables"] != after[0]["variables"]
+    assert "ATEN_CPU_CAPABILITY=avx2" in after[1]
+    assert "ATEN_CPU_CAPABILITY" not in before[1]
+
+
+def test_what_the_warm_up_takes_is_not_other_load(monkeypatch):
+    """Compilers run in processes of their own while torch.compile warms up."""
+    clock = {"total": 0.0, "busy": 0.0, "own": 0.0}
+    monkeypatch.setattr(timing, "cpu_seconds", lambda: tuple(clock.values()))
+    calls = []
+
+    def step(mark):
+        compiles = len(calls) < timing.WARMUP_ROUNDS
+        calls.append(compiles)
+        clock["total"] += 2.0
+        clock["busy"] += 1.5 if compiles else 0.75
+        clock["own"] += 0.5
+        mark()
+        mark()
+
+    _, other_load = timing.alternate({"a": step}, ("forward",), "cpu", seconds=0.0)
+    assert other_load == pytest.approx(0.25 / 2.0)
 
 
 def test_a_disturbed_cell_is_measured_again():
@@ -171,7 +204,7 @@ def test_phases_are_timed_apart_and_contenders_in_every_round():
         return sleep
 
     steps = {"a": step("a", 0.002, 0.004), "b": step("b", 0.001, 0.001)}
-    times = timing.alternate(steps, ("forward", "backward"), "cpu", seconds=0.0, repeats=2)
+    times, _ = timing.alternate(steps, ("forward", "backward"), "cpu", seconds=0.0, repeats=2)
     assert all(len(times[name]["step"]) == timing.MIN_ROUNDS for name in steps)
     rounds = [order[i : i + 4] for i in range(4 * timing.WARMUP_ROUNDS, len(order), 4)]
     assert all(sorted(names) == ["a", "a", "b", "b"] for names in rounds)
@@ -235,11 +268,12 @@ def test_on_a_gpu_phases_come_from_events_of_back_to_back_steps(monkeypatch):
         log.extend(["backward"] * 3)
         mark()
 
-    times = timing.alternate({"a": step}, ("forward", "backward"), "cuda", seconds=0.0, repeats=2)
+    times, other_load = timing.alternate({"a": step}, ("forward", "backward"), "cuda", seconds=0.0, repeats=2)
     one_step = ["mark", "forward", "mark", *["backward"] * 3, "mark"]
     assert log[: len(log) // (timing.MIN_ROUNDS + timing.WARMUP_ROUNDS)] == ["wait", *one_step, *one_step, "wait"]
     assert times["a"]["forward"] == [2.0] * timing.MIN_ROUNDS
     assert times["a"]["backward"] == [4.0] * timing.MIN_ROUNDS
+    assert other_load is None
 
 
 def test_saved_bytes_are_the_input_of_a_linear_layer():
@@ -305,6 +339,15 @@ def test_both_ways_to_a_product_are_checked_and_timed(tmp_path, monkeypatch):
         assert f"{figures['dX_us']:.1f} / {figures['dX_host_us']:.1f}" in text
 
 
+def test_published_mixout_of_a_column_major_weight_walks_one_layout():
+    weight = torch.randn(64, 5, requires_grad=True)
+    PublishedMixout.apply(weight.t(), torch.randn(64, 5).t(), 0.75).sum().backward()
+    node = PublishedMixout.apply(weight.t(), torch.randn(64, 5).t(), 0.75).grad_fn
+    (mask,) = node.saved_tensors
+    assert mask.stride() == weight.t().stride()
+    assert torch.equal(mask, mask[:1].expand(5, -1))
+
+
 def test_published_mixout_keeps_whole_columns_and_leaves_out_the_scale_in_backward():
     weight, target = torch.randn(5, 64, requires_grad=True), torch.randn(5, 64)
     mixed = PublishedMixout.apply(weight, target, 0.75)
@@ -323,6 +366,9 @@ def test_a_wrong_layer_is_not_timed(broken, monkeypatch):
     monkeypatch.setattr(broken, "mix", lambda weight, target, *rest: right(target, weight, *rest))
     with pytest.raises(AssertionError, match="against fp64"):
         check_ours(case, backend="broken")
+    monkeypatch.setattr(backends, "DEFAULT", "broken")
+    with pytest.raises(AssertionError, match="against fp64"):
+        model.check_layers(model.pretrained("tiny", "cpu"), "fp32", "cpu")
 
 
 @pytest.fixture
@@ -358,6 +404,23 @@ def test_a_slowed_layer_shows_in_the_report(measure_layer, monkeypatch):
     assert "1 of 1 cells with at least 256 rows and p >= 0.7 are slower than nn.Linear" in limits
     assert re.search(r"[\d.]+ times the limit: 256x64x48 p=0.9 fp32", limits)
     assert f"{report.step_ratio(slow, 'dropout'):.2f}" in report.layer_details(records)
+
+
+def test_a_layer_slowed_since_an_older_run_is_named(tmp_path):
+    def layers(folder, *ratios):
+        (tmp_path / folder).mkdir()
+        records = started(tmp_path / folder)
+        for p, ratio in zip((0.5, 0.7, 0.9), ratios, strict=True):
+            cell = {"shape": "512x8x8", "p": p, "dtype": "fp32"}
+            records.append({"cell": cell, "ratios": {"linear": {"step": {"median": ratio}}}})
+        records.append({"cell": {"shape": "16x8x8", "p": 0.9, "dtype": "fp32"}, "error": "AssertionError: dW"})
+        return records
+
+    older, newer = layers("older", 0.4, 0.5, 0.6), layers("newer", 0.41, 1.0, 0.6)
+    text = report.compared(newer, older)
+    assert "median 1.02 of 3" in text
+    assert "1 of them above 1.1\n    2.00: 512x8x8 p=0.7 fp32" in text
+    assert "0 of them" in report.compared(older, newer)
 
 
 def test_the_documents_get_their_tables_and_no_others(measure_layer, tmp_path, monkeypatch, capsys):
@@ -414,13 +477,20 @@ def test_the_largest_p_is_told_in_words():
         {"cell": {"p": p, "dtype": dtype}, "ratios": {"linear": step, "dropout": {"step": {"median": p}}}}
         for p, dtype in ((0.5, "fp32"), (0.9, "fp32"), (0.25, "bf16"))
     ]
+    layers.append(layers[1] | {"cell": {"p": 1.0, "dtype": "fp32"}})  # which trains nothing
     takes = "a training step of a layer with mixout({}) takes 0.50 to 0.50 of nn.Linear's time and {} of {}'s time ({})"
     assert list(report.layer_in_short(layers)) == [
         takes.format(0.9, "0.90 to 0.90", "nn.Dropout + nn.Linear", "fp32"),
         takes.format(0.25, "0.25 to 0.25", "nn.Dropout + nn.Linear", "bf16"),
     ]
     cell = {"cell": {"model": "tiny", "precision": "fp32", "mode": "eager"}}
-    ratios = {"none": step, "mixout(0.9)": {"step": {"median": 0.25}}, "mixout(0.75)": step, "published(1)": step}
+    ratios = {
+        "none": step,
+        "mixout(0.9)": {"step": {"median": 0.25}},
+        "mixout(0.75)": step,
+        "mixout(1)": step,
+        "published(1)": step,
+    }
     assert list(report.model_in_short([cell | {"ratios": ratios}])) == [
         "a finetuning step of tiny with mixout(0.9) takes 0.25 of dropout(0.1)'s time (fp32, eager)"
     ]
@@ -444,7 +514,14 @@ def test_a_report_of_failed_cells_alone_names_them(tmp_path, monkeypatch, capsys
 def test_failed_and_missed_cells_are_named(tmp_path):
     records = started(tmp_path)
     records.append({"cell": {"shape": "512x8x8", "p": 0.9, "dtype": "fp32"}, "error": "AssertionError: dW"})
-    assert "failed: 512x8x8 p=0.9 fp32: AssertionError: dW" in report.limits_section(records)
+    step = {"step": {"median": 0.5}}
+    left_out = {"ours-triton": "dW: error 3 against fp64", "compiled": "no compiler"}
+    figures = {"ratios": {"linear": step, "dropout": step}, "floor_share": 1.0, "left_out": left_out}
+    records.append({"cell": {"shape": "256x8x8", "p": 0.9, "dtype": "fp32"}, **figures})
+    limits = report.limits_section(records)
+    assert "failed: 512x8x8 p=0.9 fp32: AssertionError: dW" in limits
+    assert "left out: 256x8x8 p=0.9 fp32: ours-triton: dW: error 3 against fp64" in limits
+    assert "left out: 256x8x8 p=0.9 fp32: compiled mixout: no compiler" in limits
     assert report.verdict(0.7404, 0.74).endswith("pass")
     assert report.verdict(0.741, 0.74).endswith("miss")
 
@@ -469,6 +546,7 @@ def test_a_step_of_every_method_runs_and_starts_at_the_pretrained_model(monkeypa
         step(lambda: None)
         moved = [not torch.equal(a, b) for a, b in zip(start, step.model.parameters(), strict=True)]
         assert sum(moved) > len(moved) / 2, name
+    model.check_layers(plain, "bf16", "cpu")
     mixed = with_mixout(plain, 0.5)
     assert sum(isinstance(module, MixLinear) for module in mixed.modules()) == 6 * 2 + 1
     with torch.no_grad():
