@@ -1,4 +1,4 @@
-"""What is timed must be right: our layer against fp64, by the rule of twice the library's own error."""
+"""What is timed must be right: checks our layer against fp64, allowing twice the library's own error."""
 
 from dataclasses import replace
 
@@ -10,15 +10,15 @@ from mixout_fast.testing import Case
 
 
 def check_ours(case: Case, *, mask: str = "input", backend: str | None = None) -> None:
-    """testing.check_error of one case, against a cheaper oracle."""
+    """Runs testing.check_error on one case, against a cheaper oracle."""
     testing.check_error([replace(case, mask=mask)], backend, fp64_results)
 
 
 def fp64_results(case: Case) -> dict[str, Tensor]:
     if case.compute == torch.float64:
         return testing.oracle(case)
-    # testing's oracle is exact to fp64's last places, at ten times the price of plain fp64 products, which are exact
-    # enough to judge fp32 by.
+    # testing.oracle is exact to fp64's last places but takes ten times as long as plain fp64 products, which suffice to
+    # judge fp32.
     case = replace(case, input=case.input.to(case.compute))
     tensors = {name: value.double() for name, value in vars(case).items() if torch.is_tensor(value) and name != "seed"}
     return testing.library(replace(case, compute=torch.float64, **tensors))

@@ -1,4 +1,4 @@
-"""BERT for sentence classification in plain PyTorch, so that the model suite needs nothing else.
+"""BERT for sentence classification in plain PyTorch, so that the model suite needs no other package.
 
 The layers, their order and their dropouts are those of Hugging Face's BertForSequenceClassification with scaled dot
 product attention; a test compares the two.
@@ -96,7 +96,7 @@ class Encoder(nn.Module):
 
 
 class Classifier(nn.Module):
-    """A sentence's class: the encoder, which is `base_model` as in transformers, and a fresh head."""
+    """Classifies sentences: the encoder, named `base_model` as in transformers, and a fresh head."""
 
     def __init__(self, size: Size, classes: int = 2) -> None:
         super().__init__()
@@ -117,7 +117,7 @@ def _initialise(module: nn.Module) -> None:
 
 
 def rte_like_batch(device: str, size: int = 32, length: int = 128) -> dict[str, Tensor]:
-    """Random sentence pairs of full length, as the paper's batches of RTE: forward's arguments, (size, length) each."""
+    """Random sentence pairs of full length, as in the paper's RTE batches: forward's arguments, (size, length) each."""
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(1, VOCABULARY, (size, length), generator=generator)
     segments = (torch.arange(length) >= length // 2).long().expand(size, -1).contiguous()

@@ -1,7 +1,7 @@
 """The layers under comparison, each set up on the same x, dy, W, U, b and p.
 
 A contender is a function Case -> nn.Module; x and dy are the case's. Every layer holds its own copy of the weight (and
-target), as layers of a network do, so none finds its weight in the cache because another has just read it.
+target), as layers of a network do, so that no layer finds its weight in the cache because another has just read it.
 """
 
 import functools
@@ -18,7 +18,7 @@ from mixout_fast.testing import Case, column_major, random_case
 
 @dataclass(frozen=True)
 class Shape:
-    """RxKxN, and a t behind it where the weight is column-major, as GPT-2's Conv1D has it."""
+    """Written RxKxN, followed by a t if the weight is column-major, as in GPT-2's Conv1D."""
 
     rows: int
     in_features: int
@@ -41,9 +41,9 @@ def _tensors(shape: Shape, dtype: torch.dtype, device: str) -> Case:
 
 
 def problem(shape: Shape, p: float, dtype: torch.dtype, device: str = "cpu") -> Case:
-    """Normal x, dy, U and b, and W a finetuning's distance from U. x requires grad, as inside a network.
+    """Normal x, dy, U and b, and a W as far from U as finetuning moves it. x requires grad, as inside a network.
 
-    Calls that differ in p alone share the tensors: at large sizes making them takes longer than timing them.
+    Calls in a row that differ only in p share the tensors: at large sizes making them takes longer than the timing.
     """
     return replace(_tensors(shape, dtype, device), p=p)
 
@@ -91,8 +91,8 @@ def dropout_and_linear(x: Tensor, weight: Tensor, bias: Tensor, p: float) -> Ten
     return F.linear(F.dropout(x, p), weight, bias)
 
 
-# Past 8 compilations of a function torch.compile would run it uncompiled; fullgraph makes that an error. Whoever times
-# many shapes or p calls torch.compiler.reset() in between.
+# After 8 compilations of a function torch.compile would run it uncompiled; fullgraph makes that an error. Code that
+# times many shapes or p calls torch.compiler.reset() in between.
 compiled_mixout = torch.compile(three_line_mixout, fullgraph=True, dynamic=False)
 compiled_dropout_and_linear = torch.compile(dropout_and_linear, fullgraph=True, dynamic=False)
 
@@ -159,7 +159,7 @@ CONTENDERS = {
     "compiled": compiled,
     "compiled-dropout": compiled_dropout,
 }
-"""Name -> set-up; `variants` has more of ours."""
+"""Name -> function that makes the layer; `variants` has further forms of ours."""
 
 TITLES = {
     "ours": "ours",
@@ -172,13 +172,13 @@ TITLES = {
 
 
 def variants(device_type: str) -> dict[str, dict]:
-    """Our layer in its forms on a device: contender's name -> MixLinear's options."""
+    """The forms of our layer on a device: contender's name -> MixLinear's options."""
     named = {f"ours-{name}": {"backend": name} for name in _served(device_type)}
     return {"ours": {}, "ours-element": {"mask": "element"}, **named}
 
 
 def other_backends(device_type: str) -> list[str]:
-    """Ours with each compiled backend that serves the device and is not what a call takes that names none."""
+    """`ours-BACKEND` for each compiled backend that serves the device without being its default."""
     chosen = {name for name, module in backends.BACKENDS.items() if module is backends.select(None, device_type)}
     return [f"ours-{name}" for name in _served(device_type) if name not in {"reference", *chosen}]
 
@@ -188,7 +188,7 @@ def _served(device_type: str) -> list[str]:
 
 
 def contenders(device_type: str) -> dict[str, Callable[[Case], nn.Module]]:
-    """CONTENDERS, and every variant of ours: the element mask, and each backend that serves the device by its name."""
+    """CONTENDERS and every variant of ours: with the element mask, and with each backend that serves the device."""
     forms = {name: functools.partial(ours, **options) for name, options in variants(device_type).items()}
     return {**CONTENDERS, **forms}
 

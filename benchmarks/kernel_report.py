@@ -1,11 +1,11 @@
-"""Compiles every Triton kernel ahead of time, for GPUs that need not be there, and reads what came out.
+"""Compiles every Triton kernel ahead of time, for GPUs that need not be present, and inspects the machine code.
 
     python -m benchmarks.kernel_report [--quick]
 
 Each launch that the backend makes, in every dtype and configuration that it can choose, is compiled for NVIDIA's
-compute capabilities 8.0, 9.0 and 10.0 and for AMD's gfx942, and read with the disassembler that Triton ships:
-registers, spills, shared memory, products on tensor cores, loads of 16 bytes. Exit status 1 where a kernel breaks a
-rule of `faults`. It says nothing of speed.
+compute capabilities 8.0, 9.0 and 10.0 and for AMD's gfx942. Registers, spills, shared memory, products on tensor cores
+and loads of 16 bytes are read with the disassembler that Triton ships, for AMD from the assembly. The exit status is 1
+if a kernel breaks a rule of `faults`. Speed is not measured.
 """
 
 import argparse
@@ -33,7 +33,7 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-# Shared memory a program may have, from the vendors' tables of compute capabilities; gfx942: local data share.
+# Most shared memory of a program, from the vendors' tables of compute capabilities; gfx942: local data share.
 SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
 # Instructions that multiply matrices: mma, wgmma and tcgen05, MFMA.
 TENSOR_CORE = {
@@ -48,13 +48,13 @@ POINTER = {
 }  # fmt: skip
 PRECISIONS = [(dtype, dtype) for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64)]
 PRECISIONS += [(torch.float32, torch.bfloat16), (torch.float32, torch.float16)]
-# (out_features, in_features): too few features for the first of ONE_PASS_FEATURES, and enough.
+# (out_features, in_features): the first has too few features for ONE_PASS_FEATURES[0], the second has enough.
 SIZES = (1024, 1024), (8192, 8192)
 
 
 @dataclass
 class Launch:
-    """A recorded launch: what was compiled for, and the arguments that decide what is compiled."""
+    """A recorded launch: what it computes, and the arguments that determine what is compiled."""
 
     what: str
     dtypes: str
@@ -77,7 +77,7 @@ class Launch:
 
 @dataclass
 class Reading:
-    """Of a compiled kernel: per thread and program, and numbers of instructions."""
+    """A compiled kernel's registers and spills per thread, shared memory per program, and numbers of instructions."""
 
     registers: int
     spills: int
@@ -90,7 +90,7 @@ class Reading:
 
 
 def launches(quick: bool) -> list[Launch]:
-    """Those of the backend's functions for sizes that reach every row of its tables, each compilation once."""
+    """The launches of the backend's functions, for sizes that reach every row of its tables; each compilation once."""
     seen = {}
 
     seed, p = torch.tensor(0), 0.9
@@ -109,7 +109,7 @@ def launches(quick: bool) -> list[Launch]:
                 precisions = ("ieee", "tf32") if compute == torch.float32 else ("ieee",)
                 for rows, precision in itertools.product((16, 32, 64), precisions):
                     x = torch.empty(rows, in_features, dtype=compute)
-                    # Of few outputs or of many, or where benchmarks.paths takes it.
+                    # Up to the most rows in either table; some of these combinations only benchmarks.paths takes.
                     if rows > max(*backend.ONE_PASS_ROWS[compute], *backend.MANY_OUTPUTS_ROWS[compute]):
                         continue
                     with mock.patch.object(backend, "_precision", lambda dtype, precision=precision: precision):
@@ -138,14 +138,14 @@ def launches(quick: bool) -> list[Launch]:
 
 
 def lying(out_features: int, in_features: int, dtype: torch.dtype, column_major: bool) -> torch.Tensor:
-    """(N, K), row-major or column-major."""
+    """An empty matrix (N, K), row-major or column-major."""
     if column_major:
         return torch.empty(in_features, out_features, dtype=dtype).t()
     return torch.empty(out_features, in_features, dtype=dtype)
 
 
 def note_launches(seen: dict, dtype: torch.dtype, compute: torch.dtype, what: str, function, *arguments) -> None:
-    """Call the backend's function and put the launches it makes into `seen` instead of making them."""
+    """Call the backend's function, recording its launches in `seen` instead of making them."""
 
     def note(kernel, grid, device, *values, **options):
         launch = Launch(
@@ -236,7 +236,7 @@ def read_amdgcn(assembly: str, shared: int, name: str) -> Reading:
 
 
 def faults(launch: Launch, name: str, reading: Reading) -> list[str]:
-    """What a kernel must not be, on any target."""
+    """The rules that a compiled kernel breaks, in words."""
     found = []
     kernels = backend.kernels
     streams = launch.kernel in (kernels.prologue_kernel, kernels.element_kernel)
@@ -248,7 +248,7 @@ def faults(launch: Launch, name: str, reading: Reading) -> list[str]:
         found.append("no loads of 16 bytes")
     if streams and reading.narrow_loads > 1:
         found.append("loads of less than 16 bytes beside the seed's")
-    # A product in fp32 or fp64 is made of them.
+    # Products without tensor cores consist of fused multiply-adds.
     if (streams or launch.multiplies_on_tensor_cores) and reading.fused:
         found.append("fused multiply-adds")
     if launch.multiplies_on_tensor_cores and not reading.tensor_core:

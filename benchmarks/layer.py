@@ -1,7 +1,8 @@
-"""The layer suite: one layer, forward and backward, ours beside everything one would use instead.
+"""The layer suite: forward and backward of one layer, ours beside everything one would use instead.
 
 A step is a forward and a backward with a fixed dy; x requires grad and gradients are None before each step. Every ratio
-is ours divided by the other's time in the same round, median over rounds. What is timed is checked against fp64 first.
+is our time divided by the other's in the same round, as a median over rounds. Ours is checked against fp64 before it is
+timed.
 """
 
 import argparse
@@ -37,7 +38,7 @@ DTYPES = {
 PHASES = ("forward", "backward")
 
 SOURCES = ("timing", "contenders", "layer")
-"""The modules that decide a figure: after a change in them, as in the package, cells are measured afresh."""
+"""The modules that affect a figure: after a change in one of them, or in the package, cells are measured again."""
 
 LAYERS = {
     "bert-base": ((768, 768), (768, 3072), (3072, 768)),
@@ -55,13 +56,13 @@ TARGETS = {
     ("2048x768x3072", "1024x1024x4096"): {"linear": (0.76, 0.83, 0.95, 1.03), "dropout": (0.72, 0.78, 0.90, 1.00)},
     ("128x768x768", "128x1024x4096"): {"linear": (0.95, 1.00, 1.05, 1.12)},
 }
-"""Shapes -> other -> most that the ratio of a step may be, per p of TARGET_P; CPU, fp32, 2 threads."""
+"""Shapes -> other contender -> largest ratio allowed for a step, per p of TARGET_P; CPU, fp32, 2 threads."""
 TARGET_P = (0.9, 0.7, 0.5, 0.1)
 TARGET_SAVED = (0.2, 1.0, 1.0, 1.0)
-"""Most that our saved bytes may be of nn.Linear's."""
+"""Largest ratio allowed of our saved bytes to nn.Linear's, per p of TARGET_P."""
 TARGET_SHAPES = tuple(itertools.chain(*TARGETS))
 
-# (shapes, p, dtypes): those measured first matter most, for a --budget may end a run.
+# (shapes, p, dtypes), the most important first: a --budget may end a run early.
 CPU_SWEEPS = (
     (TARGET_SHAPES, TARGET_P, ("fp32",)),
     (("2048x768x768",), P, ("fp32",)),
@@ -81,7 +82,7 @@ QUICK_SWEEPS = ((("2048x768x768", "128x768x768"), (0.9, 0.5), ("fp32",)),)
 TARGET_SWEEPS = ((TARGET_SHAPES, TARGET_P, ("fp32",)),)
 
 REPEATS = {"cpu": 1, "cuda": 20}
-"""Steps per timing. On a GPU the first finds an idle device: 20 keep what that costs below 5 %."""
+"""Steps per timing. On a GPU the first step finds an idle device: with 20 steps that costs less than 5 %."""
 GRAPH_REPLAYS = 20
 
 
@@ -110,9 +111,12 @@ def all_shapes() -> list[str]:
 
 
 def wanted(options: argparse.Namespace) -> list[str]:
-    """The contenders to time; always ours, nn.Linear and dropout, whose ratios every table holds, and ours with every
-    other backend that serves the device, which shows whether the right one is chosen."""
-    # A first torch.compile takes about 20 seconds, the whole of a quick run; a GPU has many cells.
+    """The contenders to time.
+
+    These are always ours, nn.Linear and dropout, whose ratios every table has, and ours with every other compiled
+    backend that serves the device, which shows whether the right backend is the default.
+    """
+    # A first torch.compile takes about 20 seconds, as long as a whole quick run; a GPU has many cells.
     brief = options.quick or options.targets or options.device == "cuda"
     chosen = options.contenders or (["published"] if brief else CONTENDERS)
     return list(dict.fromkeys(["ours", "linear", "dropout", *other_backends(options.device), *chosen]))
@@ -172,7 +176,7 @@ def measure(cell: dict, options: argparse.Namespace) -> dict:
 
 
 def why_wrong(case: Case, form: dict) -> str | None:
-    """Why one of our variants is not timed: whatever it fails with. The others' figures are worth having without it."""
+    """Why one of our variants is not timed: the error of its check, or None. The others are timed without it."""
     try:
         check_ours(case, **form)
     except Exception as error:
@@ -181,7 +185,10 @@ def why_wrong(case: Case, form: dict) -> str | None:
 
 
 def graph_seconds(step: "LayerStep") -> list[float]:
-    """Of a step in a CUDA graph, which waits for no host, on its copies in turn; none where it can't be captured."""
+    """Seconds of a step in a CUDA graph, which does not wait for the host; empty if the step cannot be captured.
+
+    One graph holds a step on each copy of the operands; there is an entry per replay.
+    """
     count = len(step.layers)
     try:
         seconds = timing.replay_seconds(lambda: [step(lambda: None) for _ in range(count)], GRAPH_REPLAYS)
@@ -191,9 +198,9 @@ def graph_seconds(step: "LayerStep") -> list[float]:
 
 
 class LayerStep:
-    """Forward and backward of a contender to the gradients named.
+    """Forward of a contender, and backward to the gradients named.
 
-    It takes `count` copies of the layer, x and dy in turn, so that none is found in the cache.
+    Steps take `count` copies of the layer, x and dy in turn, so that none is found in the cache.
     """
 
     def __init__(
@@ -232,7 +239,7 @@ def saved_bytes(layer: nn.Module, x: torch.Tensor) -> int:
 
 
 def copies(case: Case) -> int:
-    """How many sets of operands fill a GPU's L2 three times over. On CPUs 1: other contenders run in between."""
+    """How many sets of operands fill a GPU's L2 three times over; 1 on CPUs, where other contenders run in between."""
     if case.weight.device.type != "cuda":
         return 1
     nbytes = sum(tensor.nbytes for tensor in (case.input, case.grad_output, case.weight, case.target))
@@ -241,7 +248,7 @@ def copies(case: Case) -> int:
 
 @contextlib.contextmanager
 def matmul_precision(dtype: str) -> Iterator[None]:
-    """Products of fp32 matrices in TF32 for dtype "tf32", which only GPUs have."""
+    """Computes products of fp32 matrices in TF32 for dtype "tf32", which only GPUs have."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high" if dtype == "tf32" else "highest")
     try:
@@ -251,20 +258,19 @@ def matmul_precision(dtype: str) -> Iterator[None]:
 
 
 def floor_ms(p: float, linear_ms: float, moving_ms: float) -> float:
-    """The least a step can take: its products at nn.Linear's rate, and what it moves besides at a copy's bandwidth.
+    """The least time a step can take: its products at nn.Linear's rate, its other bytes at a copy's bandwidth.
 
-    nn.Linear's three products take linear_ms. Two of ours are as large, and the weight's gradient has 1 - p of its
-    columns.
+    nn.Linear's three products take linear_ms. Two of ours are as large; the third, dW, has 1 - p of the columns.
     """
     return linear_ms * (3 - p) / 3 + moving_ms
 
 
 def moved_bytes(shape: Shape, p: float, itemsize: int) -> dict[str, int]:
-    """Bytes read and written beside the products, for y, dX and dW.
+    """Bytes read and written outside the products, for y, dX and dW.
 
-    For y and for dX W' is mixed: W and U are read and W' written, (N, K) each. With y X[:, kept] is gathered: read and
-    written, (M, C). For dW the compact gradient, (N, C), is read, and the p of the dense one written that the product
-    has not.
+    For y, and again for dX, W' is mixed: W and U are read and W' is written, (N, K) each. With y, X[:, kept] is
+    gathered: (M, C) is read and written. For dW the compact gradient (N, C) is read, and the part of the dense gradient
+    that the product does not compute, a share p of (N, K), is written.
     """
     if p == 0:
         return {}

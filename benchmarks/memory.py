@@ -1,8 +1,8 @@
 """The memory suite: bytes saved for backward and peak bytes of a finetuning step, method by method.
 
-The peak holds parameters, gradients, AdamW's state and, for mixout, the targets. On a GPU it is the allocator's. On a
-CPU it is a process's, beyond what it took before there was a model, so there each method runs in a process of its own,
-`python -m benchmarks.memory` (Linux only).
+The peak includes parameters, gradients, AdamW's state and, for mixout, the targets, but not what was held before there
+was a model. On a GPU it is the allocator's. On a CPU it is the process's, so there each method runs in a process of its
+own, `python -m benchmarks.memory` (Linux only).
 """
 
 import argparse
@@ -41,7 +41,7 @@ def wanted(options: argparse.Namespace) -> list[str]:
 
 
 def seconds(options: argparse.Namespace) -> float:
-    """Nothing here is repeated."""
+    """Measuring time per cell: 0, since nothing here is repeated."""
     return 0.0
 
 
@@ -91,7 +91,7 @@ def measure_method(model: str, precision: str, name: str, device: str) -> dict[s
     with matmul_precision(precision):
         step(lambda: None)
         torch.cuda.reset_peak_memory_stats() if gpu else reset_process_peak()
-        # The first step made AdamW's state: the second is like all others.
+        # The first step creates AdamW's state; the second is like all later ones.
         step(lambda: None)
         peak = torch.cuda.max_memory_allocated() if gpu else process_bytes("VmHWM")
         return {"saved_bytes": timing.saved_bytes(step.model, step.loss), "peak_bytes": peak - before}

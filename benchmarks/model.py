@@ -27,25 +27,25 @@ PHASES = ("forward", "backward", "optimizer")
 SOURCES = ("timing", "contenders", "layer", "encoder", "bert", "model")
 MODES = ("eager", "compile")
 PRECISIONS = ("fp32", "tf32", "bf16")
-"""bf16 is autocast's: parameters, gradients and AdamW's state stay fp32."""
+"""bf16 means autocast: parameters, gradients and AdamW's state stay fp32."""
 
 RTE_STEPS = 3 * -(-2490 // 32)
 """Steps of 3 epochs of RTE's 2490 training pairs in batches of 32."""
 
-# (models, precisions, modes): those measured first matter most, for a --budget may end a run.
+# (models, precisions, modes), the most important first: a --budget may end a run early.
 CPU_SWEEPS = (
     (("bert-base-4-layers",), ("fp32",), ("eager", "compile")),
     (("minilm", "bert-base-4-layers"), ("fp32", "bf16"), ("eager",)),
 )
 GPU_SWEEPS = (
     (("bert-large",), ("bf16", "tf32", "fp32"), ("eager",)),
-    # Compiling is by the layer: 24 of them, five methods over, take minutes.
+    # Compile time grows with the number of layers: 24 of them in five methods take minutes.
     (("bert-large-4-layers",), ("bf16", "tf32"), ("eager", "compile")),
 )
 QUICK_SWEEPS = ((("tiny",), ("fp32",), ("eager",)),)
 
 REPEATS = {"cpu": 1, "cuda": 3}
-"""Steps per timing: on a GPU the host gets ahead of the device from the second on."""
+"""Steps per timing: on a GPU the host gets ahead of the device from the second step on."""
 
 
 def cells(options: argparse.Namespace) -> list[dict]:
@@ -80,7 +80,7 @@ def measure(cell: dict, options: argparse.Namespace) -> dict:
     device, compiles = options.device, cell["mode"] == "compile"
     names = wanted(options)
     torch.compiler.reset()
-    gc.collect()  # the models of the cell before: their steps hold themselves
+    gc.collect()  # the previous cell's models, whose steps are reference cycles
     plain = pretrained(cell["model"], device)
     batch = rte_like_batch(device)
     with matmul_precision(cell["precision"]):
@@ -142,14 +142,14 @@ def pretrained(name: str, device: str) -> nn.Module:
 
 
 def method(name: str) -> Callable[[nn.Module], nn.Module]:
-    """none, dropout(p), mixout(p) or published(p) -> a copy of the model in that form."""
+    """none, dropout(p), mixout(p) or published(p) -> a function that copies a model into that form."""
     kind, _, p = name.rstrip(")").partition("(")
     forms = {"none": with_dropout, "dropout": with_dropout, "mixout": with_mixout, "published": with_published_mixout}
     return lambda model: forms[kind](model, float(p or 0.0))
 
 
 def with_published_mixout(model: nn.Module, p: float) -> nn.Module:
-    """As with_mixout, with the published code's layer."""
+    """Like with_mixout, but with the published code's layer."""
     model = with_dropout(model, 0.0)
     for parent in list(model.base_model.modules()):
         for name, linear in parent.named_children():
@@ -163,9 +163,9 @@ def with_published_mixout(model: nn.Module, p: float) -> nn.Module:
 
 @torch.no_grad()
 def check_start(plain: nn.Module, batch: dict[str, Tensor], precision: str) -> None:
-    """Raise AssertionError where a model that has not yet left its target differs from the pretrained one.
+    """Raise AssertionError if a mixed model whose weights are still its targets differs from the pretrained one.
 
-    Of the encoder's hidden states, the error against fp64 is at most twice the plain model's.
+    The error of the encoder's last hidden states against fp64 may be at most twice the plain model's.
     """
     few = {name: value[:4] for name, value in batch.items()}
     unregularised = with_dropout(plain, 0.0)
@@ -187,7 +187,7 @@ def check_layers(plain: nn.Module, precision: str, device: str) -> None:
 
 
 def hidden_states(model: nn.Module, batch: dict[str, Tensor], precision: str) -> Tensor:
-    """What the last block of the model in training gives, (batch, length, width)."""
+    """The output of the last block in training mode, (batch, length, width)."""
     states = []
     hook = model.base_model.blocks[-1].register_forward_hook(lambda block, inputs, output: states.append(output))
     with autocast(batch["tokens"].device.type, precision):

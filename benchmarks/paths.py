@@ -1,8 +1,8 @@
-"""The paths suite: products in one pass over W and U beside mixing first, on the rows where a backend must choose.
+"""The paths suite: products in one pass over W and U beside mixing first, for the rows where a backend must choose.
 
-It decides every backend's ONE_PASS_ROWS and MANY_OUTPUTS_ROWS. A call is that of the backend's own function, without
-autograd. Its time on the device is that of a call in a CUDA graph, whose launches wait for no host, every call on
-operands that were last used long ago; the host's is what it takes to issue a call.
+Its results decide every backend's ONE_PASS_ROWS and MANY_OUTPUTS_ROWS. Calls go to the backend's own functions, without
+autograd, each on operands that were last used long ago. On a GPU a call's device time is measured in a CUDA graph,
+whose launches do not wait for the host; the host's time is what issuing the call takes.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from mixout_fast.testing import Case
 SOURCES = ("timing", "contenders", "layer", "paths")
 RESULTS = ("y", "dX")
 WAYS = {"one pass": 2**62, "mixed first": -1}
-"""Name -> the rows up to which a backend is told to take one pass."""
+"""Name -> the number of rows up to which a backend is made to take one pass."""
 CALLS, REPLAYS = 20, 9
 
 P = 0.9
@@ -46,18 +46,18 @@ def wanted(options: argparse.Namespace) -> list[str]:
 
 
 def choosing(device_type: str) -> list[str]:
-    """The backends that choose by rows."""
+    """The backends that choose between the ways by the number of rows."""
     reasons = backends.describe(device_type)
     return [n for n, module in backends.BACKENDS.items() if reasons[n] is None and hasattr(module, "ONE_PASS_ROWS")]
 
 
 def seconds(options: argparse.Namespace) -> float:
-    """Nothing here is repeated for a time."""
+    """Measuring time per cell: 0, since calls are repeated a fixed number of times."""
     return 0.0
 
 
 def measure(cell: dict, options: argparse.Namespace) -> dict:
-    """Microseconds of y and of dX, on the device and of the host."""
+    """Microseconds for y and for dX, on the device and on the host."""
     device = options.device
     with matmul_precision(cell["dtype"]):
         case = problem(Shape.parse(cell["shape"]), cell["p"], DTYPES[cell["dtype"]], device)
@@ -70,13 +70,13 @@ def measure(cell: dict, options: argparse.Namespace) -> dict:
                 try:
                     check_ours(case, backend=name)
                     contenders[f"{name}, {way}"] = timed(our_calls(module, case, operands), device)
-                except Exception as error:  # The others' figures are worth having without it.
+                except Exception as error:  # The other figures are worth having without this one.
                     left_out[f"{name}, {way}"] = in_a_line(error)
     return {"contenders": contenders, "ratios": {}, "left_out": left_out}
 
 
 Calls = dict[str, list[Callable[[], object]]]
-"""Of each of RESULTS, the calls to time together, each on operands of its own."""
+"""For each of RESULTS, the calls to time together, each on operands of its own."""
 
 
 def library_calls(case: Case, operands: list) -> Calls:
@@ -106,7 +106,7 @@ def timed(calls: Calls, device: str) -> dict[str, float]:
 
 @torch.no_grad()
 def microseconds(calls: list[Callable[[], object]], device: str) -> tuple[float, float]:
-    """A call's time of the host and on the device, the median of REPLAYS runs of all calls."""
+    """A call's time on the host and on the device, as the median over REPLAYS runs of all calls."""
     synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
 
     def run_all() -> None:

@@ -22,7 +22,7 @@ class CounterLine:
 
 
 def progress(items: Sized):
-    """Iterate over items with a bar on stderr; `set_description` names the one at hand."""
+    """Iterate over items with a bar on stderr; `set_description` names the current item."""
     try:
         from tqdm import tqdm
     except ImportError:

@@ -1,4 +1,4 @@
-"""Results as JSON lines: a line per measured cell, written as soon as it is measured, so that a run can go on later.
+"""Results as JSON lines: a line per measured cell, written as soon as it is measured, so that a run can be resumed.
 
 A file holds one suite's results in one environment. Its lines are of two kinds:
 
@@ -12,15 +12,15 @@ from pathlib import Path
 RESULTS = Path(__file__).parent / "results"
 
 QUIET = 0.03
-"""Share of the CPUs that other processes may take of a measurement; an idle desktop takes about 1 %."""
+"""Share of the CPUs' time that other processes may use during a measurement; on an idle desktop about 1 %."""
 
 
 class Records:
-    """The results in `path`, none where there is no file. Of a cell that was measured twice the later one counts."""
+    """The results in `path`, none if there is no file. If a cell was measured twice, the later measurement counts."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        # What follows the last end of line was being written when a run was cut off.
+        # Text after the last newline is a line that an interrupted run did not finish.
         text = path.read_text() if path.exists() else ""
         self.entries: list[dict] = [json.loads(line) for line in text.split("\n")[:-1]]
         self.written = False
@@ -38,9 +38,9 @@ class Records:
         return self.runs[-1]["environment"] if self.runs else {}
 
     def start(self, environment: dict, occasion: dict[str, str]) -> list[str]:
-        """Begin a run. What was measured in another environment no longer counts.
+        """Begin a run. Results of another environment no longer count.
 
-        Returns the names of what has changed in the environment. The file changes with the first `append`.
+        Returns the names of the facts that differ from those of the last run. The file changes with the first `append`.
         """
         changed = [name for name in environment if self.runs and self.environment.get(name) != environment[name]]
         if changed:
@@ -67,5 +67,5 @@ def key(cell: dict) -> str:
 
 
 def is_disturbed(record: dict) -> bool:
-    """Whether other processes took a noticeable part of the CPUs meanwhile."""
+    """Whether other processes used a noticeable share of the CPUs during the measurement."""
     return (record.get("other_load") or 0.0) > QUIET

@@ -1,8 +1,8 @@
 """Tables and pictures of what benchmarks.run and benchmarks.finetune measured: `python -m benchmarks.report`.
 
-Prints every figure of this machine, or with --all, and where this one has none, of all that have results; says which
-limits are missed and by how much, draws a picture per file of results, and ends with the main figures in words. With
---readme, the measured parts of README.md and of docs/, which stand between comments, are made anew.
+Prints every figure of this machine; with --all, or if this one has no results, of all machines. Says which limits are
+missed and by how much, draws a picture per file of results, and ends with the main figures in words. With --readme it
+also rewrites the measured parts of README.md and docs/, which are marked by comments, from all machines' results.
 """
 
 import argparse
@@ -22,10 +22,10 @@ from benchmarks.records import RESULTS, Records, is_disturbed, key
 
 SUITES = ("layer", "terms", "paths", "model", "memory")
 PIVOT = ("ours", "linear", "dropout")
-"""The contenders of a table's pairs; all others have a column of their own."""
+"""The contenders whose ratios are a table's pairs; each other contender has a column of its own."""
 NOT_MEASURED = "On GPUs: not measured yet."
 OVERVIEW = (*TARGET_SHAPES, *GPU_SWEEPS[0][0])
-"""The shapes of the layers that README.md shows; docs/measurements.md has all."""
+"""The layer shapes that README.md shows; docs/measurements.md has all."""
 
 NOISE = 1.1
 """Times that a ratio may differ by between runs hours apart."""
@@ -89,7 +89,7 @@ def is_quick(path: Path) -> bool:
 
 
 def of_this_machine(results: dict[str, list[Records]]) -> dict[str, list[Records]]:
-    """The results of this processor and this GPU; all where there are none."""
+    """The results of this processor and this GPU; all results if there are none of these."""
     devices = this_machine()
     own = {
         suite: [records for records in of_suite if records.environment["device"] in devices]
@@ -99,18 +99,18 @@ def of_this_machine(results: dict[str, list[Records]]) -> dict[str, list[Records
 
 
 def measured(records: Records) -> list[dict]:
-    """The cells that were measured, in the order in which they were; those that failed are left to the limits."""
+    """The cells that were measured, in that order, without the failed cells, which limits_section lists."""
     return [cell for cell in records.cells.values() if "error" not in cell]
 
 
 def caption(records: Records) -> str:
-    """Where, with what and by which commands."""
+    """The device, versions and commit of the results, and the commands that measured them."""
     commands = "".join(f"\n    {command}" for command in dict.fromkeys(run["command"] for run in records.runs))
     return f"{machine(records)}\n{commands}"
 
 
 def machine(records: Records) -> str:
-    """Where and with what."""
+    """The device, versions and commit of the results."""
     facts, run = records.environment, records.runs[-1]
     device = facts["device"] if is_gpu(records) else f"{facts['device']}, {facts['threads']} threads"
     versions = [f"{name} {facts[name]}" for name in ("torch", "cuda", "driver", "triton") if name in facts]
@@ -160,7 +160,7 @@ def layer_row(cell: dict, others: list[str]) -> list[str]:
 
 
 def host_table(records: Records) -> str:
-    """What decides between backends: a step's time, the host's share of it and the device's, contender by contender."""
+    """What decides between backends: each contender's time of a step, on the host, and as a CUDA graph."""
     cells = measured(records)
     names = [name for name in (*PIVOT, *extra_contenders(cells)) if any(name in cell["contenders"] for cell in cells)]
     header = ["rows x K x N", "dtype", "p", *(TITLES.get(name, name) for name in names)]
@@ -179,7 +179,7 @@ def host_and_device(figures: dict) -> str:
 
 
 def extra_contenders(cells: list[dict]) -> list[str]:
-    """Those without a title of their own: variants of ours."""
+    """The contenders without a title in TITLES: variants of ours."""
     return sorted({name for cell in cells for name in cell["ratios"]} - {*TITLES})
 
 
@@ -196,11 +196,11 @@ LIMITS: tuple[tuple[str, int, float, Callable[[dict], float]], ...] = (
     ("slower than nn.Linear", 256, 0.7, lambda cell: step_ratio(cell, "linear")),
     ("below 0.88 of the floor", 1024, 0.7, lambda cell: 0.88 / cell["floor_share"]),
 )
-"""(what is wrong with a cell, from how many rows, from which p, what may be at most 1)."""
+"""(what a cell beyond the limit is, the least rows and p that it applies to, the value that may be at most 1)."""
 
 
 def limits_section(records: Records) -> str:
-    """What should not be, cell by cell, the worst first, and what could not be measured."""
+    """The cells beyond each limit, the worst first, the cells that failed and, for a CPU, the table of targets."""
     lines = []
     for sentence, worst in beyond_limits(measured(records)):
         lines += [sentence, *(f"    {excess:.2f} times the limit: {cell_name(cell)}" for excess, cell in worst)]
@@ -212,7 +212,7 @@ def limits_section(records: Records) -> str:
 
 
 def beyond_limits(cells: list[dict]) -> Iterator[tuple[str, list[tuple[float, dict]]]]:
-    """For each limit how many cells are beyond it, in words, and by how much which, the worst first."""
+    """For each limit a sentence that counts the cells beyond it, and (excess, cell) for each, the worst first."""
     for what, rows, p, excess in LIMITS:
         judged = [c for c in cells if Shape.parse(c["cell"]["shape"]).rows >= rows and c["cell"]["p"] >= p]
         beyond = [(excess(cell), cell) for cell in judged if excess(cell) > 1]
@@ -243,7 +243,7 @@ def cell_name(cell: dict) -> str:
 
 
 def targets_table(cells: list[dict]) -> str:
-    """The targets' cells, measured beside target."""
+    """The cells that have targets: measured value beside target."""
     by_name = {(c["cell"]["shape"], c["cell"]["p"]): c for c in cells if c["cell"]["dtype"] == "fp32"}
     rows = []
     for shapes, limits in TARGETS.items():
@@ -266,7 +266,7 @@ def targets_table(cells: list[dict]) -> str:
 def verdict(value: float | None, limit: float) -> str:
     if value is None:
         return "-"
-    # Saving x itself, as nn.Linear does, our layer also saves its seed: 8 bytes, which three decimals leave out.
+    # Where our layer saves x itself, as nn.Linear does, it also saves its seed: 8 bytes, which three decimals hide.
     return f"{value:.3f} <= {limit:.2f} {'pass' if round(value, 3) <= limit else 'miss'}"
 
 
@@ -293,7 +293,7 @@ def terms_table(cell: dict) -> str:
 
 
 def paths_table(records: Records) -> str:
-    """Both ways to each product, backend by backend, beside the library's."""
+    """Times of both ways to each product, backend by backend, beside the library's."""
     cells = measured(records)
     names = list(dict.fromkeys(name for cell in cells for name in cell["contenders"]))
     rows = [
@@ -377,7 +377,7 @@ def memory_in_short(cells: list[dict]) -> Iterator[str]:
 
 
 def largest_mixout(by_method: dict[str, dict]) -> tuple[str, dict]:
-    """The one of the methods mixout(p) whose p is the largest below 1, by its name."""
+    """The method mixout(p) with the largest p below 1: its name and its entry."""
     p = {name: float(name[7:-1]) for name in by_method if name.startswith("mixout(")}
     name = max(p, key=lambda name: (p[name] < 1, p[name]))
     return name, by_method[name]
@@ -396,7 +396,7 @@ def draw(records: Records) -> None:
 
 
 def measured_parts(results: dict[str, list[Records]], folder: Path) -> dict[str, dict[str, str]]:
-    """The measured parts of every file that has some, by the names of their markers; those without results left out."""
+    """File -> marker -> the measured part between the markers of that name; parts without results are left out."""
     finetuning = [json.loads(path.read_text()) for path in sorted(folder.glob("finetune*.json")) if not is_quick(path)]
     parts = {
         "README.md": {
@@ -421,13 +421,13 @@ def machine_by_machine(of_suite: list[Records], describe: Callable[[Records], st
 
 
 def latest(of_suite: list[Records]) -> list[Records]:
-    """Of the CPUs' results and of the GPUs' those that were measured last."""
+    """The results measured last on a CPU, and those measured last on a GPU."""
     newest = {is_gpu(records): records for records in sorted(of_suite, key=lambda records: records.runs[-1]["date"])}
     return list(newest.values())
 
 
 def summary_table(results: dict[str, list[Records]]) -> str:
-    """The least and the most that a step takes over another's, machine by machine: models, and layers at p = 0.9."""
+    """The smallest and largest ratio of a step's time to another's, by machine: models, and layers at p = 0.9."""
     ratios: dict[str, dict[str, list[float]]] = {}  # by title and device
     for suite in ("model", "layer"):
         for records in results[suite]:
@@ -440,7 +440,7 @@ def summary_table(results: dict[str, list[Records]]) -> str:
 
 
 def summarised(suite: str, cell: dict) -> dict[str, float]:
-    """What a cell has for the summary: title -> ratio."""
+    """A cell's entries of the summary: title -> ratio."""
     if suite == "model":
         medians = {name: ratios["step"]["median"] for name, ratios in cell["ratios"].items()}
         return {f"finetuning with {name} / with {BASELINE}": median for name, median in medians.items()}
@@ -464,7 +464,7 @@ def layer_part(records: Records) -> str:
 
 
 def layer_overview(records: Records) -> str:
-    """The same of OVERVIEW alone, without the commands."""
+    """Like layer_part, but for the shapes of OVERVIEW alone and without the commands."""
     parts, cells = [machine(records)], measured(records)
     for dtype in dict.fromkeys(cell["cell"]["dtype"] for cell in cells):
         shown = [cell for cell in cells if cell["cell"]["shape"] in OVERVIEW and cell["cell"]["dtype"] == dtype]
@@ -473,7 +473,7 @@ def layer_overview(records: Records) -> str:
 
 
 def limits_and_picture(records: Records, folder: Path) -> Iterator[str]:
-    """How many cells are beyond the limits, and the picture as it is linked from a folder."""
+    """How many cells are beyond the limits, and the link to the picture from a file in `folder`."""
     yield "; ".join(sentence for sentence, _ in beyond_limits(measured(records))) + "."
     picture = records.path.with_suffix(".png")
     if picture.exists() and picture.is_relative_to(ROOT):
@@ -541,7 +541,7 @@ def finetune_part(record: dict) -> str:
 def with_parts(text: str, parts: dict[str, str]) -> str:
     """The text with each part between `<!-- measured: NAME -->` and `<!-- /measured: NAME -->`.
 
-    Raises ValueError where the text has no such place.
+    Raises ValueError if the text lacks a part's markers.
     """
     for name, part in parts.items():
         begin, end = f"<!-- measured: {name} -->", f"<!-- /measured: {name} -->"

@@ -67,7 +67,7 @@ def prepared_figure(title: str, height: float = 8.4) -> Figure:
 
 
 def largest_group(cells: list[dict], group: Callable, place: Callable) -> tuple[list[dict], tuple]:
-    """The cells of the group with the most places along the axis, in order of place, and the group's name."""
+    """The cells of the largest group, in order of `place` along the axis, and the group's name."""
     groups: dict[tuple, list[dict]] = {}
     for cell in cells:
         groups.setdefault(group(cell), []).append(cell)
@@ -76,7 +76,7 @@ def largest_group(cells: list[dict], group: Callable, place: Callable) -> tuple[
 
 
 def layer_of(cell: dict) -> str:
-    """KxN, with the t of a column-major weight."""
+    """KxN, followed by a t for a column-major weight."""
     return cell["cell"]["shape"].partition("x")[2]
 
 
@@ -85,7 +85,7 @@ def rows_of(cell: dict) -> int:
 
 
 def draw_ratios(axes: Axes, cells: list[dict], place: Callable) -> None:
-    """A line per contender through the medians, in a band from the 20th to the 80th percentile."""
+    """A line per contender through the medians, with a band from the 20th to the 80th percentile."""
     for colour, name in zip(COLOURS, OTHERS, strict=False):
         compared = [cell for cell in cells if name in cell["ratios"]]
         if not compared:

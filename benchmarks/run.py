@@ -1,7 +1,7 @@
-"""Time and weigh mixout_fast against dropout, plain layers and published mixout: `python -m benchmarks.run`.
+"""Measure time and memory of mixout_fast, dropout, plain layers and published mixout: `python -m benchmarks.run`.
 
-Results go to benchmarks/results/, one line per cell as soon as it is measured; the same command goes on where it was
-cut off. `python -m benchmarks.report` makes tables and pictures of them.
+Results go to benchmarks/results/, one line per cell as soon as it is measured; the same command resumes an interrupted
+run. `python -m benchmarks.report` makes tables and pictures of the results.
 """
 
 import argparse
@@ -78,7 +78,7 @@ def probability(text: str) -> float:
 
 
 def run_suite(name: str, options: argparse.Namespace, budget: float | None) -> int:
-    """Measure the suite's cells that are not there yet; how many failed."""
+    """Measure the suite's cells that have no finished result yet; returns how many failed."""
     suite = SUITES[name]
     quick = "-quick" if options.quick else ""
     records = Records(options.results / f"{name}-{machine_slug(options.device)}{quick}.jsonl")
@@ -94,7 +94,7 @@ def run_suite(name: str, options: argparse.Namespace, budget: float | None) -> i
 
 
 def is_finished(record: dict | None, suite: ModuleType, options: argparse.Namespace) -> bool:
-    """Whether a cell has been measured with every contender, for as long, and undisturbed."""
+    """Whether a cell has been measured with every contender, for long enough, and undisturbed."""
     if record is None or "error" in record or is_disturbed(record):
         return False
     seen = {*record["contenders"], *record["left_out"]}
@@ -113,7 +113,7 @@ def measure_all(
         bar.set_description(" ".join(map(str, cell.values())))
         try:
             measured = suite.measure(cell, options)
-        except Exception as error:  # One cell that is wrong or does not fit must not cost the others.
+        except Exception as error:  # A cell that is wrong or out of memory must not cost the others.
             failures += 1
             measured = {"error": f"{type(error).__name__}: {error}"}
             say(f"\n{' '.join(map(str, cell.values()))}: {measured['error']}")

@@ -1,4 +1,4 @@
-"""What gpu.sh runs under compute-sanitizer: a backend's kernels, on shapes of whole vectors and odd ones.
+"""What gpu.sh runs under compute-sanitizer: a backend's kernels, on shapes of whole vectors and on odd ones.
 
 python -m benchmarks.sanitized BACKEND
 """
@@ -9,14 +9,14 @@ import torch
 
 from mixout_fast import mixout, testing
 
-# Of few rows products take one pass, of many the weight is mixed first.
+# With few rows the products take one pass, with many the weight is mixed first.
 SHAPES = ((3, 255, 63), (130, 128, 64), (5, 128, 64), (130, 255, 63))
 PRECISIONS = [
     (torch.float32, torch.bfloat16),
     *((dtype, dtype) for dtype in testing.DTYPES),
     (torch.float32, torch.float16),
 ]
-# Of Triton, which takes half a second to compile a kernel: so many of the first of each.
+# Triton takes half a second to compile a kernel: it gets only the first of SHAPES and of PRECISIONS.
 TRITON_SHAPES, TRITON_PRECISIONS = 2, 3
 
 
@@ -26,7 +26,7 @@ def main() -> None:
     for shape in SHAPES[: TRITON_SHAPES if few else None]:
         for dtype, compute in PRECISIONS[: TRITON_PRECISIONS if few else None]:
             for mask in testing.MASKS:
-                # Some 80 % are kept, of which backward gathers the columns; at 0.9 forward does.
+                # At p = 0.2 dW is one full product, masked; at 0.9 forward gathers the kept columns for it.
                 for p in (0.2, 0.9):
                     case = testing.random_case(*shape, p=p, mask=mask, dtype=dtype, compute=compute, device="cuda")
                     testing.run(case, backend)

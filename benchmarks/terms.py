@@ -1,6 +1,6 @@
-"""The terms suite: what each term of a layer's step takes, beside nn.Linear's and the least it could take.
+"""The terms suite: the time of each term of a layer's step, beside nn.Linear's and the least it could be.
 
-A gradient is timed by a backward in which it alone is wanted, y by a forward in which all are.
+A gradient is timed in a backward that computes it alone, y in a forward of a layer that needs all gradients.
 """
 
 import argparse
@@ -60,7 +60,7 @@ def measure(cell: dict, options: argparse.Namespace) -> dict:
 
 
 def floors(case: Case, contenders: dict, bandwidth: float) -> dict[str, float]:
-    """Term -> nn.Linear's time for it, of which the weight's gradient needs 1 - p, and what moves besides."""
+    """Term -> its floor: nn.Linear's time, of which dW needs 1 - p, and the time to move its other bytes; in ms."""
     out_features, in_features = case.weight.shape
     moved = moved_bytes(Shape(len(case.rows), in_features, out_features), case.p, case.weight.itemsize)
     products = {"y": 1.0, "dX": 1.0, "dW": 1 - case.p, "db": 1.0}

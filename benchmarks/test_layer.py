@@ -3,7 +3,7 @@
     pytest benchmarks --benchmark-only                    a table of times
     pytest benchmarks --benchmark-disable                 a smoke run: every step once, on a tiny shape
 
-Ratios between rows of a group suffer from a changing load; `python -m benchmarks.run` alternates and does not.
+A changing load distorts ratios between rows of a group; `python -m benchmarks.run` alternates and avoids that.
 """
 
 import pytest

@@ -1,9 +1,9 @@
-"""How a layer's step spreads over more threads than there are cores: an estimate where no such machine is at hand.
+"""Estimate how a layer's step would scale to more cores than this machine has, from the CPU time of its threads.
 
-The threads share the cores, and Linux counts each one's CPU time. The busiest thread's is the least that a step takes
-on a machine with a core for each; that of all together is what it costs. Not in it: the bandwidth of memory, and what a
-core of its own would have in its caches. A thread that waits sleeps, and waking the others falls to the busiest one, of
-nn.Linear as of ours.
+The threads share the cores, and Linux counts the CPU time of each. The busiest thread's CPU time is the least that a
+step takes on a machine with a core for every thread; the sum over all threads is what the step costs. The estimate
+leaves out memory bandwidth, and the caches that a thread would have to itself. Waiting threads sleep, and waking them
+is counted in the busiest thread's time, for nn.Linear as for ours.
 """
 
 import argparse
@@ -19,12 +19,12 @@ from benchmarks.layer import DTYPES, LayerStep, copies
 
 
 def cpu_times() -> dict[str, int]:
-    """Nanoseconds that each thread of this process has run."""
+    """Nanoseconds of CPU time that each thread of this process has used."""
     return {task.name: int((task / "schedstat").read_text().split()[0]) for task in Path("/proc/self/task").iterdir()}
 
 
 def busiest_and_all(step: LayerStep, repeats: int) -> tuple[float, float]:
-    """Milliseconds of CPU time that a step takes the busiest thread, and all of them."""
+    """Milliseconds of CPU time that a step costs the busiest thread, and all threads together."""
     for _ in range(2):
         step(lambda: None)
     before = cpu_times()

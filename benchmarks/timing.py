@@ -47,7 +47,7 @@ class CudaClock:
 
     def start(self) -> None:
         self.marks.clear()
-        # Work left over by the step before would hide how long the host takes.
+        # Work left over from the previous step would hide how long the host takes.
         torch.cuda.synchronize()
 
     def mark(self) -> None:
@@ -108,7 +108,7 @@ def _run(step: Step, phases: tuple[str, ...], clock: CpuClock | CudaClock, repea
 
 
 def replay_seconds(run: Callable[[], None], replays: int) -> list[float]:
-    """The time of each replay of `run` as a CUDA graph, whose launches wait for no host. It must have run before."""
+    """Seconds of each replay of `run` as a CUDA graph, which does not wait for the host. Call `run` once before."""
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -125,10 +125,10 @@ def replay_seconds(run: Callable[[], None], replays: int) -> list[float]:
 
 
 class OtherLoad:
-    """While open, watches what other processes take of the machine's CPUs: `share` in 0 … 1, None where unknown.
+    """While open, measures other processes' use of the machine's CPUs: `share` in 0 … 1, None where unknown.
 
-    Two threads that wait for each other at every barrier lose far more than that share, and small layers most: such
-    figures are not comparable with those of a quiet machine, however many rounds went into them.
+    Two threads that wait for each other at every barrier lose far more than that share, and small layers most: figures
+    of a loaded machine are not comparable with a quiet machine's, however many rounds went into them.
     """
 
     share: float | None = None
@@ -144,7 +144,7 @@ class OtherLoad:
 
 
 def cpu_seconds() -> tuple[float, float, float] | None:
-    """Seconds since boot that the CPUs have had together, that were used, and that this process used; Linux only."""
+    """CPU seconds of all CPUs since boot, those of them in use, and those of this process; None except on Linux."""
     stat = Path("/proc/stat")
     if not stat.exists():
         return None
@@ -155,7 +155,7 @@ def cpu_seconds() -> tuple[float, float, float] | None:
 
 
 def spread(values: list[float], unit: float = 1.0) -> dict[str, float]:
-    """Median and 20/80 percentiles, in `unit`."""
+    """Median, 20th and 80th percentile, in `unit`."""
     quintiles = statistics.quantiles(values, n=5, method="inclusive")
     parts = {"median": statistics.median(values), "p20": quintiles[0], "p80": quintiles[3]}
     return {name: round(value / unit, 4) for name, value in parts.items()}
@@ -168,7 +168,7 @@ def ratio(times: Times, base: Times, phase: str) -> dict[str, float]:
 
 @functools.cache
 def copy_bandwidth(nbytes: int, device_type: str) -> float:
-    """Bytes read and written per second by copying buffers of `nbytes`, each of which has last been used long ago.
+    """Bytes read and written per second by copies of buffers of `nbytes`, each last used long ago.
 
     On a GPU they have at least 64 MiB: issuing a smaller copy takes longer than the copy. One figure per size and run.
     """
@@ -189,7 +189,7 @@ def copy_bandwidth(nbytes: int, device_type: str) -> float:
 
 
 def cache_bytes(device_type: str) -> int:
-    """The cache that a step behind other layers' steps finds cold: a GPU's L2; of CPUs 4 MiB, two cores' private L2."""
+    """The cache that a step after other layers' steps finds cold: a GPU's L2; on CPUs 4 MiB, two cores' private L2."""
     return torch.cuda.get_device_properties(0).L2_cache_size if device_type == "cuda" else 4 << 20
 
 
