@@ -1,4 +1,4 @@
-"""Every test runs on each device at hand, with each backend that serves it, on fresh inputs and NaN-filled memory."""
+"""Every test runs on each available device, with each backend that serves it, on fresh inputs and NaN-filled memory."""
 
 import importlib.util
 import random
@@ -76,9 +76,9 @@ def seed(request):
 
 @pytest.fixture(autouse=True)
 def fresh_state(seed, monkeypatch):
-    """No choice of backend from outside, a seed of the test's own, and NaN in every buffer that nothing was written to.
+    """No backend chosen from outside, a seed of the test's own, and NaN in all memory that was not written.
 
-    torch fills what `empty` returns under deterministic algorithms, also what C++ operators allocate through it.
+    Under deterministic algorithms torch fills what `empty` returns, also where C++ operators call it.
     """
     monkeypatch.setattr(backends, "DEFAULT", None)
     torch.manual_seed(seed)
@@ -99,7 +99,7 @@ def take_one_pass_up_to(rows, module, monkeypatch):
 
 @pytest.fixture
 def path(request, backend, monkeypatch):
-    """Has a backend that chooses by rows between one pass and mixing first take one of them, whatever the rows."""
+    """Makes the backend take one pass, or mix first, whatever the number of rows."""
     module = backends.BACKENDS[backend]
     take_one_pass_up_to(sys.maxsize if request.param == "one_pass" else -1, module, monkeypatch)
     if hasattr(module, "THIN_ROWS"):
@@ -109,20 +109,20 @@ def path(request, backend, monkeypatch):
 
 @pytest.fixture
 def mixes_first(monkeypatch):
-    """No one-pass kernel, whose order of summation is its own: results are the library's, bit for bit."""
+    """Disables one-pass kernels, which sum in an order of their own: results are the library's, bit for bit."""
     for module in backends.BACKENDS.values():
         take_one_pass_up_to(-1, module, monkeypatch)
 
 
 @pytest.fixture
 def few_shapes(monkeypatch):
-    """Of testing.checks, where a test runs them for what they report."""
+    """Few shapes for testing.checks, in tests of what the checks report."""
     monkeypatch.setattr(testing, "SHAPES", ((3, 17, 5), (255, 63, 33)))
 
 
 @pytest.fixture
 def broken(monkeypatch, few_shapes):
-    """A second copy of the reference, to be broken, as the backend "broken"."""
+    """A second copy of the reference as the backend "broken", for a test to break."""
     specification = importlib.util.spec_from_file_location("broken", reference.__file__)
     module = importlib.util.module_from_spec(specification)
     monkeypatch.setitem(sys.modules, "broken", module)

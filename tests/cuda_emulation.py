@@ -1,7 +1,7 @@
 """The CUDA backend with its kernels run on the CPU by csrc/tests/emulation.h: `pytest --emulate-cuda`.
 
-The same kernel source and the same operators, on CPU tensors. What it cannot show: what nvcc makes of the source, the
-rounding of the tensor cores' sums, and time.
+The same kernel source and the same operators, on CPU tensors. It cannot show what nvcc makes of the source, how
+tensor cores round their sums, or time.
 """
 
 import ctypes
@@ -18,18 +18,18 @@ ROOT = Path(__file__).parent.parent
 LIBRARY = ROOT / "build" / "emulation" / "_CUDA.so"
 SOURCES = [ROOT / "csrc" / "cuda" / name for name in ("ops.cpp", "kernels.cu")]
 FLAGS = ["-ffp-contract=off", "-fvisibility=hidden", "-Wno-unknown-pragmas"]
-# A GPU faults on a vector access at an address that is no multiple of its size, and the emulation traps.
+# A GPU faults on a vector access at an address that is not a multiple of its size; these make the emulation trap.
 FLAGS += ["-fsanitize=alignment", "-fsanitize-undefined-trap-on-error"]
 MACROS = ["-DMIXOUT_EMULATION", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
 
 
 def variable(name: str) -> ctypes.c_int64:
-    """Of csrc/tests/emulation.h, to be read and set by its `value`."""
+    """A variable of csrc/tests/emulation.h; its `value` reads and sets it."""
     return ctypes.c_int64.in_dll(ctypes.CDLL(LIBRARY), name)
 
 
 def install() -> None:
-    """Have the CUDA backend serve CPU tensors, before all others; end the run where that has no point or no means."""
+    """Make the CUDA backend serve CPU tensors, before all others; end the run if that is pointless or impossible."""
     if cuda.LOAD_ERROR is None:
         pytest.exit("--emulate-cuda: the CUDA library itself is loaded here and tested in its stead", returncode=0)
     if shutil.which("c++") is None:

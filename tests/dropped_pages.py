@@ -1,4 +1,4 @@
-"""Weights in pages of their own, an input neuron's in each: those of a dropped neuron fault when they are read."""
+"""Weights with a memory page per input neuron, so that reading a dropped neuron's weights can be made to fault."""
 
 import ctypes
 import itertools
@@ -28,12 +28,13 @@ MIXED = {
     "W'": lambda module, w, u, *draw: module.mix(w[None], u[None], *draw, w.dtype),
     "masked dW'": lambda module, w, u, *draw: module.mask_grad(w[None], *draw, 2.0, w.dtype),
 }
-"""What a backend's module makes of W and U (K, N) in rows: taken as a column-major (N, K), for products with
-identities, whose entries are those of W'; or as (1, K, N), a convolution's of one output."""
+"""Functions of a backend's module, row-major W and U (K, N), and the draw. y and dX are products of the identity with
+column-major (N, K), so their entries are those of W'; the others take (1, K, N), the weight of a convolution with one
+output."""
 
 
 def check_they_are_not_read(name: str, module, dtype: torch.dtype, seed: int) -> None:
-    """One of MIXED is the reference's in a process in which the pages of all dropped neurons fault."""
+    """MIXED[name] equals the reference's in a process where the pages of all dropped neurons fault."""
     torch.manual_seed(seed)
     draw = torch.tensor(seed), 0.5, "input"
     weight = torch.frombuffer(mmap.mmap(-1, NEURONS * mmap.PAGESIZE), dtype=dtype).view(NEURONS, -1).normal_()
@@ -42,7 +43,7 @@ def check_they_are_not_read(name: str, module, dtype: torch.dtype, seed: int) ->
     want = MIXED[name](reference, weight, target, *draw)
 
     def mix():
-        torch.set_num_threads(1)  # a fork has none of the library's threads
+        torch.set_num_threads(1)  # a forked process lacks the library's threads
         for row in itertools.compress(weight, dropped):
             assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(row.data_ptr()), ctypes.c_size_t(mmap.PAGESIZE), 0) == 0
         got = MIXED[name](module, weight, target, *draw)

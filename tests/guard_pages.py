@@ -1,6 +1,6 @@
-"""`pytest --guard-pages=end` (or start): what reads or writes past a CPU tensor's end (or start) ends the run at once.
+"""`pytest --guard-pages=end` (or start): an access past a CPU tensor's end (or before its start) ends the run at once.
 
-Whose code it is does not matter: the CPU's kernels, CUDA's under --emulate-cuda, Triton's in its interpreter.
+This holds for all code: the CPU's kernels, CUDA's under --emulate-cuda, Triton's in its interpreter.
 """
 
 import ctypes
@@ -15,7 +15,7 @@ LIBRARY = ROOT / "build" / "guard_pages.so"
 
 
 def install(edge: str) -> None:
-    """Have all CPU tensors that are made from here on allocated so; end the run where that cannot be built."""
+    """Allocate all CPU tensors from here on beside guard pages; end the run if the allocator cannot be built."""
     try:
         build(LIBRARY, Path(__file__).with_suffix(".cpp"), "-lc10")
     except (OSError, subprocess.CalledProcessError) as error:

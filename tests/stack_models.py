@@ -58,7 +58,7 @@ def mixtral(**options) -> nn.Module:
 
 
 def gpt_oss(**options) -> nn.Module:
-    """Its experts' weights are (expert, in, out)."""
+    """A GPT-OSS, whose experts' weights are (expert, in, out)."""
     config = transformers.GptOssConfig(head_dim=16, num_experts_per_tok=2, **SIZES | MIXTURE | options)
     return transformers.GptOssForCausalLM(config)
 
@@ -70,14 +70,14 @@ LANGUAGE_MODELS = ("gpt2", "llama", "mixtral", "gpt_oss")
 
 
 def batch(name: str, size: int = 4, device: str = "cpu") -> dict[str, Tensor]:
-    """Arguments of a model, labels included."""
+    """A model's arguments, labels included."""
     return {key: value.to(device) for key, value in _batch(name, size).items()}
 
 
 def _batch(name: str, size: int) -> dict[str, Tensor]:
     if name == "vit":
         return {"pixel_values": torch.randn(size, 3, 16, 16), "labels": torch.randint(0, 2, (size,))}
-    # Above the padding token, which RoBERTa numbers positions by.
+    # Above the padding token, from which RoBERTa derives positions.
     tokens = torch.randint(3, VOCABULARY, (size, 9))
     labels = tokens if name in LANGUAGE_MODELS else torch.randint(0, 2, (size,))
     return {"input_ids": tokens, "labels": labels}

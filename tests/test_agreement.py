@@ -1,4 +1,4 @@
-"""Agreement of every backend with the reference, line by line as DESIGN states it."""
+"""Agreement of every backend with the reference, by the rules of CONTRIBUTING.md."""
 
 import dataclasses
 from fractions import Fraction
@@ -65,13 +65,13 @@ def test_bits_of_special_values(make, p, backend):
 
 @pytest.mark.parametrize("compute", testing.AUTOCAST_DTYPES)
 def test_fp32_is_rounded_to_nearest_even_once(compute, device, backend):
-    """Every tie between neighbouring 16-bit values, and the fp32 values beside it: dropped and equal entries alike."""
+    """Every tie between neighbouring 16-bit values, and the fp32 values beside it, for dropped and for kept entries."""
     every = torch.arange(-(2**15), 2**15, device=device).to(torch.int16).view(compute)
     every = every[every.isfinite()].float()
     steps = (every.to(compute).view(torch.int16) + 1).view(compute).float() - every
     ties = every + steps / 2
     weight = torch.stack((every, ties, ties.nextafter(every), ties.nextafter(every + steps)))
-    # Of W == U, infinity gives inf - inf = NaN and -0 gives u + 0 = +0.
+    # With W == U an infinity gives inf - inf = NaN, and -0 gives u + 0 = +0.
     weight = torch.where((weight == 0) | weight.isinf(), 1.0, weight)
     seed = torch.tensor(3, device=device)
     for p in (0.5, 1.0):
@@ -124,7 +124,7 @@ def test_weight_equal_to_target_changes_nothing(make, shape, backend, path):
     """So the first forward of a finetuning run is the pretrained model's."""
     for p in (0.1, 0.9):
         case = make(testing.random_case, *shape, p=p)
-        # + 0 for -0, of which u + 0 makes +0.
+        # + 0 turns -0 into +0, as mixing does by u + 0.
         case = dataclasses.replace(case, weight=case.weight + 0, target=case.weight + 0)
         mixed = backends.BACKENDS[backend].mix(case.weight, case.target, case.seed, p, case.mask, case.compute)
         testing.assert_same_bits("W' of W == U", mixed, case.weight.to(case.compute), case)
@@ -135,7 +135,7 @@ def test_weight_equal_to_target_changes_nothing(make, shape, backend, path):
 
 
 COLUMN_SHAPES = ((12, 70, 300), (130, 520, 72), (33, 1100, 17), (255, 33, 257))
-"""Of whole vectors and parts, of one block of outputs or of in_features and of more."""
+"""With whole vectors and parts of them, with one block of outputs or of in_features and with several."""
 if triton.INTERPRETS:
     COLUMN_SHAPES = ((5, 17, 259),)
 
@@ -147,7 +147,7 @@ column_shapes = pytest.mark.parametrize("shape", COLUMN_SHAPES, ids=lambda shape
 @masks
 @pytest.mark.parametrize("p", (0.1, 0.5, 0.9))
 def test_column_major_weights_are_mixed_as_row_major_ones(make, shape, p, mask, backend, path):
-    """And dW lies as the weight does: else autograd copies it, transposed, for the parameter that the weight views."""
+    """dW has the weight's layout too: otherwise autograd copies it into the layout of the parameter that W views."""
     case = testing.column_major(make(testing.random_case, *shape, p=p))
     if mask == "input":
         testing.check_grad_weight(case, backend)
@@ -160,7 +160,7 @@ def test_column_major_weights_are_mixed_as_row_major_ones(make, shape, p, mask, 
     want = reference.mix(case.weight, case.target, case.seed, p, mask, case.compute).t()
     testing.assert_same_values("y of x = 1", testing.run(mixed, backend)["y"], want, case)
     if mask == "input" and backend != "reference":
-        # Not of a leaf's grad, which autograd copies to lie as the leaf.
+        # Not from a leaf's grad, which autograd copies into the leaf's layout.
         draw, dW_alone = (case.seed, p, mask, 2.0), ((False, True, False), False)
         x, gradients = case.input.to(case.compute), backends.BACKENDS[backend].gradients
         for target, strides in ((case.target, case.weight.stride()), (case.target.contiguous(), (shape[1], 1))):
@@ -215,7 +215,7 @@ def test_p_zero_and_eval_are_the_plain_linear(device, backend, seed):
 
 @masks
 def test_infinite_inputs_of_dropped_neurons_do_not_reach_the_gradient(mask, device, backend, seed):
-    """dW is zero, not NaN, where the mask is, whatever dYᵀX holds there."""
+    """dW is zero, not NaN, where the mask is zero, whatever dYᵀX holds there."""
     case = testing.random_case(17, 255, 3, p=0.5, mask=mask, device=device, seed=seed)
     case.input.fill_(torch.inf)
     dropped = ~reference.keep_mask(case.seed, case.weight.shape, 0.5, mask).expand(case.weight.shape)

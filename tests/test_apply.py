@@ -1,4 +1,4 @@
-"""apply_mixout and remove_mixout on modules of PyTorch's own: what is mixed, what stays, what is refused."""
+"""apply_mixout and remove_mixout on PyTorch's own modules: what is mixed, what stays, what is refused."""
 
 import copy
 import io
@@ -30,7 +30,7 @@ masks = pytest.mark.parametrize("mask", MASKS)
 
 
 class Transposed(nn.Module):
-    """A layer of one's own that holds its weight as (in, out)."""
+    """A user's own layer, which holds its weight as (in, out)."""
 
     def __init__(self, in_features, out_features):
         super().__init__()
@@ -41,7 +41,7 @@ class Transposed(nn.Module):
 
 
 class Net(nn.Module):
-    """Something of everything: x (B, 12) of token numbers below 20."""
+    """A bit of everything; takes token numbers below 20, (B, 12)."""
 
     def __init__(self):
         super().__init__()
@@ -213,7 +213,7 @@ def test_root(device):
     ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else None,
 )
 def test_weights_read_by_other_modules(module, x, name, dims, device, backend, monkeypatch):
-    """The mask is one of input neurons, whichever dimension numbers them; gradient and eval mode are mixout's."""
+    """The mask has an entry per input neuron, whichever dimension numbers them; gradient and eval mode are mixout's."""
     monkeypatch.setitem(INPUT_DIMS, f"{__name__}.Transposed", {"kernel": (0,)})
     module, input = copy.deepcopy(module).to(device), torch.randn(x, device=device)
     apply_mixout(module, 0.5, target=dict.fromkeys((name,), torch.zeros_like(getattr(module, name))), backend=backend)
@@ -251,7 +251,7 @@ def test_input_dims_of_three_dimensions(monkeypatch):
 
 
 def test_a_forward_that_was_replaced_reads_the_mixed_weight(device):
-    """As accelerate's and others' hooks do: a change of class would not reach it."""
+    """As by the hooks of accelerate and others: a change of the module's class would not affect it."""
     linear = nn.Linear(16, 4, bias=False).to(device)
     linear.forward = lambda x: F.linear(x, linear.weight)
     apply_mixout(linear, 0.5, target={"weight": torch.zeros_like(linear.weight)})
@@ -259,7 +259,7 @@ def test_a_forward_that_was_replaced_reads_the_mixed_weight(device):
 
 
 def test_a_new_module_of_a_mixed_class_is_plain():
-    """PEFT makes its A of a convolution so."""
+    """PEFT makes the A of a convolution this way."""
     convolution = apply_mixout(nn.Conv1d(4, 4, 1), 0.5)
     again = type(convolution)(4, 4, 1)
     assert again.weight is again._parameters["weight"]
@@ -293,7 +293,7 @@ def test_embedding_is_that_of_the_mixed_table(mask, grad_scale, device):
         table.weight.add_(torch.randn_like(table.weight))
     table.seed = torch.tensor(5, device=device)
     tokens = torch.tensor([[0, 7, 7, 49], [3, 3, 12, 0]], device=device)
-    # mixout's rows are the neurons of dimension 1.
+    # For mixout input neurons are dimension 1 of a weight; here they are the table's rows.
     weight = table.weight.detach().requires_grad_()
     options = {"mask": mask, "grad_scale": grad_scale, "seed": table.seed}
     mixed = mixout(weight.unsqueeze(0), table.target.unsqueeze(0), 0.5, True, **options)[0]
@@ -307,7 +307,7 @@ def test_embedding_is_that_of_the_mixed_table(mask, grad_scale, device):
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16, torch.float32))
 def test_an_embeddings_gradient_as_published_is_not_rounded(dtype, device):
-    """fp16's largest number is 65504."""
+    """Scaled by 10 and divided again, this gradient would overflow in fp16, whose largest number is 65504."""
     table = apply_mixout(nn.Embedding(50, 8).to(device, dtype), 0.9, grad_scale="paper")
     table.seed = torch.tensor(5, device=device)
     gradient = (8000 * torch.rand(50, 8, device=device)).to(dtype)
@@ -336,7 +336,7 @@ def test_an_element_masks_index_in_a_large_table_exceeds_int32():
     tokens = torch.tensor([0, 2**19, 2**20 - 1])
     kept = table._kept(tokens)
     assert torch.equal(table._kept(tokens.int()), kept)
-    words = reference.philox4x32((2**30 - 2**10, 0, 0, 0), (5, 0))  # of entries (2^20 - 1) * 4096 and the three after
+    words = reference.philox4x32((2**30 - 2**10, 0, 0, 0), (5, 0))  # of entry (2^20 - 1) * 4096 and the next three
     assert kept[2, :4].tolist() == [word >= reference.threshold(0.5) for word in words]
 
 
@@ -349,7 +349,7 @@ def test_an_embeddings_p_outside_0_to_1_is_refused(p):
 
 
 def test_a_table_resized_since_is_refused(device):
-    """As transformers' resize_token_embeddings does: the same module, other weights."""
+    """As transformers' resize_token_embeddings does, which gives the same module another weight."""
     table = apply_mixout(nn.Embedding(20, 8).to(device), 0.5)
     table.weight.data, table.num_embeddings = torch.randn(23, 8, device=device), 23
     tokens = torch.tensor([3, 22], device=device)
@@ -391,7 +391,7 @@ def test_tied_weights_are_mixed_everywhere_or_nowhere(device):
 
 
 def test_shared_seed_of_tied_weights_survives_activation_checkpointing(device, tokens):
-    """With the pass recomputed inside the module that draws the seed, as whole, gradients are the plain pass's."""
+    """Recomputing the whole module, which draws the seed, gives the gradients of the plain pass."""
     from torch.utils.checkpoint import checkpoint
 
     model = apply_mixout(Tied().to(device), 0.5)
@@ -411,8 +411,8 @@ def test_targets(net, tokens, mixes_first):
     apply_mixout(net, 1.0, target=reference)
     for mixed in mixed_parameters(net):
         assert mixed.mixing.target.data_ptr() == reference.get_parameter(mixed.name).data_ptr(), "in place"
-    # At p = 1 the mixed weights are the target's; the rest is the model's own. All as they require grad in the model:
-    # torch.matmul chooses between mm and bmm by that, whose bits differ on AMD's processors.
+    # At p = 1 the mixed weights are the target's, the others the model's own. All require grad as in the model: that
+    # decides whether torch.matmul takes mm or bmm, whose bits differ on AMD's processors.
     plain = dict(net.named_parameters())
     targets = {mixed.name: reference.get_parameter(mixed.name) for mixed in mixed_parameters(net)}
     plain |= {name: target.clone().requires_grad_() for name, target in targets.items()}
@@ -441,7 +441,7 @@ def test_a_target_that_lacks_a_parameter_leaves_it_unmixed_and_says_so(net):
 
 
 def test_targets_in_a_smaller_dtype(net, tokens):
-    """They are widened where they are used: the step is that of the widened targets."""
+    """Targets are widened where they are used: the step equals one with wide targets."""
     apply_mixout(net, 0.5, target_dtype=torch.bfloat16)
     small = copy.deepcopy(net)
     for mixed in mixed_parameters(net):
@@ -730,7 +730,7 @@ def test_eval_model_exports(net, tokens):
 
 
 def test_a_modules_own_attributes_stay(device):
-    """Layers that have attributes of the names of ours are mixed where their weight is read."""
+    """A layer that already has attributes of our names is mixed where its weight is read."""
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Embedding(5, 4)).to(device)
     model[0].register_buffer("mask", torch.ones(4))
     model[1].p, model[2].seed = "own", "own"
@@ -776,7 +776,7 @@ def test_the_report_of_parts_has_the_rows_of_all():
 
 
 def test_an_attribute_error_in_mixing_does_not_leave_the_plain_weight():
-    """Python would ask nn.Module.__getattr__, which has the Parameter of that name."""
+    """After such an error Python would ask nn.Module.__getattr__, which has the plain Parameter of that name."""
     model = apply_mixout(nn.Sequential(nn.Conv1d(4, 4, 1)), 0.5).train()
     del model[0].mixing_weight.p
     with pytest.raises(RuntimeError, match="mixing_weight"):

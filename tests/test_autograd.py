@@ -1,4 +1,4 @@
-"""Gradients: of every layout, with anything frozen, and what is computed and saved for them."""
+"""Gradients for every layout and any frozen operands, and what is computed and saved for them."""
 
 import dataclasses
 import itertools
@@ -39,7 +39,7 @@ def every_other(tensor):
 
 
 def offset(tensor):
-    """The same values, contiguous, from an address that no vector load is aligned to."""
+    """The same values, contiguous, at an address that is not aligned for vector loads."""
     flat = torch.empty(tensor.numel() + 1, dtype=tensor.dtype, device=tensor.device)
     flat[1:] = tensor.flatten()
     return flat[1:].view(tensor.shape)
@@ -86,7 +86,7 @@ def test_leading_dimensions(leading, mask, device, backend, path, seed):
 @masks
 @pytest.mark.parametrize("leading", ((5,), (2, 3), (150, 2)), ids=str)
 def test_output_can_be_changed_in_place(leading, mask, device, backend, path, seed):
-    """As by nn.ReLU(inplace=True), or by a residual's addition."""
+    """As nn.ReLU(inplace=True) or a residual's addition does."""
     case = testing.random_case(leading, 17, 5, p=0.5, mask=mask, device=device, seed=seed)
     weight = case.weight.requires_grad_()
     results = []
@@ -98,7 +98,7 @@ def test_output_can_be_changed_in_place(leading, mask, device, backend, path, se
 
 @masks
 def test_no_rows(mask, device, backend, path, seed):
-    """dW and db are zeros, which somebody has to write; of 255 columns forward gathers the kept at p = 0.9."""
+    """dW and db are zeros, which a kernel still has to write; at p = 0.9 forward gathers the kept of 255 columns."""
     for p in (0.1, 0.3, 0.9):
         results = testing.run(testing.random_case(0, 255, 33, p=p, mask=mask, device=device, seed=seed), backend)
         assert not any(results[name].any() for name in ("dW", "db"))
@@ -142,7 +142,7 @@ def test_frozen_operands_get_no_gradient_and_the_others_the_same(target, bias, r
 
 
 def counted_backward_products(case, backend, trained):
-    """Multiply-adds of the library's matrix products in backward, also of those that a backend's operators call."""
+    """Multiply-adds of the library's matrix products in backward, those called by a backend's operators included."""
     leaves = [t.detach().requires_grad_(name in trained) for name, t in (("x", case.input), ("w", case.weight))]
     output = mix_linear(*leaves, case.target, None, case.p, mask=case.mask, seed=case.seed, backend=backend)
     with torch.profiler.profile(record_shapes=True, with_flops=True) as profile:
@@ -153,14 +153,14 @@ def counted_backward_products(case, backend, trained):
 def test_only_the_needed_products_are_computed(device, backend, seed):
     """dX costs the dense product; dW, with the input mask, its kept columns alone; a frozen operand nothing."""
     rows, in_features, out_features = 512, 255, 64
-    # In fp32 and bf16 the CPU backend computes dW itself, where the processor lets it; in fp16 the library does.
+    # In fp32 and bf16 the CPU backend computes dW itself, if the processor can; in fp16 the library does.
     dtype = torch.float16 if backend == "cpu" else torch.float32
     case = testing.random_case(rows, in_features, out_features, p=0.9, dtype=dtype, device=device, seed=seed)
     assert not any(testing.is_one_pass(case, backend))
     kept = int(reference.keep_mask(case.seed, case.weight.shape, case.p, "input").sum())
-    kept = max(kept, reference.THIN_OUTPUT)  # filled up to so many: one seed in 80 keeps fewer
+    kept = max(kept, reference.THIN_OUTPUT)  # padded to THIN_OUTPUT: one seed in 80 keeps fewer
     if backends.BACKENDS[backend] not in (cpu, reference):
-        kept = reference.capacity(in_features, case.p)  # the static size: what cannot wait for the device pads
+        kept = reference.capacity(in_features, case.p)  # padded to the static size: these cannot wait for the device
     dense, compact = rows * in_features * out_features, rows * kept * out_features
     assert counted_backward_products(case, backend, "w") == compact
     assert counted_backward_products(case, backend, "x") == dense
@@ -170,7 +170,7 @@ def test_only_the_needed_products_are_computed(device, backend, seed):
 @masks
 @pytest.mark.parametrize("p", (0.1, 0.6, 0.9))
 def test_torch_counts_the_operations(p, mask, device, backend, seed, mixes_first):
-    """FlopCounterMode sees no product inside an operator, so the operators tell it."""
+    """FlopCounterMode sees no product inside an operator, so the operators register their counts."""
     rows, in_features, out_features = 3 * 64, 255, 64
     case = testing.random_case(rows, in_features, out_features, p=p, mask=mask, device=device, seed=seed)
     leaves = [t.detach().requires_grad_() for t in (case.input.view(3, 64, in_features), case.weight)]
@@ -183,7 +183,7 @@ def test_torch_counts_the_operations(p, mask, device, backend, seed, mixes_first
     width = in_features * (backward.get_total_flops() - product) / product
     if mask == "element" or (p == 0.1 and backend != "reference"):
         assert width == in_features
-    else:  # the kept columns, or the mean or the bound of their number
+    else:  # the number of kept columns, its mean or its bound
         kept = int(reference.keep_mask(case.seed, case.weight.shape, p, mask).sum())
         known = max(kept, reference.THIN_OUTPUT), (1 - p) * in_features, reference.capacity(in_features, p)
         assert min(abs(width - count) for count in known) < 0.6
@@ -192,7 +192,7 @@ def test_torch_counts_the_operations(p, mask, device, backend, seed, mixes_first
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("p", (0.1, 0.5, 0.9))
 def test_weight_gradient_of_few_outputs_is_the_librarys_masked(p, dtype, device, backend, seed):
-    """At 0.9, where more outputs have forward gather the kept columns, too."""
+    """At p = 0.9 too, where with more outputs forward gathers the kept columns."""
     case = testing.random_case(255, 513, reference.THIN_OUTPUT - 1, p=p, dtype=dtype, device=device, seed=seed)
     operands = (tensor.to(testing.product_dtype(case, backend)) for tensor in (case.grad_output.t(), case.input))
     product = torch.mm(*operands).to(dtype)
@@ -203,7 +203,7 @@ def test_weight_gradient_of_few_outputs_is_the_librarys_masked(p, dtype, device,
 @pytest.mark.parametrize("shape", ((255, 255, 17), (255, 255, 8), (1, 64, 8)), ids=str)
 @pytest.mark.parametrize("p", (0.1, 0.9))
 def test_dropped_columns_of_the_gradient_are_positive_zero(p, shape, device, backend, seed):
-    """Of a dY that is not finite, too."""
+    """Even if dY is not finite."""
     case = testing.random_case(*shape, p=p, device=device, seed=seed)
     case.grad_output[0, 1] = torch.inf
     dW = testing.run(case, backend)["dW"]
@@ -240,7 +240,7 @@ def test_second_derivative_of_mix_linear_is_refused(rows, mask, device, backend,
 
 @masks
 def test_second_derivative_through_mixout(mask, device, backend, seed):
-    """F.linear(x, mixout(w)) is what mix_linear's docstring names for a second derivative; of ‖x W'‖² it is exact."""
+    """mix_linear's docstring names F.linear(x, mixout(w)) for a second derivative; that of ‖x W'‖² is exact."""
     case = testing.integer_case(3, 17, 5, p=0.75, mask=mask, device=device, seed=seed)
     weight = case.weight.requires_grad_()
     mixed = mixout(weight, case.target, case.p, True, mask=mask, seed=case.seed, backend=backend)
@@ -261,7 +261,7 @@ def skip_without_cpp(backend):
 @pytest.mark.parametrize("p", (0.1, 0.9))
 @pytest.mark.parametrize("trained", ("x", "w", "b", "xw", "wb", "xwb", ""))
 def test_autograd_function_in_python_is_the_same(trained, p, mask, device, backend, path, seed, monkeypatch):
-    """The one that a compiler traces, and that serves where the one in C++ was not built for this torch."""
+    """The Python function is what a compiler traces, and serves if the one in C++ was not built for this torch."""
     skip_without_cpp(backend)
 
     def results_and_bytes_saved(case):
@@ -300,7 +300,7 @@ def test_autograd_function_in_python_is_the_same(trained, p, mask, device, backe
 
 
 def saved_bytes(function, held):
-    """Bytes saved for backward, counting each memory once, except that of `held` and of 0-d tensors (the seed)."""
+    """Bytes saved for backward, each storage once, without those of `held` and of 0-d tensors (the seed)."""
     seen = {tensor.untyped_storage().data_ptr() for tensor in held if tensor is not None}
     sizes = []
 
@@ -335,7 +335,7 @@ def test_bytes_saved_for_backward(p, trained, ratio, rows, mask, dtype, device, 
     linear = saved_bytes(lambda: F.linear(x, weight, bias), held)
     ours = saved_bytes(lambda: mix_linear(x, weight, case.target, bias, p, mask=mask, backend=backend), held)
     assert linear == (x.nbytes if "w" in trained else 0)
-    # 0.2 is X[:, kept] at its static width, 144 of 768 columns; of few rows their indices weigh beside it.
+    # 0.2 is X[:, kept] at its static width, 144 of 768 columns; with few rows the indices add noticeably.
     indices = 4 * reference.capacity(768, p) if 0 < ratio < 1 else 0
     assert ours <= ratio * x.nbytes + indices
 
@@ -365,7 +365,7 @@ def test_draws_between_forward_and_backward_do_not_change_the_mask(mask, device,
 
 @masks
 def test_a_tensor_left_behind_by_a_transform_gets_its_gradient(mask, device, backend):
-    """As with nn.functional.linear: such a tensor is a wrapper, whose own graph has ended."""
+    """As with nn.functional.linear: a tensor that outlives a transform is a wrapper whose own graph has ended."""
     operands = {"input": torch.eye(64), "weight": torch.ones(64, 64), "bias": torch.ones(64)}
     operands = {name: tensor.to(device).requires_grad_() for name, tensor in operands.items()}
     seed = torch.tensor(0, device=device)
@@ -381,7 +381,7 @@ def test_a_tensor_left_behind_by_a_transform_gets_its_gradient(mask, device, bac
 
 
 def test_transforms_are_refused(device, backend):
-    """A Function with one forward for result and context cannot be transformed; torch says so."""
+    """A Function without a separate setup_context cannot be transformed; torch says so."""
     x, weight = torch.eye(64, device=device), torch.ones(64, 64, device=device)
     with pytest.raises(RuntimeError, match="functorch transforms"):
         torch.func.grad(lambda weight: mix_linear(x, weight, p=0.5, backend=backend).sum())(weight)
@@ -410,7 +410,7 @@ def test_forward_mode_is_refused(device, backend):
 
 
 def test_meta_tensors_give_the_shape():
-    """As nn.functional.linear's: for models that are laid out before they are loaded."""
+    """As with nn.functional.linear: for models that are built before their weights are loaded."""
     x, weight = torch.ones(2, 3, 64, device="meta"), torch.ones(32, 64, device="meta", requires_grad=True)
     for p in (0.3, 0.9):
         output = mix_linear(x, weight, p=p)
@@ -435,7 +435,7 @@ class OperatorCalls(TorchDispatchMode):
 @pytest.mark.parametrize("p", (0.3, 0.9))
 @pytest.mark.parametrize("ways", tuple(itertools.product((False, True), repeat=4)), ids=str)
 def test_both_autograd_functions_call_the_operators_alike(ways, p, mask, device, backend, seed, monkeypatch):
-    """With one pass for y and not for dX, say."""
+    """For all combinations of `ways`, such as one pass for y and not for dX."""
     skip_without_cpp(backend)
     module = backends.BACKENDS[backend]
     monkeypatch.setattr(module.mix_linear.__self__, "ways", lambda *_: ways)
@@ -445,7 +445,7 @@ def test_both_autograd_functions_call_the_operators_alike(ways, p, mask, device,
         monkeypatch.setattr(operators, "AUTOGRAD_ERROR", error)
         with OperatorCalls() as recorder:
             testing.run(case, backend)
-            with torch.no_grad():  # with a weight that would be trained: nothing is gathered for it
+            with torch.no_grad():  # the weight requires grad, yet nothing is gathered for it
                 weight = case.weight.detach().requires_grad_()
                 mix_linear(case.input, weight, p=p, mask=mask, seed=case.seed, backend=backend)
         options = [(func, [a for a in args if not isinstance(a, torch.Tensor)]) for func, (args, _) in recorder.calls]

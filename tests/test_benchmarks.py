@@ -76,7 +76,7 @@ def started(folder):
 
 @pytest.fixture
 def suite(monkeypatch):
-    """A suite of three cells that counts what is measured, in place of the others."""
+    """A suite of three cells that records what is measured, in place of the real suites."""
     measured = []
 
     def measure(cell, options):
@@ -244,7 +244,7 @@ def test_the_hosts_time_stands_beside_the_steps(tmp_path):
 
 
 def test_on_a_gpu_phases_come_from_events_of_back_to_back_steps(monkeypatch):
-    """With events and a synchronisation that note when they were asked for."""
+    """With fake events and a fake synchronisation, which log their calls."""
     log = []
 
     class Event:
@@ -317,7 +317,7 @@ def test_terms_are_measured_and_reported(tmp_path):
 
 
 def test_both_ways_to_a_product_are_checked_and_timed(tmp_path, monkeypatch):
-    """By the rows that each is told, which a backend forgets again."""
+    """Each way is forced through the backend's tables of rows, which are restored afterwards."""
     arguments = ["--suite", "paths", "--quick", "--device", "cpu", "--results", str(tmp_path)]
     taken = []
     check = paths.check_ours
@@ -385,7 +385,7 @@ def measure_layer(tmp_path):
 
 
 def test_a_slowed_layer_shows_in_the_report(measure_layer, monkeypatch):
-    """Of enough rounds that a busy machine does not hide it."""
+    """Over enough rounds that a busy machine does not hide it."""
     (usual,) = report.measured(measure_layer("usual", seconds=1))
     forward = MixLinear.forward
 

@@ -70,7 +70,7 @@ def test_mixout_compiles(mask, device, backend):
 
 
 def test_a_seed_that_is_given_survives_recomputation_under_a_memory_budget(device, backend):
-    """Below 1 torch may draw a random op of the graph once more in backward; a given seed is the graph's input."""
+    """With a budget below 1 torch may draw the graph's random numbers again in backward; a given seed is an input."""
     weight = torch.ones(64, 64, device=device, requires_grad=True)
     x = torch.eye(64, device=device)
 

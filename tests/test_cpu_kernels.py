@@ -1,4 +1,4 @@
-"""What only the C++ kernels for CPUs need: every instruction set, and sizes at which their sums change form."""
+"""Tests of the C++ kernels for CPUs alone: every instruction set, and sizes at which their sums change form."""
 
 import dataclasses
 import os
@@ -16,7 +16,7 @@ from mixout_fast.backends import cpu
 
 STATM = Path("/proc/self/statm")
 CPUINFO = Path("/proc/cpuinfo")
-OWN_PRODUCTS = (torch.float32, torch.float64)  # fp64 with AVX2 and both with less of few rows alone
+OWN_PRODUCTS = (torch.float32, torch.float64)  # fp64 with AVX2, and both with less: only for few rows
 if cpu.LOAD_ERROR is None:
     OWN_PRODUCTS = tuple(dict.fromkeys((*OWN_PRODUCTS, *cpu.own_products())))
 
@@ -33,16 +33,19 @@ pytestmark = pytest.mark.skipif(cpu.LOAD_ERROR is not None, reason=str(cpu.LOAD_
     ids=str,
 )
 def test_error_is_at_most_twice_the_librarys(shape, dtype, seed):
-    """At 9 and 12 rows the library sums in more parts than at 24, fp64 in shorter ones than fp32; of many rows y sums
-    more than one block of W' from 3073 in_features on, dX from 769 out_features on. In bf16 the last four take more
-    than one block of outputs, in y or in dX, which the second and the fourth of them sum in parts."""
+    """At 9 and 12 rows the library sums in more parts than at 24, in fp64 in shorter ones than in fp32.
+
+    With many rows y sums over more than one block of W' from 3073 in_features on, dX from 769 out_features on. In bf16
+    the last four shapes have more than one block of outputs, in y or in dX; the second and the fourth of these are also
+    summed in parts.
+    """
     testing.check_error(testing.error_cases(testing.random_case, shape, seed, p=0.9, dtype=dtype), "cpu")
 
 
 @pytest.mark.parametrize("dtype", dict.fromkeys((*OWN_PRODUCTS, torch.bfloat16, torch.float16)), ids=str)
 @pytest.mark.parametrize("rows", (12, 300))
 def test_error_of_column_major_weights(rows, dtype, seed):
-    """Of parts of vectors and whole ones, more than one block of outputs in y, in dX and in dW."""
+    """With parts of vectors and whole ones, and more than one block of outputs in y, in dX and in dW."""
     for shape in ((rows, 70, 300), (rows, 1600, 96), (rows, 64, 1601), (rows, 1500, 500)):
         for options in ({"p": 0.9}, {"p": 0.1, "target": False, "bias": False}):
             cases = testing.error_cases(testing.random_case, shape, seed, sums=250, dtype=dtype, **options)
@@ -53,7 +56,7 @@ def test_error_of_column_major_weights(rows, dtype, seed):
 @pytest.mark.parametrize("shape, p", (((20000, 14, 64), 0.1), ((20000, 96, 17), 0.9), ((200000, 8, 20), 0.3)), ids=str)
 @pytest.mark.parametrize("name", ("cpu", "reference"))
 def test_error_of_many_rows(shape, p, dtype, name, seed):
-    """dW of few outputs or few kept columns, and db, are sums of many pieces, which grow with a dY that has a mean."""
+    """dW with few outputs or kept columns, and db, are sums of many pieces, which grow if dY has a nonzero mean."""
     cases = [testing.random_case(*shape, p=p, dtype=dtype, seed=seed + i) for i in range(2)]
     for case in cases:
         case.grad_output.add_(1)
@@ -64,7 +67,7 @@ def test_error_of_many_rows(shape, p, dtype, name, seed):
 @pytest.mark.parametrize("dtype", dict.fromkeys((*OWN_PRODUCTS, torch.bfloat16)), ids=str)
 @pytest.mark.parametrize("rows", (1, 40))
 def test_error_beside_a_large_bias(rows, dtype, seed):
-    """To which each of the sums that y is made of would be rounded."""
+    """If the bias were added first, every partial sum of y would be rounded to the bias's precision."""
     cases = testing.error_cases(testing.random_case, (rows, 3500, 300), seed, p=0.1, dtype=dtype)
     cases = [dataclasses.replace(case, bias=1000 * case.bias) for case in cases]
     testing.check_error(cases, "cpu")
@@ -97,7 +100,7 @@ def test_results_do_not_depend_on_the_threads(shape, dtype, seed):
 @pytest.mark.parametrize("shape", ((601, 300, 49), (300, 49, 800), (300, 512, 200)), ids=str)
 @pytest.mark.parametrize("dtype", OWN_PRODUCTS, ids=str)
 def test_products_whose_rows_are_shared_do_not_depend_on_the_threads(shape, dtype, seed, monkeypatch):
-    """Many threads with few outputs share the rows too. Our own products alone: the library's depend on the threads."""
+    """With few outputs many threads share the rows too. Only our own products: the library's depend on the threads."""
     own = ("y", "dX") if cpu.instruction_set() in ("avx2", "baseline") else testing.RESULTS
     monkeypatch.setattr(cpu, "ONE_PASS_ROWS", dict.fromkeys(cpu.ONE_PASS_ROWS, (sys.maxsize, sys.maxsize)))
     assert_same_for_any_threads(testing.random_case(*shape, p=0.7, dtype=dtype, seed=seed), own)
@@ -106,7 +109,7 @@ def test_products_whose_rows_are_shared_do_not_depend_on_the_threads(shape, dtyp
 @pytest.mark.parametrize("rows", (3, 300))
 @pytest.mark.parametrize("shape", ((0, 5), (5, 0)), ids=str)
 def test_one_pass_of_an_empty_weight_is_refused(rows, shape, seed):
-    """mix_linear never asks for one; an operator called by itself must not divide by its outputs."""
+    """mix_linear never asks for it, but an operator called directly must not divide by the number of outputs."""
     operands = torch.randn(rows, shape[1]), torch.randn(shape), None, None, torch.tensor(seed)
     with pytest.raises(RuntimeError, match="weight: empty"):
         torch.ops.mixout_fast.linear(*operands, 0.5, False, True, False, False, False)
@@ -127,7 +130,7 @@ def test_backward_refuses_to_make_dw_of_nothing(index, seed):
 
 @pytest.mark.skipif(not STATM.exists(), reason="reads this process's memory from /proc")
 def test_one_column_of_any_stride_is_not_copied(seed):
-    """As a transposed row has; its copy would be a vector, and more, for each of the rows."""
+    """A transposed row has such strides; copying it would take a vector or more per row."""
 
     def resident():
         return int(STATM.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")

@@ -1,4 +1,4 @@
-"""The CUDA library as built, without a GPU: what ptxas says of its kernels, their instructions, loading."""
+"""The CUDA library as built, without a GPU: ptxas's report on its kernels, their instructions, loading."""
 
 import os
 import re
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(not LIBRARY.exists(), reason="no CUDA library (M
 
 
 def tool(name):
-    """A program of the CUDA toolkit, or of the wheel that PyPI has of it."""
+    """The path of a program of the CUDA toolkit, from PATH or from its wheel on PyPI."""
     wheel = next((path for entry in sys.path for path in Path(entry).glob(f"nvidia/cu*/bin/{name}")), None)
     found = shutil.which(name) or wheel
     if found is None:
@@ -49,7 +49,7 @@ def test_every_kernel_is_built_for_every_architecture(kernels):
 
 
 def test_gpus_newer_than_all_it_is_compiled_for_find_ptx():
-    """They compile it when they load it. Not that of 9.0a, say, which no other GPU takes."""
+    """Newer GPUs compile the PTX when they load the library. PTX for 9.0a, say, would serve no other GPU."""
     if "TORCH_CUDA_ARCH_LIST" in os.environ:
         pytest.skip("TORCH_CUDA_ARCH_LIST chose the GPUs")
     listed = subprocess.run([tool("cuobjdump"), "-lelf", "-lptx", LIBRARY], capture_output=True, text=True, check=True)
@@ -123,7 +123,7 @@ def test_weights_are_read_and_written_16_bytes_at_a_time(kernel, instructions):
 
 @pytest.mark.parametrize("type_code", ("8bfloat16", "7float16"))
 def test_gathered_entries_are_loaded_eight_at_a_time(type_code, instructions):
-    """No load waits for a store. Numbers of columns, of 2 bytes, are read from shared memory nowhere else."""
+    """No load waits for a store. 2-byte column numbers are read from shared memory nowhere else."""
     for key, code in of_kernel(instructions, "mix_kernel", f"mix_kernelINS_{type_code}E"):
         behind = code[[column.start() for column in re.finditer(r"LDS\.U16", code)][-8] :]
         assert re.findall(r"(LDG|STG)\.E\.U16", behind)[:16] == 8 * ["LDG"] + 8 * ["STG"], key
@@ -143,7 +143,7 @@ def run(program, **environment):
 
 @pytest.mark.skipif(torch.version.cuda is not None, reason="of a CPU torch")
 def test_it_loads_beside_a_cpu_torch_and_has_fakes_for_a_gpu():
-    """Shapes, types and devices of a whole step on a GPU that is not there."""
+    """Shapes, types and devices of a whole step on a GPU that is not present."""
     program = f"""
 from pathlib import Path
 import torch
@@ -179,7 +179,7 @@ print("fakes hold")
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU at hand runs the kernels")
 def test_a_gpu_that_has_no_kernels_is_left_to_the_next_backend():
-    """As one that is too old, or newer than what was compiled without PTX. Here it is the driver that is missing."""
+    """Such as a GPU that is too old, or newer than a library compiled without PTX. Here the driver is missing."""
     program = f"""
 from pathlib import Path
 import torch

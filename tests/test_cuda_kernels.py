@@ -29,7 +29,7 @@ paths = pytest.mark.parametrize("path", ("one_pass", "mixed_first"))
 
 @pytest.fixture
 def take(monkeypatch):
-    """Has the backend take one path, whatever the rows."""
+    """Makes the backend take one path, whatever the number of rows."""
 
     def take(path):
         rows = sys.maxsize if path == "one_pass" else -1
@@ -52,7 +52,7 @@ def allow_tf32():
 
 @pytest.fixture
 def limit_capacity(monkeypatch):
-    """Lowers the capacity of every mask, of the reference and of the emulation alike."""
+    """Lowers the capacity of every mask, in the reference and in the emulation alike."""
 
     def limit(limit):
         capacity = reference.capacity
@@ -76,7 +76,7 @@ def check_bits(case):
 @precisions
 @pytest.mark.parametrize("shape", ((1, 8, 16), (5, 96, 80), (64, 256, 128), (130, 520, 72)), ids=str)
 def test_rows_of_whole_vectors(shape, dtype, compute, mask, path, take, seed):
-    """Of multiples of 16 bytes, which the other tests' shapes are not, with a full and a cut tile at each edge."""
+    """Rows are multiples of 16 bytes, unlike in the other tests, with a full and a cut tile at each edge."""
     take(path)
     options = {"mask": mask, "dtype": dtype, "compute": compute, "device": DEVICE, "seed": seed}
     check_bits(testing.random_case(*shape, p=0.3, **options))
@@ -88,7 +88,7 @@ def test_rows_of_whole_vectors(shape, dtype, compute, mask, path, take, seed):
     testing.check_exact(case, "cuda")
     testing.check_exact(testing.column_major(case), "cuda")
     del options["seed"]
-    # Of one row error_cases' 8 have too few results: their largest error is luck.
+    # With one row the 8 cases of error_cases have too few results: their largest error is luck.
     seeds = range(seed, seed + 64, 8) if shape[0] == 1 else (seed,)
     cases = [testing.error_cases(testing.random_case, shape, s, p=0.5, **options) for s in seeds]
     testing.check_error(itertools.chain(*cases), "cuda")
@@ -99,7 +99,7 @@ def test_rows_of_whole_vectors(shape, dtype, compute, mask, path, take, seed):
 @precisions
 @pytest.mark.parametrize("name", ("input", "weight", "target", "grad_output"))
 def test_whole_vectors_from_addresses_that_are_none(name, dtype, compute, mask, path, take, seed):
-    """Rows are multiples of 16 bytes, but start an entry behind one: on a GPU a vector access there is a fault."""
+    """Rows are multiples of 16 bytes but start an entry past an aligned address, where a GPU's vector access faults."""
     take(path)
     options = {"mask": mask, "dtype": dtype, "compute": compute, "device": DEVICE, "seed": seed}
     case = testing.integer_case(9, 64, 48, p=0.75, **options)
@@ -136,7 +136,7 @@ def test_kept_columns_past_a_lowered_capacity_are_dropped(in_features, limit, pa
 @emulated
 @pytest.mark.parametrize("limit", (0, 1, 10))
 def test_input_channels_past_a_lowered_capacity_are_dropped(limit, limit_capacity, seed):
-    """Of a convolution, whose offsets share their channel's entry."""
+    """In a convolution, whose offsets share their channel's mask entry."""
     limit_capacity(limit)
     torch.manual_seed(seed)
     weight, target = torch.randn(2, 5, 60, 9)
@@ -187,7 +187,7 @@ KEPT = {
 @pytest.mark.parametrize("kept", KEPT.values(), ids=KEPT)
 @pytest.mark.parametrize("column_major", (False, True), ids=("rows", "columns"))
 def test_columns_are_found_in_the_index(column_major, kept, padding, seed):
-    """A block spreads 128 columns, column-major 32; of an index of more than 384, 480, it looks for its part."""
+    """A block expands 128 columns, column-major 32; in an index of more than 384, or 480, it searches for its part."""
     torch.manual_seed(seed)
     index = torch.tensor([*kept, *padding * [-1]], dtype=torch.int32, device=DEVICE)
     columns, grad = (torch.randint(-3, 4, (3, count), device=DEVICE).float() for count in (len(index), 40))
@@ -222,7 +222,7 @@ def test_dW_is_a_full_product_where_the_compact_one_saves_less_than_a_quarter():
 
 
 def test_more_columns_than_the_one_pass_holds(take, seed):
-    """They are mixed first. A small p: where no entry can be past the capacity, a block draws only its own."""
+    """W' is mixed first. p is small: where no entry can be past the capacity, a block draws only its own entries."""
     take("one_pass")
     case = testing.random_case(2, 2**18 + 7, 3, p=0.0001, device=DEVICE, seed=seed)
     check_bits(case)
@@ -238,14 +238,14 @@ def test_gather_of_no_rows_still_has_an_index(one_pass, take, seed):
 
 @pytest.mark.parametrize("rows", (0, 5))
 def test_p_one_gathers_nothing(rows, take, seed):
-    """Where there is no entry there is no launch: CUDA refuses a grid of no blocks."""
+    """Without entries nothing is launched: CUDA refuses a grid of no blocks."""
     take("mixed_first")
     testing.check_gather(testing.random_case(rows, 255, 17, p=1.0, device=DEVICE, seed=seed), "cuda")
 
 
 @paths
 def test_tf32_where_it_is_allowed(path, take, allow_tf32, seed):
-    """Products of fp32 on tensor cores: exact on small integers, but 1 + 2^-12 is 1."""
+    """Products of fp32 on tensor cores: exact on small integers, but 1 + 2^-12 is rounded to 1."""
     take(path)
     allow_tf32(True)
     for shape in ((17, 33, 65), (64, 256, 128)):
@@ -265,7 +265,7 @@ def test_tf32_where_it_is_allowed(path, take, allow_tf32, seed):
 @pytest.mark.parametrize("shape", ((63, 1001), (10000, 201), (100000, 64)), ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_error_of_db(shape, dtype, take, seed):
-    """It is summed in parts, which grow with a dY that has a mean."""
+    """db is summed in parts, which grow if dY has a nonzero mean."""
     take("mixed_first")
     torch.manual_seed(seed)
     grad = (torch.randn(shape, dtype=torch.float64) + 0.25).to(DEVICE, dtype)
@@ -278,7 +278,7 @@ def test_error_of_db(shape, dtype, take, seed):
 
 
 def launches(function):
-    """How many, of the library's kernels too: each of these operators of it is one."""
+    """How many kernels a function launches, the library's included: each call of the operators named here is one."""
     ours = cuda_emulation.variable("launches")
     before = ours.value
     with torch.profiler.profile() as profile:

@@ -31,7 +31,7 @@ def parameters(model):
 
 
 def moved(model):
-    """Moved to small integers, on which a step of a power of two is exact."""
+    """The model with small integers as weights, on which a step of a power of two is exact."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(torch.randint(-8, 9, parameter.shape))
@@ -65,12 +65,12 @@ def test_toward_zero_coupled_is_weight_decay(model, x, optimizer):
 
 @pytest.mark.parametrize("decoupled", (True, False))
 def test_gradient_is_that_of_the_penalty(model, x, decoupled):
-    """SGD: both forms are a step along λ (w - u), which autograd finds of λ/2 ‖w - u‖²; u is the mixout target."""
+    """With SGD both forms are a step along λ (w - u), the gradient of λ/2 ‖w - u‖²; u is the mixout target."""
     apply_mixout(moved(model), 0.9, filter_fn=lambda module, name: name == "0")
     targets = {name: p.detach().clone() for name, p in model.named_parameters()}
     moved(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.25)
-    # Of "2", which is not mixed, the target is its present value: moved.
+    # "2" is not mixed: its target is its present value, already moved.
     targets["2.weight"] = model[2].weight.detach().clone()
     handle = wdecay(optimizer, model, 0.5, decoupled=decoupled)
     before = parameters(model)
@@ -123,7 +123,7 @@ def test_parameters_without_a_gradient_and_groups_rates(model):
 @pytest.mark.parametrize("fused", (True, False))
 @pytest.mark.parametrize("decoupled", (True, False))
 def test_with_grad_scaler(model, x, fused, decoupled):
-    """Scaled by a power of two nothing rounds otherwise: the same bits, and a skipped step decays nothing."""
+    """Scaling by a power of two changes no rounding: the same bits, and a skipped step decays nothing."""
     device = x.device.type
     other = copy.deepcopy(model)
     scaler = torch.amp.GradScaler(device, init_scale=2.0**10, growth_interval=1000)
@@ -149,7 +149,7 @@ def test_with_grad_scaler(model, x, fused, decoupled):
 @pytest.mark.parametrize("decoupled", (True, False))
 @pytest.mark.parametrize("by_name", (True, False))
 def test_with_a_closure(model, x, decoupled, by_name):
-    """Whose gradients are made within the step, as Lightning has every optimizer's."""
+    """The closure computes the gradients within the step, as Lightning does with every optimizer."""
     model = moved(apply_mixout(model, 0.0))
     other = copy.deepcopy(model)
     optimizers = [torch.optim.SGD(m.parameters(), lr=0.25) for m in (model, other)]
@@ -176,7 +176,7 @@ def test_with_a_closure(model, x, decoupled, by_name):
 @pytest.mark.parametrize("decoupled", (True, False))
 @pytest.mark.parametrize("by_name", (True, False))
 def test_with_a_closure_that_is_called_twice(model, decoupled, by_name):
-    """The weights decay once a step, the gradient of the penalty is there at each call; other arguments pass."""
+    """The weights decay once a step, the penalty's gradient is added at each call; other arguments are passed on."""
 
     class Twice(torch.optim.Optimizer):
         def step(self, closure=None, factor=1.0):

@@ -1,4 +1,4 @@
-"""The Triton kernels compile for GPUs that are not here, without spills and with the instructions that they are for."""
+"""The Triton kernels compile for GPUs that are not present, without spills and to the intended instructions."""
 
 import dataclasses
 import functools
@@ -32,7 +32,7 @@ def every_launch():
 
 @pytest.fixture(scope="module")
 def launches():
-    """Of bf16, the first of each kind."""
+    """The first launch of each kind in bf16."""
     seen = {}
     for launch in kernel_report.launches(quick=True):
         seen.setdefault(launch.what, launch)
@@ -48,7 +48,7 @@ def test_compiled_without_a_fault(what, target, launches):
 @pytest.mark.parametrize("target", ("sm_80", "sm_90", "sm_100"))
 @pytest.mark.parametrize("compute", (torch.bfloat16, torch.float16), ids=str)
 def test_the_largest_products_do_not_spill(target, compute, every_launch):
-    """Of 16 bits, where the blocks are largest: what leaves no registers over."""
+    """In 16 bits the blocks are largest and leave no registers over."""
     largest = [
         launch for launch in every_launch
         if launch.compute == compute and launch.options.get("BLOCK_F") == 64 and launch.options["BLOCK_M"] == 64
@@ -65,7 +65,7 @@ def test_the_report_in_the_repository_has_no_fault(every_launch):
 
 
 def test_a_product_without_tensor_cores_is_summed_in_pieces(every_launch):
-    """Each step's sum begins at zero, also once the compiler is done: the interpreter cannot show that."""
+    """Each step's sum begins at zero in the compiled code too, which the interpreter cannot show."""
     products = [launch for launch in every_launch if launch.what == "y, input" and launch.dtypes == "float32"]
     (ieee, *_), (tf32, *_) = (
         [launch for launch in products if launch.options["PRECISION"] == precision] for precision in ("ieee", "tf32")
@@ -78,7 +78,7 @@ def test_a_product_without_tensor_cores_is_summed_in_pieces(every_launch):
 
 
 def test_another_p_compiles_nothing_anew():
-    """As schedule.py changes it."""
+    """schedule.py changes p during training."""
     seen, seed = {}, torch.tensor(0)
     note = functools.partial(kernel_report.note_launches, seen, torch.float32, torch.float32, "")
     weight = x = torch.empty(128, 1024)
@@ -95,7 +95,7 @@ def test_another_p_compiles_nothing_anew():
 
 @pytest.fixture
 def launched(monkeypatch):
-    """Names of kernels launched on CPU tensors, from now on compiled and launched as on a GPU, but not run."""
+    """The names of launched kernels: on CPU tensors too they are compiled and launched as on a GPU, but not run."""
     names = []
 
     class Launcher:
@@ -105,7 +105,7 @@ def launched(monkeypatch):
         def __call__(self, *arguments):
             names.append(self.name)
 
-    here = -1  # No GPU's number, so that no kernel compiled for one is taken for another's.
+    here = -1  # Not a GPU's number, so that no kernel compiled here is taken for a GPU's, or the other way round.
     driver = mock.Mock(launcher_cls=Launcher)
     driver.get_current_device.return_value = here
     driver.get_current_stream.return_value = 0
@@ -133,7 +133,7 @@ def test_sizes_of_one_compile_and_launch(mask, path, launched, monkeypatch):
 
 
 def test_a_seed_at_any_address_compiles_nothing_anew(launched):
-    """As those are that a user draws into one tensor."""
+    """Seeds that a user draws into one tensor have such addresses."""
     for seed in torch.arange(2):
         triton.mix(torch.empty(32, 32), None, seed, 0.5, "input", torch.float32)
     (compiled, *_) = triton.kernels.prologue_kernel.device_caches[-1]
@@ -142,7 +142,7 @@ def test_a_seed_at_any_address_compiles_nothing_anew(launched):
 
 
 def test_faults_are_found(launches):
-    """Of a product too large for its registers and shared memory, and of rows two apart."""
+    """In a product too large for its registers and shared memory, and in loads of entries two apart."""
     product = launches["y, input"]
     large = dataclasses.replace(product, options=product.options | {"BLOCK_M": 256, "BLOCK_R": 128, "num_warps": 2})
     found = " ".join(kernel_report.faults(large, "sm_90", reading_of(large)))

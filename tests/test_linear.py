@@ -24,7 +24,7 @@ def linear(device):
 
 
 def mixed_layer(linear, p=0.5, **options):
-    """From the linear, and with its weight moved away from the target."""
+    """A MixLinear from the linear, with its weight moved away from the target."""
     layer = MixLinear.from_linear(linear, p, **options)
     with torch.no_grad():
         layer.weight.add_(torch.randn_like(layer.weight))
@@ -289,7 +289,7 @@ def test_hooks_and_functional_call_work(linear, backend):
 
 
 def test_seed_of_the_call_is_the_next_draw_of_the_default_generator(linear, backend):
-    """One draw a call: what follows from the generator does not depend on the mask, p or shape."""
+    """One draw a call: the generator's next numbers do not depend on the mask, p or shape."""
     x = torch.randn(3, 17, device=linear.weight.device)
     for p, mask in ((0.1, "input"), (0.9, "element")):
         layer = mixed_layer(linear, p, mask=mask, backend=backend)
@@ -316,7 +316,7 @@ def test_in_eval_mode_it_is_traced_as_a_linear(linear):
 
 
 def test_p_is_a_python_float(linear):
-    """A NumPy one would be an array under torch.compile."""
+    """A NumPy float would be an array under torch.compile."""
     assert type(MixLinear.from_linear(linear, np.float64(0.5)).p) is float
 
 

@@ -1,4 +1,4 @@
-"""mixout(): the mixed weight alone, of vectors, matrices and convolutions, in place or not."""
+"""mixout(): the mixed weight alone, for vectors, matrices and convolutions, in place or not."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from mixout_fast.functional import DTYPES, MASKS
 
 masks = pytest.mark.parametrize("mask", MASKS)
 SHAPES = ((17,), (1,), (5, 17), (5, 17, 3), (5, 17, 3, 2), (5, 1, 3, 3), (1, 17, 1, 2, 3))
-SHAPES += ((1, 70, 300), (2, 9, 300))  # of many neighbours in memory that share an entry
+SHAPES += ((1, 70, 300), (2, 9, 300))  # many neighbours in memory share a mask entry
 
 
 def operands(shape, dtype, device):
@@ -18,7 +18,7 @@ def operands(shape, dtype, device):
 
 
 def expected_keep(shape, seed, p, mask):
-    """One draw per element, or per entry of a vector and input channel (dimension 1) of anything else."""
+    """One draw per element; with the input mask per entry of a vector, else per input channel (dimension 1)."""
     if mask == "element" or len(shape) == 1:
         return (reference.mask_words(seed, torch.Size(shape).numel()) >= round(p * 2**32)).view(shape)
     keep = reference.mask_words(seed, shape[1]) >= round(p * 2**32)
@@ -68,7 +68,7 @@ def test_any_strides_number_the_entries_the_same(shape, mask, device, backend):
 
 @masks
 def test_one_by_one_convolution_in_channels_last(mask, device, backend):
-    """Whose last strides are of dimensions of size 1, and so any."""
+    """The last dimensions have size 1, so their strides may be anything."""
     weight, _, seed = operands((5, 17, 1, 1), torch.float32, device)
     options = {"mask": mask, "seed": seed, "backend": backend}
     want = mixout(weight, None, 0.5, True, **options)
@@ -112,7 +112,7 @@ def test_p_one_is_the_target(mask, device, backend):
 
 @masks
 def test_a_convolution_trains_through_it(mask, device, backend):
-    """All weights of a dropped input channel are the target's, so W = target elsewhere makes that channel's output."""
+    """No weight of a dropped input channel gets a gradient; every weight of a kept channel does."""
     x, weight = torch.randn(2, 17, 8, 8, device=device), torch.randn(5, 17, 3, 3, device=device, requires_grad=True)
     mixed = mixout(weight, None, 0.5, True, mask=mask, seed=1, backend=backend)
     F.conv2d(x, mixed).sum().backward()
@@ -132,7 +132,7 @@ def test_an_int_seed_is_the_tensor_seed(device, backend):
 @masks
 @pytest.mark.parametrize("p", (0.2, 0.7))
 def test_gaussian_has_mean_one_and_bernoullis_variance(mask, p, device):
-    """m / mean is normal: the kurtosis of 3 makes the variance of its variance 2 σ⁴."""
+    """m / mean is normal, with a kurtosis of 3: its squared deviation from 1 has the variance 2 σ⁴."""
     count = 100_000
     weight = torch.ones((1, count) if mask == "input" else (100, count // 100), dtype=torch.float64, device=device)
     mixed = mixout(weight, None, p, True, mask=mask, distribution="gaussian", seed=3)

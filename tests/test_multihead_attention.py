@@ -1,4 +1,4 @@
-"""nn.MultiheadAttention's forward pass in training, beside the class's own, which reads the mixed weights first."""
+"""A mixed nn.MultiheadAttention's forward pass in training, beside the class's own, which mixes the weights first."""
 
 import pytest
 import torch
@@ -47,7 +47,7 @@ def batch(device):
 
 
 def results(attention, x, masks=None, own=True, dtype=torch.float32):
-    """y and the gradients of x and the parameters, by the module's forward pass or its class's. bf16 by autocast."""
+    """y and the gradients of x and the parameters, from the module's forward pass or its class's. bf16 by autocast."""
     attention.to(torch.float32 if dtype == torch.bfloat16 else dtype)
     x = (x if attention.batch_first else x.transpose(0, 1)).detach().to(attention.in_proj_bias.dtype).requires_grad_()
     masks = {
@@ -88,13 +88,13 @@ def test_attentions_dropout_and_an_unmixed_out_proj(mask, mixes_last, device, ba
 
 
 def test_x_is_not_saved_but_its_kept_columns():
-    """So it is mix_linear that multiplies, and not a product by a weight that was mixed first."""
+    """So mix_linear computes the product, not F.linear with a weight that was mixed first."""
     attention, x = apply_mixout(nn.MultiheadAttention(400, HEADS), 0.9), torch.randn(LENGTH, BATCH, 400)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(saved.append, id):
         attention(x, x, x, need_weights=False)
     assert x.data_ptr() not in {tensor.data_ptr() for tensor in saved}
-    assert (LENGTH * BATCH, 400) not in {tensor.shape for tensor in saved}  # what out_proj multiplies
+    assert (LENGTH * BATCH, 400) not in {tensor.shape for tensor in saved}  # out_proj's input
 
 
 OTHER = {
@@ -133,7 +133,7 @@ UNFIT = {
 
 @pytest.mark.parametrize("masks", UNFIT)
 def test_errors_are_the_classs(masks, device):
-    """Where a mask would broadcast, too: of as many heads as entries of the batch, say."""
+    """Also where a mask would broadcast, as with as many heads as batch entries."""
     attention = mixed(device, batch_first=True)
     attention.num_heads, attention.head_dim = BATCH, WIDTH // BATCH
     x, masks = batch(device), {k: v if v is True else v.to(device) for k, v in UNFIT[masks].items()}

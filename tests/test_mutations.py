@@ -49,7 +49,7 @@ def mix_without_last_column(weight, target, seed, p, mask, dtype):
 
 
 def linear_with(**replaced):
-    """The reference's linear of some other arguments."""
+    """The reference's linear with the arguments named in `replaced` changed."""
 
     def linear(*arguments):
         named = inspect.signature(reference.linear).bind(*arguments).arguments
@@ -91,7 +91,7 @@ def gradients_losing_the_last_row_of_dx_beside_dw(*arguments):
     return dX, dW, db
 
 
-# what the mistake is, the function of the reference that makes it, its broken form
+# the mistake, the function of the reference that makes it, that function's broken form
 MUTATIONS = (
     ("p is off by a thousandth", "threshold", lambda p: reference.threshold(max(0.0, p - 0.001))),
     ("1 - p for p", "threshold", lambda p: reference.threshold(1 - p)),

@@ -73,7 +73,7 @@ def test_indices_of_kept_entries(seed, device, backend):
     draw = torch.tensor(seed, device=device), p, "input"
     for static in (False, True):
         _, index, columns = backends.BACKENDS[backend].linear(x, weight, None, None, *draw, True, static)
-        # A backend that cannot wait for the device has the static size always.
+        # A backend that cannot wait for the device always returns the static size.
         is_static = static or len(index) == reference.capacity(count, p)
         padding = [-1] * (reference.capacity(count, p) - len(kept)) if is_static else []
         assert index.tolist() == kept + padding
@@ -104,7 +104,7 @@ def test_capacity(count, p, capacity, device, backend):
 
 
 def test_kept_entries_past_the_capacity_count_as_dropped(device, backend):
-    """The capacity binds for one seed in 350 million: the first of them, found by trying all."""
+    """The capacity binds for one seed in 350 million: this is the first, found by trying all."""
     module = backends.BACKENDS[backend]
     seed, p, count = 37628019, 0.9865, 200
     words_kept = [i for i, word in enumerate(words(seed, count)) if word >= round(p * 2**32)]

@@ -185,7 +185,7 @@ def test_a_state_of_other_options_is_refused(model, saved, loaded):
 
 
 def test_a_further_scheduler_takes_the_place_of_the_one_before():
-    """p scaled to 0 and held seeds do not stay behind."""
+    """Neither a p scaled to 0 nor a held seed stays behind."""
     model = apply_mixout(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), 0.8)
     first = MixoutScheduler(model, p_factor=lambda step: 0.0, hold=3)
     assert [mixed.mixing.p for mixed in mixed_parameters(model)] == [0.0, 0.0]

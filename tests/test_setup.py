@@ -1,4 +1,4 @@
-"""What setup.py decides to build, and what it says where it cannot."""
+"""What setup.py decides to build, and what it says if it cannot."""
 
 import os
 import subprocess
@@ -11,9 +11,9 @@ ROOT = Path(__file__).parent.parent
 
 
 def setup(tmp_path, torch_cuda="None", **environment):
-    """setup.py's first words, with a PATH that has a C++ compiler and no nvcc, beside a torch of that CUDA version.
+    """Runs `setup.py --version` with a C++ compiler but no nvcc on PATH, beside a torch of that CUDA version.
 
-    What is installed from PyPI stands in tmp_path.
+    tmp_path stands in for the folder that pip installs packages to.
     """
     (tmp_path / "c++").touch(mode=0o755)
     program = f"""
@@ -62,7 +62,7 @@ def test_cpu_says_nothing_of_cuda(tmp_path):
 
 
 def test_auto_goes_on_behind_a_library_that_does_not_build(tmp_path):
-    """The others are built all the same, and the one that is missing is named."""
+    """The other libraries are built all the same, and the missing one is named."""
     program = """
 import runpy, sys
 from torch.utils.cpp_extension import BuildExtension

@@ -1,4 +1,4 @@
-"""apply_mixout on transformers' architectures: nothing skipped, nothing changed before a step, saved as ever."""
+"""apply_mixout on transformers' architectures: nothing skipped, nothing changed before a step, saved as before."""
 
 import copy
 import json
@@ -19,7 +19,7 @@ from mixout_fast.apply import mixed_parameters
 from mixout_fast.functional import MASKS
 from mixout_fast.mixed_weight import MixedWeights
 
-# Raw parameters that no x multiplies: a token's vector, positions, the embedding of segments; and what chooses experts.
+# Raw parameters that multiply no x: a token's vector, positions, segments, attention sinks; and the experts' routers.
 NOT_WEIGHTS = {
     "mixtral": {"weight"},
     "gpt_oss": {"weight", "sinks"},
@@ -55,7 +55,7 @@ def test_first_output_is_the_plain_models_and_removal_gives_it_back(name, mask, 
 
 @architectures
 def test_first_output_is_as_accurate_as_the_plain_models(name):
-    """Where the one-pass kernel serves, whose order of summation is its own; all hidden states together."""
+    """With the one-pass kernel, which sums in an order of its own; over all hidden states together."""
     model, inputs = MODELS[name]().train(), batch(name, 8)
 
     def states(model, inputs):
@@ -65,7 +65,7 @@ def test_first_output_is_as_accurate_as_the_plain_models(name):
         exact_inputs = {key: value.double() if value.is_floating_point() else value for key, value in inputs.items()}
         exact_model = copy.deepcopy(model).double()
         if name in ("mixtral", "gpt_oss"):
-            exact_model.set_experts_implementation("eager")  # torch's grouped_mm takes no fp64
+            exact_model.set_experts_implementation("eager")  # torch's grouped_mm does not support fp64
         exact = states(exact_model, exact_inputs)
         library = (states(model, inputs) - exact).abs().max()
         ours = (states(apply_mixout(model, 0.9), inputs) - exact).abs().max()
@@ -75,7 +75,7 @@ def test_first_output_is_as_accurate_as_the_plain_models(name):
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("precision", (torch.float32, torch.float64, torch.bfloat16))
 def test_conv1d_multiplies_by_the_mixed_weight(precision, mask, seed, device, backend):
-    """Of integers, whose sums are exact; bf16 by autocast."""
+    """On integers, whose sums are exact; bf16 by autocast."""
     shape = (3, 7), 40, 70
     case = testing.integer_case(*shape, p=0.75, dtype=precision, compute=precision, device=device, seed=seed)
     dtype = torch.float32 if precision == torch.bfloat16 else precision
@@ -97,7 +97,7 @@ def test_conv1d_multiplies_by_the_mixed_weight(precision, mask, seed, device, ba
 
 
 def test_conv1d_saves_the_kept_columns_alone():
-    """So it is mix_linear that it calls, and not a product by a weight that was mixed first."""
+    """So it calls mix_linear, and does not multiply by a weight that was mixed first."""
     layer = apply_mixout(Conv1D(70, 400), 0.9)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(saved.append, id):
@@ -242,9 +242,9 @@ def test_the_papers_layers_where_dummy_inputs_lack_some():
 
 
 def test_twenty_steps_agree_with_the_reference(device, backend):
-    """Weights after 20 steps, against fp64: the median over runs is at most twice the reference's error.
+    """The weights' error after 20 steps, against fp64: the median over runs is at most twice the reference's.
 
-    Steps amplify a run's first errors along few directions, so the error of one run is one draw, however many weights:
+    Steps amplify a run's first errors along few directions, so a run's error is one draw, however many weights it has:
     it differs thirtyfold between runs of the reference alone.
     """
     errors = {"reference": [], "ours": []}

@@ -57,7 +57,7 @@ def gradients(model, inputs, manual_seed=7):
 
 @architectures
 def test_trainer_trains_saves_resumes_and_evaluates(name, tmp_path):
-    """Four steps, and two and two more from the checkpoint, with targets from the pretrained one: the same bits."""
+    """Four steps give the same bits as two, and two more from the checkpoint with the pretrained model's targets."""
     pretrained, data = MODELS[name](), Examples(name)
     pretrained.save_pretrained(tmp_path / "pretrained")
 
@@ -90,7 +90,7 @@ def test_trainer_trains_saves_resumes_and_evaluates(name, tmp_path):
 
 
 def test_accelerate(tmp_path):
-    """Accumulation, bf16 autocast, clipping, and a state saved and loaded: the same bits again."""
+    """Accumulation, bf16 autocast, clipping; resuming from a saved state gives the same bits."""
     accelerate = pytest.importorskip("accelerate")
     start, data = bert(), Examples("bert")
 
@@ -170,7 +170,7 @@ def test_merging_adapters_into_mixed_layers(config, training, name):
 
 @pytest.mark.parametrize("first", ("mixout", "LoRA"))
 def test_lora_of_experts_is_left_alone(first, mixes_first):
-    """PEFT moves their weights away for a forward pass, and reads A past its layer."""
+    """PEFT moves the experts' weights away for a forward pass, and reads LoRA's A past its layer."""
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=4, target_modules=[], target_parameters=["mlp.experts.gate_up_proj"], lora_dropout=0.0)
     model, inputs = mixtral().train(), batch("mixtral")
@@ -191,7 +191,7 @@ def test_lora_of_experts_is_left_alone(first, mixes_first):
 
 
 def test_mixout_of_lora_is_that_of_the_product(mixes_first):
-    """A toward zero: the layer's weight is mixout(W + scaling · BA) toward the frozen W."""
+    """A is mixed toward zero, so the layer's weight W + scaling · BA is mixed toward the frozen W."""
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["query", "value"], lora_dropout=0.0)
     model, inputs = peft.get_peft_model(bert(), config).train(), batch("bert")
@@ -237,7 +237,7 @@ def test_autocast(name, dtype, mixes_first):
         plain = model(**inputs).logits
     apply_mixout(model, 0.8)
     if cpu.LOAD_ERROR is None and cpu.multiplies_in_fp32(dtype):
-        # More exact than the plain model's, but with any mask the same.
+        # Products are then computed in fp32, more exactly than the plain model's; the logits still depend on no mask.
         with torch.autocast("cpu", dtype):
             plain = model(**inputs).logits
     before = weights(model)
@@ -260,7 +260,7 @@ def test_autocast(name, dtype, mixes_first):
 @pytest.mark.parametrize("name", [name for name in MODELS if name != "xlnet"])
 @pytest.mark.parametrize("reentrant", (True, False))
 def test_activation_checkpointing_recomputes_the_same_masks(name, reentrant):
-    """XLNet's class has no gradient_checkpointing_enable."""
+    """XLNet is left out: its class does not support gradient checkpointing."""
     model, inputs = MODELS[name]().train(), batch(name)
     apply_mixout(model, 0.5, share_masks=True)
     with torch.no_grad():
@@ -295,8 +295,8 @@ def test_gradient_accumulation_adds_up():
 def test_compiles_without_a_graph_break(name):
     """One graph, and fresh masks without recompiling.
 
-    With the eager kernels: test_apply.py generates code too. Without labels: transformers' choice of a loss breaks the
-    graph of some models.
+    With the eager kernels: test_apply.py generates code too. Without labels: transformers' choice of a loss breaks some
+    models' graphs.
     """
     model, inputs = apply_mixout(MODELS[name]().train(), 0.5, share_masks=True), batch(name)
     del inputs["labels"]
@@ -344,7 +344,7 @@ def test_an_ema_copy_of_the_model():
 
 @pytest.fixture
 def process_group(tmp_path):
-    """Of this process alone."""
+    """A process group with this process alone."""
     distributed = torch.distributed
     if not distributed.is_available():
         pytest.skip("this torch has no torch.distributed")
@@ -364,7 +364,7 @@ def test_ddp_does_not_broadcast_targets(process_group):
 
 
 def sharded(model, **options):
-    """By FSDP2, block by block."""
+    """The model sharded by FSDP2, block by block."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -388,14 +388,14 @@ def losses(model, inputs, steps=3):
 
 @architectures
 def test_fsdp2_trains_alike(name, process_group):
-    """Weights mixed where they are read too: FSDP reads those between forward passes, sharded."""
+    """Also with weights mixed where they are read: FSDP reads those between forward passes, sharded."""
     model, inputs = apply_mixout(MODELS[name]().train(), 0.8, share_masks=True), batch(name)
     want = losses(copy.deepcopy(model), inputs)
     testing.assert_same_bits("losses of three steps", losses(sharded(model), inputs), want, name)
 
 
 def test_decay_and_moving_targets_under_fsdp2(process_group):
-    """Targets are whole there, weights sharded."""
+    """Under FSDP2 targets are whole, weights sharded."""
     start, inputs, seen = apply_mixout(bert().train(), 0.8), batch("bert"), []
     for wrap in (copy.deepcopy, lambda model: sharded(copy.deepcopy(model))):
         model = wrap(start)
@@ -427,7 +427,7 @@ def test_fsdp2_in_bf16_takes_targets_in_bf16(process_group, mixes_first):
 
 
 def test_fsdp1_takes_no_weights_mixed_where_they_are_read(process_group):
-    """It puts tensors in the place of Parameters, as nn.DataParallel does in its replicas."""
+    """FSDP1 puts tensors in the place of Parameters, as nn.DataParallel does in its replicas."""
     from torch.distributed.fsdp import FullyShardedDataParallel
 
     for name in ("bert", "gpt2"):

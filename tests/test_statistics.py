@@ -40,7 +40,7 @@ def test_neighbouring_seeds_are_independent(mask, device, backend):
 
 @masks
 def test_layers_and_steps_draw_their_own_masks(mask, device, backend):
-    """torch.manual_seed here: a check of likelihood must not fail by chance."""
+    """With a fixed seed: a check of likelihood must not fail by chance."""
     torch.manual_seed(0)
     p, size, steps = 0.5, 64, 50
     layers = [layer_of_ones(size, size, p, mask, device, backend) for _ in range(2)]
@@ -66,7 +66,7 @@ def test_extreme_p(mask, p, device, backend):
 @masks
 @pytest.mark.parametrize("p", (0.3, 0.9))
 def test_the_mixed_weight_is_the_weight_on_average(mask, p, device, backend):
-    """E[W'] = W and Var[W'] = (W - U)² p / (1 - p), so the means of the entries drawn apart make a χ²."""
+    """E[W'] = W and Var[W'] = (W - U)² p / (1 - p), so the means of independently drawn entries give a χ²."""
     draws = 400
     case = testing.random_case(1, 257, 1, p=p, mask=mask, dtype=torch.float64, device=device, seed=1)
     seeds = torch.arange(draws, device=device)

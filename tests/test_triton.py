@@ -1,4 +1,4 @@
-"""What is the Triton backend's own: blocks, choices, launches, operators. Agreement is tested as of every backend."""
+"""The Triton backend's own blocks, choices, launches and operators. Agreement is tested as for every backend."""
 
 import contextlib
 import dataclasses
@@ -21,7 +21,7 @@ masks = pytest.mark.parametrize("mask", MASKS)
 
 @pytest.fixture(params=DEVICES)
 def served(request):
-    """Each device that the backend serves; without a GPU, and not interpreted, none."""
+    """Each device that the backend serves; none without a GPU or the interpreter."""
     return request.param
 
 
@@ -40,7 +40,7 @@ def test_why_it_cannot_serve_is_said(monkeypatch):
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    """So that small tensors take several blocks, each of its own kind at the edges, and a program several of them."""
+    """Small tensors then have several blocks, cut differently at the edges, and a program takes several of them."""
     for name, value in (
         ("TILE_BYTES", 128),
         ("BLOCK_COLUMNS", 16),
@@ -52,7 +52,7 @@ def small_blocks(monkeypatch):
         ("GATHER_PROGRAMS", 3),
     ):
         monkeypatch.setattr(triton, name, value)
-    monkeypatch.setattr(triton, "prologue_blocks", triton.prologue_blocks.__wrapped__)  # which remembers nothing
+    monkeypatch.setattr(triton, "prologue_blocks", triton.prologue_blocks.__wrapped__)  # without its cache
 
 
 @masks
@@ -95,7 +95,7 @@ def test_more_columns_than_are_counted_at_once(served, seed):
 
 @pytest.mark.parametrize(("in_features", "most"), ((130, 16), (1200, 560)))
 def test_kept_columns_past_the_capacity_are_dropped(in_features, most, served, monkeypatch):
-    """In blocks before, at and past the last kept column: of 1200, counted 1024 at once, in the second count."""
+    """In blocks before, at and past the last kept column; for 1200, counted 1024 at a time, in the second count."""
     monkeypatch.setattr(triton, "BLOCK_COLUMNS", 64)
     monkeypatch.setattr(triton, "prologue_blocks", triton.prologue_blocks.__wrapped__)
     for module in (triton, reference):
@@ -115,14 +115,14 @@ def test_weights_of_dropped_neurons_are_not_read(name, dtype, seed):
     dropped_pages.check_they_are_not_read(name, triton, dtype, seed)
 
 
-# What launches nothing: views, and memory that nothing is written to.
+# Operators that launch nothing: views, and allocations without writes.
 VIEWS = {"view", "_unsafe_view", "t", "transpose", "detach", "alias", "expand"}
 VIEWS |= {"empty", "new_empty", "empty_like", "empty_strided"}
 
 
 @contextlib.contextmanager
 def launches_noted():
-    """The names of what is launched, in order: our kernels, and PyTorch's operators that are no views."""
+    """The names of what is launched, in order: our kernels, and PyTorch's operators other than VIEWS."""
     names = []
     launch = triton.launch
 
@@ -135,7 +135,7 @@ def launches_noted():
 
     def note(kernel, *arguments, **options):
         names.append(kernel.fn.__name__.removesuffix("_kernel"))
-        # Under the interpreter a kernel's own work is PyTorch's.
+        # Under the interpreter a kernel's own work is done by PyTorch's operators.
         with _disable_current_modes():
             launch(kernel, *arguments, **options)
 
@@ -145,8 +145,8 @@ def launches_noted():
 
 @pytest.mark.parametrize("bias", (True, False))
 @pytest.mark.parametrize(
-    # At p = 0.9 forward saves X[:, kept], else and of few outputs x. At 0.8 3/4 of the columns count as kept, of which
-    # dW is still the compact product. 128 rows are mixed first, 16 take one pass.
+    # At p = 0.9 forward saves X[:, kept], but x if outputs are few or p is smaller. At 0.8 3/4 of the columns count as
+    # kept, for which dW is still the compact product. 128 rows are mixed first, 16 take one pass.
     ("mask", "p", "rows", "out_features", "forward", "backward", "of_bias"),
     (
         ("input", 0.9, 128, 32, "prologue mm", "prologue mm mm expand", ""),
@@ -177,7 +177,7 @@ def test_launches_of_a_layer(mask, p, rows, out_features, forward, backward, of_
 
 
 def sums_beside_dW(grad, case):
-    """db of dY (M, N), summed in parts beside W' and added up beside dW."""
+    """db of dY (M, N): parts are summed in the launch that mixes W' and added up in the one that writes dW."""
     x = grad.new_zeros(len(grad), case.weight.shape[1])
     index = reference.kept_indices(case.seed, x.shape[1], case.p, static=True)
     operands = (None, index, x[:, : len(index)]) if case.mask == "input" else (x, None, None)
@@ -200,7 +200,7 @@ def sums_beside_dW(grad, case):
     ),
 )
 def test_sums_of_dY_over_many_parts(dtype, mask, served, seed, small_blocks, mixes_first):
-    """Of integers, whose sums are exact: of any strides, of no rows, and beside entries that are not finite."""
+    """On integers, whose sums are exact: with any strides, without rows, and beside entries that are not finite."""
     case = testing.random_case(1, 20, 33, p=0.5, mask=mask, dtype=dtype, device=served, seed=seed)
     torch.manual_seed(seed)
     for rows in (77, 1, 0):
@@ -213,7 +213,7 @@ def test_sums_of_dY_over_many_parts(dtype, mask, served, seed, small_blocks, mix
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64, torch.bfloat16), ids=str)
 def test_error_of_db_does_not_grow_with_the_rows(dtype, served, seed, mixes_first):
-    """PyTorch sums in a cascade: what is no worse may not sum one by one."""
+    """PyTorch sums in a cascade: a kernel that is no worse may not sum one by one."""
     case = testing.random_case(1, 16, 256, p=0.9, dtype=dtype, device=served, seed=seed)
     torch.manual_seed(seed)
     grad = torch.randn(10_000, 256, dtype=torch.float64).to(served, dtype)
@@ -242,7 +242,7 @@ def test_the_configuration_follows_the_number_of_programs():
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 def test_element_masks_in_one_pass(dtype, served, seed):
-    """Where rows are whole Philox calls. Of others W is mixed first."""
+    """Where in_features is a multiple of a Philox call's 4 words; otherwise W is mixed first."""
     options = {"mask": "element", "compute": dtype, "device": served}
     for shape in ((13, 132, 70), (1, 4, 33), (16, 252, 5)):
         for p in (0.5, 0.75):
@@ -254,11 +254,11 @@ def test_element_masks_in_one_pass(dtype, served, seed):
 
 
 def test_error_of_few_rows(served, seed):
-    """Of 3 rows MKL sums in 16 parts, so what is no worse may not sum in long ones.
+    """With 3 rows MKL sums in 16 parts, so a kernel that is no worse may not sum in long ones.
 
-    Beside y of 3 rows and 95 in_features MKL breaks the rule itself on 91 % of 800 draws where a row of zeros is added,
-    on none where columns are permuted. This kernel does on 1 of 400, with one sum of whole steps on 24: on the second
-    case here.
+    Judged by MKL's y of 3 rows and 95 in_features, MKL itself breaks the rule on 91 % of 800 draws if a row of zeros is
+    added, and on none if columns are permuted. This kernel breaks it on 1 of 400 draws; with one sum of whole steps it
+    would on 24, among them the second case here.
     """
     cases = [testing.random_case(3, 1023, 127, p=0.5, device=served, seed=seed + i) for i in range(4)]
     assert testing.is_one_pass(cases[0], "triton") == (True, True)

@@ -15,12 +15,12 @@ X, W, B = torch.randn(3, 17), torch.randn(5, 17), torch.randn(5)
 
 
 def refused(error, *fragments):
-    """The message begins with the first fragment and holds them all."""
+    """Expects an error whose message begins with the first fragment and holds them all."""
     begins, *held = map(re.escape, fragments)
     return pytest.raises(error, match=f"^{begins}" + "".join(f"(?=.*{fragment})" for fragment in held))
 
 
-# what is passed for the options, the error, what its message holds
+# the options passed, the error, what its message holds
 BAD_OPTIONS = (
     ({"p": -0.1}, ValueError, ("p: -0.1", "[0, 1]")),
     ({"p": 1.5}, ValueError, ("p: 1.5", "[0, 1]")),
@@ -83,7 +83,7 @@ BAD_WEIGHTS = (
 @pytest.mark.parametrize(("arguments", "error", "fragments"), BAD_WEIGHTS)
 @pytest.mark.parametrize("training", (True, False))
 def test_bad_weight_or_target(arguments, error, fragments, training):
-    """Also in eval mode: a training run should not be the first to say so."""
+    """Also in eval mode: the error should not appear only when training starts."""
     with refused(error, "target: " if len(arguments) == 2 else "weight: ", *fragments):
         mix_linear(X, *arguments, p=0.5, training=training)
     with refused(error, "target: " if len(arguments) == 2 else "input: ", *fragments):
@@ -124,7 +124,7 @@ def test_bad_linear(arguments, error, fragments, training):
     ),
 )
 def test_bad_linear_under_autocast(arguments, error, fragments):
-    """Autocast takes operands of several dtypes, but no integers and one device."""
+    """Autocast accepts operands of several dtypes, but no integers, and only one device."""
     with torch.autocast("cpu", torch.bfloat16), refused(error, *fragments):
         mix_linear(*arguments, 0.5)
 
