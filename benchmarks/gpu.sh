@@ -88,8 +88,9 @@ ls "${libraries[@]}" >/dev/null 2>&1 ||
 # The autograd library serves this version of torch only, so it may be missing where the others were copied here.
 # Everything works without it, but takes more of the host's time.
 if ! "$python" -c "import sys; from mixout_fast.backends import operators; sys.exit(operators.AUTOGRAD_ERROR)"; then
+  built=$status
   MIXOUT_FAST_BUILD=autograd step "build for autograd" 90 "$python" setup.py -q build_ext --inplace
-  status=0
+  status=$built
 fi
 step "backends" 60 "$python" -c "from mixout_fast import __main__, backends
 __main__.main([])

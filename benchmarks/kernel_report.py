@@ -260,7 +260,11 @@ def faults(launch: Launch, name: str, reading: Reading) -> list[str]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.kernel_report", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.kernel_report",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--quick", action="store_true", help="bf16 only")
     options = parser.parse_args(arguments)
     if backend.INTERPRETS:
