@@ -26,8 +26,8 @@ def main() -> None:
     for shape in SHAPES[: TRITON_SHAPES if few else None]:
         for dtype, compute in PRECISIONS[: TRITON_PRECISIONS if few else None]:
             for mask in testing.MASKS:
-                # With an input mask dW is one full product, masked, at p = 0.2; at 0.7 backward gathers the kept columns
-                # for it, at 0.9 forward does.
+                # With an input mask dW is one full product, masked, at p = 0.2; at 0.7 backward gathers the kept
+                # columns for it, at 0.9 forward does.
                 for p in (0.2, 0.7, 0.9) if mask == "input" else (0.9,):
                     case = testing.random_case(*shape, p=p, mask=mask, dtype=dtype, compute=compute, device="cuda")
                     testing.run(case, backend)
