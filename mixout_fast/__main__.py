@@ -33,7 +33,7 @@ def print_backends() -> int:
     print(f"mixout_fast {__version__}, torch {torch.__version__}")
     status = 0
     if torch.cuda.is_available():
-        torch.cuda.init()  # then backends tell whether they run on the GPU that is there
+        torch.cuda.init()  # only then do backends tell whether they run on this GPU
     for device_type in ["cpu"] + ["cuda"] * torch.cuda.is_available():
         print(f"{device_type}:")
         try:

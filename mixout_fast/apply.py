@@ -1,8 +1,8 @@
 """apply_mixout: mixout for a whole pretrained model, in place; remove_mixout undoes it.
 
-An nn.Linear becomes a MixLinear and an nn.Embedding a MixEmbedding by a change of class; every other weight is mixed
-where its module reads it (mixed_weight.py). Module and Parameter objects stay, and with them names, hooks, ties and
-optimizers.
+An nn.Linear becomes a MixLinear and an nn.Embedding a MixEmbedding by a change of its class; every other weight is
+mixed where its module reads it (mixed_weight.py). Module and Parameter objects stay the same, so names, hooks, ties
+and optimizers remain valid.
 """
 
 import warnings
@@ -38,7 +38,7 @@ NO_TARGET = "the target has no such parameter"
 
 @dataclass(frozen=True)
 class Row:
-    """What became of one parameter: `reason` tells why it is not mixed, None that it is."""
+    """What became of one parameter: `reason` says why it is not mixed; None means that it is."""
 
     name: str
     kind: str
@@ -49,9 +49,9 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """What apply_mixout did: a row for every parameter of the model, and the Dropouts it set.
+    """What apply_mixout did: a row for every parameter (a tied one under each of its names), and the changed Dropouts.
 
-    `dropouts` has their former p by their names, `dropout` the new one.
+    `dropouts` maps the name of each Dropout whose p was changed to its former p; `dropout` is the new p.
     """
 
     rows: tuple[Row, ...]
@@ -81,7 +81,7 @@ class Report:
 
 @dataclass(frozen=True)
 class MixedParameter:
-    """A mixed parameter of a model: its name, itself, and what holds its p, target and seed."""
+    """A mixed parameter of a model: its name, the Parameter, and the module that holds its p, target and seed."""
 
     name: str
     parameter: nn.Parameter
@@ -108,34 +108,37 @@ def apply_mixout(
 ) -> nn.Module:
     """Train every weight matrix of a model with mixout (Lee et al. 2020); changes the model in place.
 
-    nn.Linear, nn.Embedding, nn.Conv1d to 3d, nn.MultiheadAttention, Hugging Face's Conv1D, XLNet's attention and
-    transformers' stacked experts, and subclasses, are mixed; `INPUT_DIMS` takes others, and `READ_PAST` modules that
-    read their children's weights. A weight used in several modules (tied) is mixed with one mask a forward pass in all
-    of them, or in none. Of a PEFT LoRA layer, A is mixed toward zero: mixout of the sum W + BA toward the frozen W.
-    Load the pretrained weights before, wrap the model (DDP, FSDP2, torch.compile) after.
+    nn.Linear, nn.Embedding, nn.EmbeddingBag, nn.Conv1d to 3d, nn.MultiheadAttention, Hugging Face's Conv1D, XLNet's
+    attention and transformers' stacked experts are mixed, and so are their subclasses. Add your own classes that hold
+    weights to `uses.INPUT_DIMS`, and modules that read their children's weights to `uses.READ_PAST`. A weight used in
+    several modules (tied) is mixed in all of them, with one mask per forward pass, or in none. In a PEFT LoRA layer, A
+    is mixed toward zero: that is mixout of the sum W + BA toward the frozen W. Load the pretrained weights before this
+    call, and wrap the model (DDP, FSDP2, torch.compile) after it.
 
     Args:
         model: the pretrained model. Its module and Parameter objects stay; state_dict keeps its keys.
         p: probability in [0, 1] that an input neuron's weights are replaced by the target's, or a function
-            (module, name of the module) -> probability, which leaves a weight alone where it is 0. With the number 0
-            everything is set up as with another p, and no weight is mixed.
+            (module, name of the module) -> probability, where 0 leaves the module's weights alone. The number 0 sets
+            everything up as another p would, and mixes no weight.
         target: the weights to return to. None: a copy of the present ones. Another model, or a state dict with the
-            model's keys: its tensors themselves where they lie on the parameter's device, in its or a smaller dtype.
-            A weight that it lacks is not mixed, with a warning.
-        target_dtype: the dtype to keep the targets in, such as bfloat16 to save memory.
-        layers: "all" weights, or "paper", mixout in the place of dropout, as the paper has it: weights that a Dropout
-            feeds in model(example), those Dropouts' p set to 0, and of a transformers model the base model only.
+            model's keys: its tensors, not copied where they lie on the parameter's device in its dtype or a smaller
+            one. A weight that the target lacks is not mixed, with a warning.
+        target_dtype: the dtype to keep the targets in, such as bfloat16 to save memory, where it is smaller than the
+            parameter's.
+        layers: "all" mixes every weight. "paper" puts mixout in the place of dropout, as in the paper: it mixes the
+            weights that a Dropout feeds in model(example), sets those Dropouts' p to 0, and in a transformers model
+            mixes the base model only.
         filter_fn: (module, name of the module) -> whether its weights are mixed.
-        head: what to do with the weights of freshly initialised modules (the paper's Table 3), by the modules' names:
-            None leaves them alone, ("mixout", p) mixes toward their present weights, whatever `target`, and
-            ("dropout", p) drops out the inputs of their nn.Linear layers,
-            beside the model's own Dropout before them.
-        example: for layers="paper", the model's argument, or a tuple or mapping of arguments. None takes the
-            `dummy_inputs` of a transformers model, which hold token numbers: models of other inputs need an example.
-        dropout: sets the p of every Dropout module; the published code sets 0. None leaves them.
-        frozen: mix parameters with requires_grad=False too.
-        share_masks: one mask for layers that read the same x (query, key and value, …: `SIBLINGS`).
-        mask, grad_scale, backend: as for `mixout`; embeddings are mixed by PyTorch, whatever the backend.
+        head: name of a freshly initialised module -> what to do with its weights (the paper's Table 3). None leaves
+            them alone; ("mixout", p) mixes them toward their present values, whatever `target` is; ("dropout", p)
+            drops out the inputs of the module's nn.Linear layers, in addition to the model's own Dropout before them.
+        example: for layers="paper", the model's argument, or a tuple or mapping of arguments. None uses the
+            `dummy_inputs` of a transformers model, which are token numbers: models with other inputs need an example.
+        dropout: the p to set in every Dropout module; the published code sets 0. None changes only what
+            layers="paper" changes.
+        frozen: also mix parameters with requires_grad=False.
+        share_masks: give layers that read the same x one mask (query, key and value, …: `uses.SIBLINGS`).
+        mask, grad_scale, backend: as for `mixout`; a MixEmbedding is computed by PyTorch, whatever the backend.
         verbose: print the report, which `mixout_report(model)` returns.
 
     Returns:
@@ -182,7 +185,7 @@ def apply_mixout(
     if dropout is not None:
         new_p |= {module: dropout for module in model.modules() if isinstance(module, DROPOUTS)}
     model.mixout_report = Report(tuple(map(_row, uses)), _set_dropouts(model, new_p), float(dropout or 0.0))
-    # DDP broadcasts buffers at every forward pass; targets are constants.
+    # DDP broadcasts buffers at every forward pass, which targets, being constants, do not need.
     ignored = getattr(model, "_ddp_params_and_buffers_to_ignore", [])
     model._ddp_params_and_buffers_to_ignore = [*ignored, *_target_buffers(model)]
     if verbose:
@@ -191,9 +194,9 @@ def apply_mixout(
 
 
 def remove_mixout(model: nn.Module) -> nn.Module:
-    """Undo apply_mixout: the original module types with the trained Parameters, and the Dropouts' former p.
+    """Undo apply_mixout: restore the module types and the Dropouts' former p, and keep the trained Parameters.
 
-    `model` may be a module around the one that apply_mixout was given, such as DDP's or PEFT's.
+    `model` may also be a wrapper, such as DDP's or PEFT's, of the model given to apply_mixout.
 
     Raises ValueError for a model without mixout.
     """
@@ -223,10 +226,11 @@ def remove_mixout(model: nn.Module) -> nn.Module:
 
 
 def mixout_report(model: nn.Module) -> Report:
-    """What apply_mixout did to each parameter; printed, it is a table.
+    """Return what apply_mixout did to each parameter; printed, the report is a table.
 
-    `model` may be a module around the one that apply_mixout was given, such as DDP's or PEFT's, or its parent. Of
-    several parts that apply_mixout was given one by one, it has the rows of all, under their names in `model`.
+    `model` may also be a wrapper, such as DDP's or PEFT's, or another module around the model given to apply_mixout.
+    Where apply_mixout was given several parts of `model` one by one, the report has the rows of all of them, under
+    their names in `model`.
 
     Raises ValueError for a model without mixout.
     """
@@ -259,20 +263,20 @@ def mixed_parameters(model: nn.Module) -> list[MixedParameter]:
 
 
 def target_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """Parameter name -> its target, of every parameter mixed toward one: what apply_mixout takes as `target`.
+    """Parameter name -> target, for every mixed parameter that has one: a valid `target` of apply_mixout.
 
-    Names are those in `model`: give it the model that apply_mixout was given, not one around it (DDP's "module.").
-    state_dict leaves targets out. Save this once beside a run's first checkpoint, where they cannot be read from the
-    pretrained checkpoint again.
+    Names are those in `model`: pass the model given to apply_mixout, not a wrapper (DDP's add "module."). state_dict
+    leaves targets out. Where they cannot be read from the pretrained checkpoint again, save this dict once, beside a
+    run's first checkpoint.
     """
     return {mixed.name: mixed.mixing.target for mixed in mixed_parameters(model) if mixed.mixing.target is not None}
 
 
 class SharedSeed:
-    """A forward pre-hook that has several layers share a mask: in training it draws their seed before a forward pass.
+    """A forward pre-hook that gives several layers one mask: in training it draws their seed before each forward pass.
 
-    It stands on the lowest module that contains them all, so activation checkpointing of that module, or of one around
-    it, draws the same seed again. Where MixoutScheduler draws the seeds (`held`) it does nothing.
+    It is registered on the lowest module that contains them all, so activation checkpointing of that module, or of one
+    around it, draws the same seed again. While MixoutScheduler draws the seeds (`held`), the hook does nothing.
     """
 
     def __init__(self, mixings: list[nn.Module]) -> None:
@@ -368,7 +372,7 @@ def _in_base_model(model: nn.Module, module: nn.Module) -> bool:
 
 
 def _example(model: nn.Module, example: Any) -> Any:
-    # transformers gives all its models token numbers there, those of images and sound too.
+    # The dummy_inputs of every transformers model are token numbers, also where its main input is images or sound.
     if example is None and getattr(model, "main_input_name", None) in getattr(model, "dummy_inputs", ()):
         device = next(model.parameters()).device
         example = {
@@ -393,7 +397,7 @@ def tensors_of(target: nn.Module | Mapping[str, Tensor]) -> Mapping[str, Tensor]
 
 
 def _source(use, uses, sources, head) -> tuple[Tensor | None, str | None]:
-    """(the tensor to return to, None for zero; None), or (None, why this use is not mixed)."""
+    """(the target, or None for zero; None), or (None, why this use is not mixed)."""
     if use.toward_zero:
         return None, None
     if sources is None or _head_of(use, head) is not None:
@@ -416,9 +420,10 @@ def checked_target(name: str, tensor: Any, parameter: nn.Parameter) -> Tensor:
 
 
 def _own_targets(mixed: list[Use], uses: list[Use], dtype: torch.dtype | None) -> None:
-    """Targets on their parameter's device, in `dtype`, copied where they are the model's own weights; tied ones once.
+    """Put each use's target on its parameter's device, copied where it is a weight of the model; tied uses share one.
 
-    One in a dtype not smaller than its parameter's is held in its parameter's.
+    A target's dtype is `dtype`, or its own by default, where that is smaller than the parameter's, else the
+    parameter's.
     """
     own = {storage_of(use.parameter) for use in uses}
     made: dict[nn.Parameter, Tensor] = {}
@@ -434,7 +439,7 @@ def _own_targets(mixed: list[Use], uses: list[Use], dtype: torch.dtype | None) -
 
 
 def _set_dropouts(model: nn.Module, new_p: dict[nn.Module, float]) -> dict[str, float]:
-    """Former p by name of the modules whose p changed."""
+    """Set each module's new p; return name -> former p of the modules whose p changed."""
     former = {}
     for name, module in model.named_modules():
         if module in new_p and module.p != new_p[module]:

@@ -8,8 +8,8 @@ With an input mask m, dW is zero outside the kept columns, so only X[:, kept] en
 
     dW[:, kept] = (X[:, kept]ᵀ dY)ᵀ · s
 
-which is 1-p of the full product, and X[:, kept] is all of x that backward has to hold. W' is mixed again in backward
-from W, U and the seed rather than saved. `factor` below is s for grad_scale="exact" and 1 for "paper".
+which is 1-p of the full product, and X[:, kept] is all that backward needs of x. W' is not saved: backward mixes it
+again from W, U and the seed. `factor` below is s for grad_scale="exact" and 1 for "paper".
 """
 
 from types import ModuleType
@@ -30,23 +30,23 @@ DIFFERENTIATES_ONCE = (
 def keeps_compact_copy(out_features: int, in_features: int, p: float) -> bool:
     """Whether forward saves X[:, kept] (a copy) rather than x (a reference).
 
-    A reference is free wherever x is alive for another reason and shared by siblings that read the same x; a copy of
-    at most half of x is smaller even when two siblings hold one each. Time is the same: the gather only moves. Of few
-    outputs dW is made of all of x.
+    A reference costs nothing where x is alive for another reason, and siblings that read the same x share it; a copy of
+    at most half of x is smaller even when two siblings hold one each. The time is the same: the gather moves from
+    backward to forward. With few outputs (reference.THIN_OUTPUT) dW is computed from all of x.
     """
     if out_features < reference.THIN_OUTPUT:
         return False
-    # More than half of x are kept at p <= 0.5; to compute how many takes 14 us from cold caches.
+    # At p <= 0.5 the capacity is more than half of x; computing it takes 14 us from cold caches.
     return p > 0.5 and 2 * reference.capacity(in_features, p) <= in_features
 
 
 def widened(target: Tensor | None, weight: Tensor) -> Tensor | None:
-    """The target in the weight's dtype. Saved for backward is the target as it is held, in a smaller dtype perhaps."""
+    """The target in the weight's dtype. For backward it is saved as held, perhaps in a smaller dtype."""
     return target if target is None or target.dtype == weight.dtype else target.to(weight.dtype)
 
 
 class Mix(torch.autograd.Function):
-    """(weight, target) -> W'. Twice differentiable: its backward is linear and made of MaskGrad."""
+    """(weight, target) -> W'. Twice differentiable: its backward is MaskGrad, which is linear."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, weight, target, seed, p, mask, factor, backend):
@@ -79,8 +79,8 @@ def mix_linear(
 ) -> Tensor:  # fmt: skip
     """(input (…, K), weight (N, K), target, bias) -> x W'ᵀ + b, in the input's dtype. Once differentiable.
 
-    Eager calls of a C++ backend use the autograd function in C++, which saves the host 10 us a step in a loop, 45 to
-    65 from cold caches (docs/performance.md).
+    Eager calls of a C++ backend use the autograd function in C++, which saves the host 10 us a step in a loop, and 45
+    to 65 us from cold caches (docs/performance.md).
     """
     trains_weight = weight.requires_grad and torch.is_grad_enabled()
     gathers = trains_weight and mask == "input" and keeps_compact_copy(*weight.shape, p)
@@ -109,14 +109,14 @@ class MixLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_output):
-        # Not by torch's once_differentiable, which raises when the gradients are differentiated: its node has no path
-        # to the operands, so torch.autograd.grad skips it and silently returns zeros.
+        # Not by torch's once_differentiable: it raises only when the gradients are differentiated, and its node has no
+        # path to the operands, so torch.autograd.grad skips it and silently returns zeros.
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise RuntimeError(DIFFERENTIATES_ONCE)
         weight, target, seed, index, columns, input = ctx.saved_tensors
         p, mask, factor, backend, static = ctx.arguments
         needs_input, needs_weight, _, needs_bias, *_ = ctx.needs_input_grad
-        wide = widened(target, weight) if needs_input else None  # dW and db do without
+        wide = widened(target, weight) if needs_input else None  # dW and db do not need it
         grad_input, grad_weight, grad_bias = backend.gradients(
             grad_output, input, index, columns, weight, wide, seed, p, mask, factor,
             (needs_input, needs_weight, needs_bias), static,

@@ -14,7 +14,7 @@ from mixout_fast.functional import storage_of
 
 
 def is_matrix(name: str, parameter: nn.Parameter) -> bool:
-    """The usual choice of what decays: not biases, not the scales of a normalisation."""
+    """Whether a parameter decays by default: matrices do, biases and the scales of a normalisation do not."""
     return parameter.dim() >= 2
 
 
@@ -30,19 +30,20 @@ def wdecay(
     """Make every step of an optimizer decay the model's weights w toward their targets u.
 
     Decoupled, as in AdamW: w ← w - lr · decay · (w - u) before the step. Coupled, as in Adam or SGD with weight_decay:
-    decay · (w - u), the gradient of decay/2 ‖w - u‖², is added to w's. Set the optimizer's own weight_decay to 0: a
-    warning says where both decay.
-    Parameters without a gradient do not decay, as with torch's optimizers. The targets are taken when this is called:
-    move the model to its device, and make a MixoutScheduler with `ema`, before.
+    decay · (w - u), the gradient of decay/2 ‖w - u‖², is added to w's gradient. Set the optimizer's own weight_decay to
+    0; where both decay the same weights, a warning says so.
+    Parameters without a gradient do not decay, as with torch's optimizers. The targets are fixed by this call: move the
+    model to its device, and make a MixoutScheduler with `ema`, before it.
 
     Args:
-        optimizer: whose step is hooked, with its groups' learning rates. GradScaler is served, also with an optimizer
-            that unscales gradients itself (fused Adam), and step(closure).
-        model: whose weights decay, before DDP or torch.compile wraps it or after, mixed or not.
+        optimizer: the optimizer whose steps decay, by its groups' learning rates. GradScaler works, also with an
+            optimizer that unscales gradients itself (fused Adam), and so does step(closure).
+        model: the model whose weights decay, before or after DDP or torch.compile wraps it, mixed or not.
         decay: λ, at least 0.
-        target: None, the mixout target of a mixed parameter, and of any other a copy of its present value; a model or a
-            state dict with the model's keys, copied where it is this model or its own; or 0.0, ordinary weight decay.
-        include: (name, parameter) -> whether it decays; by default matrices and not biases or normalisation.
+        target: None: a mixed parameter's mixout target, and a copy of any other parameter's present value. A model, or
+            a state dict with the model's keys: its tensors, copied where they are the model's own. 0.0: ordinary weight
+            decay.
+        include: (name, parameter) -> whether it decays; by default matrices do, biases and normalisation do not.
 
     Returns:
         A handle whose remove() undoes it.
@@ -60,7 +61,7 @@ def wdecay(
         raise ValueError(f"decay: {decay!r}; it takes a number of 0 or more")
     if isinstance(target, (int, float)) and target != 0:
         raise ValueError(f"target: {target!r}; the only number it takes is 0")
-    # accelerate's is an Optimizer without the hooks of one: the one within takes the steps.
+    # accelerate's wrapper is an Optimizer without an Optimizer's hooks: the optimizer within takes the steps.
     optimizer = getattr(optimizer, "optimizer", optimizer)
     targets = _targets(model, target, include)
     if not any(parameter in targets for group in optimizer.param_groups for parameter in group["params"]):
@@ -75,7 +76,7 @@ def wdecay(
 
     @torch.no_grad()
     def decay_weights() -> None:
-        # GradScaler leaves scale and skipping to optimizers that can do both themselves, such as fused Adam.
+        # GradScaler leaves unscaling and skipping to optimizers that can do both themselves, such as fused Adam.
         grad_scale, found_inf = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
         if found_inf is not None and found_inf.item():
             return
@@ -96,7 +97,8 @@ def wdecay(
         closure = kwargs["closure"] if named else args[1] if len(args) > 1 else None
         if not callable(closure):
             return decay_weights()
-        # The step calls it first, and perhaps again: its gradients are new each time, the weights are not.
+        # The step calls the closure first, and perhaps again. Each call makes new gradients, to which coupled decay is
+        # added; decoupled, the weights decay once.
         calls = itertools.count()
 
         def closure_and_decay() -> Any:
@@ -113,7 +115,7 @@ def wdecay(
 
 
 def _sharded_as(weight: Tensor, target: Tensor) -> Tensor:
-    """A target as FSDP2 holds its weight, which is a DTensor there: of this process's shard, without communication."""
+    """The target, as a DTensor sharded like its weight where FSDP2 has sharded that; without communication."""
     if not hasattr(weight, "device_mesh") or hasattr(target, "device_mesh"):
         return target
     from torch.distributed.tensor import distribute_tensor
@@ -136,7 +138,7 @@ def _add_decay_gradient(weights: list[Tensor], ends: list[Tensor] | None, factor
 
 
 def _targets(model: nn.Module, target: Any, include: Callable) -> dict[nn.Parameter, Tensor]:
-    """Parameter -> its target, of those that decay; the parameter itself stands in for a target of zero."""
+    """Parameter -> target, for the parameters that decay; for a target of zero, the parameter is a placeholder."""
     named = {name: parameter for name, parameter in model.named_parameters() if include(name, parameter)}
     if not named:
         raise ValueError("include: no parameter of the model decays")

@@ -13,9 +13,9 @@ DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropou
 def dropout_feeds(model: nn.Module, example: Any) -> dict[int, set[nn.Module]]:
     """id of each weight -> the Dropout modules that feed it, in model(example) in eval mode.
 
-    A Dropout feeds a weight if what it puts out reaches the weight's operation through operations without a weight
-    matrix: residual sums, normalisation, activations, attention's products. `example` is a tensor, or a tuple or
-    mapping of arguments.
+    A Dropout feeds a weight if its output reaches the weight's operation through operations without a weight matrix:
+    residual sums, normalisation, activations, attention's products. `example` is a tensor, or a tuple or mapping of
+    arguments.
     """
     training = {module: module.training for module in model.modules()}
     mode = _Feeds()
@@ -43,7 +43,7 @@ class _Feeds(TorchFunctionMode):
         self.feeds: dict[int, set[nn.Module]] = {}
 
     def mark(self, dropout: nn.Module, arguments: tuple, output: Tensor) -> Tensor:
-        # A tensor of its own: in eval mode a Dropout hands back its input, which others may read too.
+        # A separate tensor: in eval mode a Dropout returns its input, which other modules may read too.
         marked = output.view_as(output)
         marked.fed_by = {dropout}
         return marked

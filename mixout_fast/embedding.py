@@ -13,20 +13,20 @@ class MixEmbedding(nn.Embedding):
 
     An embedding is a linear layer fed by one-hot vectors, so its input neurons are the rows of the table: with the
     input mask a row is kept or replaced as a whole, wherever it occurs in the batch (Lee et al. 2020, section 3). A
-    table tied to an nn.Linear is mixed as that layer reads it: entries of the mask number its columns (`columns`). Only
-    rows that are looked up are mixed; the reference's bound on the kept entries (probability below 1e-8 a draw) is not
-    applied to rows.
+    table tied to an nn.Linear is mixed as that layer reads it: with one mask entry per column (`columns`). Only rows
+    that are looked up are mixed; the reference's bound on the number of kept entries (exceeded with a probability below
+    1e-8 a draw) is not applied to rows.
 
-    `mixout_fast.apply_mixout` makes these of nn.Embedding, in place. `p`, `mask`, `grad_scale` and `seed` are as for
-    `mixout_fast.mixout` and may be reassigned; `target` is a non-persistent buffer, None for zero.
+    `mixout_fast.apply_mixout` turns an nn.Embedding into a MixEmbedding in place. `p`, `mask`, `grad_scale` and `seed`
+    are as for `mixout_fast.mixout` and may be reassigned; `target` is a non-persistent buffer, None for zero.
 
-    Shapes: input integer (…) -> (…, embedding_dim), of the weight's dtype. Backend: PyTorch, on any device.
+    Shapes: input integer (…) -> (…, embedding_dim), in the weight's dtype. Backend: PyTorch, on any device.
     """
 
     target: Tensor | None
 
     def set_mixout(self, target: Tensor | None, p: float, mask: str, grad_scale: str, columns: bool) -> None:
-        """Attributes of a module that was made an nn.Embedding; the caller has checked them."""
+        """Set the attributes of a module that was constructed as an nn.Embedding; the caller has checked them."""
         self.p = p
         self.mask = mask
         self.grad_scale = grad_scale
@@ -56,7 +56,7 @@ class MixEmbedding(nn.Embedding):
         return mixed.to(rows.dtype)
 
     def _kept(self, input: Tensor) -> Tensor:
-        """The kept entries of the rows looked up, bool, to broadcast against (…, embedding_dim)."""
+        """The kept entries of the rows looked up, as bool that broadcasts against (…, embedding_dim)."""
         seed = seed_tensor(self.seed, self.weight.device)
         if self.mask == "input" and self.columns:
             return reference.keep_mask(seed, self.weight.shape, self.p, "input")
@@ -71,8 +71,11 @@ class MixEmbedding(nn.Embedding):
 
 
 class WithGradientOf(torch.autograd.Function):
-    """(values, other) -> values, with other's gradient: unscaled, as the published code has it, and not scaled and then
-    divided, which rounds twice and in fp16 overflows."""
+    """(values, other) -> values, with the gradient of `other`.
+
+    This gives the published code's unscaled gradient without scaling and then dividing, which would round twice, and
+    overflow in fp16.
+    """
 
     @staticmethod
     def forward(ctx, values, other):
@@ -84,5 +87,5 @@ class WithGradientOf(torch.autograd.Function):
 
 
 def words_at(seed: Tensor, index: Tensor) -> Tensor:
-    """reference.mask_words of any entries: int64 index (…) -> words, int64 (…)."""
+    """reference.mask_words for any entries: int64 index (…) -> words, int64 (…)."""
     return reference.counter_words(seed, index >> 2).gather(-1, (index & 3).unsqueeze(-1)).squeeze(-1)

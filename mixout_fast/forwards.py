@@ -1,7 +1,7 @@
-"""Forward passes for modules that multiply by a weight of their own: mixed and multiplied at once, by mix_linear.
+"""Forward passes that use mix_linear, for modules that multiply by a weight of their own.
 
-mixed_weight.py puts them in the place of the class's forward, which reads the mixed weight and multiplies by it, so
-that backward computes all of its gradient.
+mixed_weight.py puts them in the place of the class's own forward. That one would read the mixed weight and multiply by
+it, so that backward would compute the full gradient of W', not the kept columns' alone.
 """
 
 import torch
@@ -10,11 +10,11 @@ from torch.nn import functional as F
 
 
 def conv1d(module: nn.Module, input: Tensor) -> Tensor:
-    """Of Hugging Face's Conv1D, whole: its weight reads as the Parameter, as an nn.Linear's does."""
+    """Forward of Hugging Face's Conv1D in all cases: so its weight can read as the Parameter, as nn.Linear's does."""
     mixing = module._modules.get("mixing_weight")
-    if mixing is None:  # a new module of the class
+    if mixing is None:  # a new instance of the class, which has no Mixing
         return module.plain_class.forward(module, input)
-    # Tied to an nn.Linear the weight is mixed by that one's inputs, which are Conv1D's outputs.
+    # A weight tied to an nn.Linear is mixed along that layer's inputs, which are Conv1D's outputs.
     if mixing.mixes() and mixing.mask == "input" and mixing.input_dims == (0,):
         return mixing.linear(input, module.weight, module.bias)
     return F.linear(input, mixing(module.weight).t(), module.bias)
@@ -25,7 +25,7 @@ def multihead_attention(
     need_weights: bool = True, attn_mask: Tensor | None = None, average_attn_weights: bool = True,
     is_causal: bool = False,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """Of nn.MultiheadAttention, for a batch of self-attention that doesn't return its weights; else the class's."""
+    """Forward of nn.MultiheadAttention for batched self-attention without need_weights; else it calls the class's."""
     if (
         not _multiplies(module, "in_proj_weight") or need_weights or not query is key is value or query.dim() != 3
         or query.is_nested or module.bias_k is not None or module.add_zero_attn or (is_causal and attn_mask is None)
@@ -61,7 +61,7 @@ def _multiplies(module: nn.Module, name: str) -> bool:
 
 
 def _fit(module: nn.Module, x: Tensor, attn_mask: Tensor | None, key_padding_mask: Tensor | None) -> bool:
-    """Whether the masks are as they should be; about others the class complains."""
+    """Whether the masks' dtypes and shapes are right; if not, the class's forward raises or warns."""
     batch, length = x.shape[:2] if module.batch_first else (x.shape[1], x.shape[0])
     masks = [mask for mask in (attn_mask, key_padding_mask) if mask is not None]
     return (
@@ -73,7 +73,7 @@ def _fit(module: nn.Module, x: Tensor, attn_mask: Tensor | None, key_padding_mas
 
 
 def _added(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """An attention mask as it is added to the scores; True in a boolean one means left out."""
+    """An attention mask as it is added to the scores; True in a boolean mask means left out."""
     if mask is None or mask.dtype != torch.bool:
         return mask
     return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, float("-inf"))

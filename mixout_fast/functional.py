@@ -28,20 +28,20 @@ def mixout(
     seed: int | Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Mix a parameter with its target (Lee et al. 2020, section 3): each masked entry of `input` becomes `target`'s.
+    """Mix a parameter with its target (Lee et al. 2020, section 3): each dropped entry of `input` becomes `target`'s.
 
     Args:
         input: the trained weight, floating point (fp64, fp32, bf16, fp16), any strides: a matrix (N, K) as in
             nn.Linear, a convolution weight (out, in, …), or a vector (K,).
-        target: the pretrained value u, of the same shape and device, and of the same or a smaller dtype, which is
-            widened where it is used; None means zero (dropout of weights).
+        target: the pretrained value u, of the same shape, on the same device, and in the same dtype or a smaller one,
+            which is widened in use; None means zero (dropout of weights).
         p: probability in [0, 1] that an entry is replaced.
         training: False returns `input` itself, as p = 0 does.
         inplace: write the result into `input`, which must not require grad.
         mask: "input", one draw per input neuron (column k of a matrix, input channel of a convolution, entry of a
             vector), or "element", one draw per weight.
-        grad_scale: "exact", the gradient m ⊙ grad / (1-p), or "paper", the published code's m ⊙ grad, of a Bernoulli
-            mask.
+        grad_scale: "exact", the gradient m ⊙ grad / (1-p), or "paper", the published code's m ⊙ grad (Bernoulli masks
+            only).
         distribution: "bernoulli", or "gaussian" (m normal with the same mean and variance; reference backend only).
         seed: int or 0-d int64 tensor on input's device that determines the mask; None draws one from the device's
             default generator, so torch.manual_seed governs it.
@@ -90,9 +90,13 @@ def mix_linear(
 
     Args:
         input: x, (…, K), any number of leading dimensions, any strides.
-        weight: W, (N, K). target: U, (N, K), or None for zero. bias: (N,) or None. All of x's dtype and device, except
-            under autocast, where x and bias are cast and W and U are mixed in fp32 and rounded once.
+        weight: W, (N, K), of x's dtype.
+        target: U, (N, K), of W's dtype or a smaller one, or None for zero.
+        bias: b, (N,), of x's dtype, or None.
         p, training, mask, grad_scale, distribution, seed, backend: as for `mixout`.
+
+    All tensors are on one device. Under autocast, unless W is fp64, x and b may have any floating dtype and are cast to
+    autocast's. 16-bit W and U are cast to it before they are mixed; fp32 W and U are mixed in fp32 and rounded once.
 
     Returns:
         y, (…, N), of x's dtype (autocast's under autocast). Once differentiable in input, weight and bias: a backward
@@ -100,17 +104,17 @@ def mix_linear(
         bias). Gradients: dX = dY W', db = Σ dY, dW = m ⊙ (dYᵀ X) / (1-p).
 
     Limit: torch.compile with an activation memory budget below 1 (torch._functorch.config.activation_memory_budget) may
-    draw the seed once more in backward, so with a mask that is not forward's (pytorch/pytorch#190758). Pass `seed`, a
-    tensor drawn outside the compiled function, which is never drawn again.
+    draw the seed again in backward, whose mask is then not forward's (pytorch/pytorch#190758). Pass as `seed` a tensor
+    drawn outside the compiled function: it is never drawn again.
 
     Raises:
         TypeError, ValueError: naming the argument, what it got and what it takes.
     """
-    # Behind a large product every Python step runs from cold caches, at five times its usual cost: no look-up twice, no
-    # call per operand (8 us of the checks).
+    # After a large product Python runs from cold caches, at five times its usual cost: so no look-up is done twice, and
+    # the checks call no function per operand, which would cost 8 us.
     check_options(p, mask, grad_scale, distribution)
     dtype, device, shape = _check_weight("weight", weight, target)
-    device_type = "cpu" if weight.is_cpu else device.type  # the string costs 13 us there
+    device_type = "cpu" if weight.is_cpu else device.type  # device.type costs 13 us there
     autocast = device_type != "meta" and dtype != torch.float64 and torch.is_autocast_enabled(device_type)
     _check_linear(input, bias, dtype, device, shape, autocast)
     if p == 0.0 or not training or 0 in shape:
@@ -153,8 +157,10 @@ def check_options(p: float, mask: str, grad_scale: str, distribution: str = "ber
 
 
 def check_backend(backend: str | None, distribution: str = "bernoulli") -> None:
-    """Raise ValueError for an unknown backend, or one without the distribution. Whether it serves the device is checked
-    at the first call."""
+    """Raise ValueError for an unknown backend, or one without the distribution.
+
+    Whether the backend serves the device is checked at the first call.
+    """
     if backend is not None and backend not in backends.BACKENDS:
         raise ValueError(f"backend: {backend!r}; it takes one of {', '.join(backends.BACKENDS)}")
     if distribution == "gaussian" and backend not in (None, "reference"):
@@ -162,8 +168,10 @@ def check_backend(backend: str | None, distribution: str = "bernoulli") -> None:
 
 
 def storage_of(tensor: Tensor) -> int:
-    """An id of a tensor's memory, the same for aliases through NumPy or DLPack; of its storage where it has no memory
-    (meta, fake, DTensor)."""
+    """An id of a tensor's memory, the same for aliases through NumPy or DLPack.
+
+    Where a tensor has no memory (meta, fake, DTensor), an id of its storage.
+    """
     storage = tensor.untyped_storage()
     has_none = storage.device.type == "meta" or is_traceable_wrapper_subclass(tensor)
     return storage._cdata if has_none else storage.data_ptr()

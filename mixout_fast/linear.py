@@ -14,11 +14,12 @@ class MixLinear(nn.Linear):
 
     Args:
         in_features, out_features, bias, device, dtype: as for nn.Linear.
-        target: (out_features, in_features) tensor, the pretrained weight, held as a constant and not copied where its
-            device and dtype already fit, unless it is the layer's own weight; None means zero. Assign `target` to hold
-            it in a smaller dtype.
-        p: probability in [0, 1] that an input neuron's weights are replaced by the target's. May be reassigned, as may
-            `seed`: None draws a mask a call, a 0-d int64 tensor on the weight's device determines it.
+        target: (out_features, in_features) tensor, the pretrained weight, held as a constant; None means zero. It is
+            copied only where its device or dtype differs from the weight's, or where it is the layer's own weight. To
+            hold a target in a smaller dtype, assign it to the attribute `target`.
+        p: probability in [0, 1] that an input neuron's weights are replaced by the target's. The attribute may be
+            reassigned, and so may `seed`: None draws a mask per call, a 0-d int64 tensor on the weight's device
+            determines the mask.
         mask, grad_scale, distribution, backend: as for `mixout_fast.mixout`.
 
     Shapes: input (…, in_features) -> (…, out_features).
@@ -91,7 +92,8 @@ class MixLinear(nn.Linear):
         backend are MixLinear's.
 
         Raises:
-            TypeError, ValueError: as MixLinear, and where `linear` is no nn.Linear.
+            TypeError, ValueError: as MixLinear; TypeError also where `linear` is no nn.Linear or has a forward of its
+                own.
         """
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"linear: {type(linear).__name__}; it takes an nn.Linear")

@@ -1,14 +1,14 @@
-"""Mixing a weight that some other module reads: convolutions, attention's projections, experts, raw parameters.
+"""Mixing a weight where it is read: of convolutions, attention's projections, experts, and raw parameters.
 
-The module's class is exchanged for a subclass of it in which the parameter's name is a property: reading it in training
-gives the mixed weight, computed there and then, and in eval mode the Parameter. This is how torch.nn.utils.parametrize
-works too. What differs: the Parameter stays where it is, under its name. parametrize moves it to
-`parametrizations.weight.original`, which changes the keys of state_dict and the names by which optimizers, PEFT and
-transformers find parameters; its modules cannot be pickled; and removing a parametrization from a deep copy breaks the
-original (both share the class from which the property is deleted).
+The class of the module that holds the weight is replaced by a subclass in which the parameter's name is a property:
+reading it gives the mixed weight in training, computed at each reading, and the Parameter in eval mode.
+torch.nn.utils.parametrize works like this too, but the Parameter stays in place here, under its name. parametrize
+moves it to `parametrizations.weight.original`, which changes the keys of state_dict and the names by which optimizers,
+PEFT and transformers find parameters; its modules cannot be pickled; and removing a parametrization from a deep copy
+breaks the original (both share the class from which the property is deleted).
 
-Of nn.MultiheadAttention and of GPT-2's Conv1D, whose weight needs no property then, the forward pass is exchanged
-too (forwards.py).
+nn.MultiheadAttention and GPT-2's Conv1D also get a forward pass of ours (forwards.py); Conv1D's weight then needs no
+property.
 """
 
 import functools
@@ -24,23 +24,24 @@ PREFIX = "mixing_"
 """A mixed parameter `weight` has its Mixing in the child module `mixing_weight`."""
 
 CONV1D = "transformers.pytorch_utils.Conv1D"
-"""Hugging Face's linear layer with a weight (in, out), of GPT-2 and its kin."""
+"""Hugging Face's linear layer with a weight (in, out), which GPT-2 and its kin use."""
 
 FORWARDS = {
     CONV1D: (forwards.conv1d, ("weight",)),
     "torch.nn.modules.activation.MultiheadAttention": (forwards.multihead_attention, ()),
 }
-"""Class -> the forward that replaces its own, also in subclasses that inherit it, and the weights that only this one
-uses, which so stay plain Parameters."""
+"""Class -> the forward that replaces its own, also in subclasses that inherit that one, and the weights that only the
+new forward reads: these get no property and read as the plain Parameter."""
 
 
 class Mixing(nn.Module):
-    """How one weight of its parent module is mixed: weight -> W' in training, weight itself in eval mode.
+    """Mixes one weight of its parent module: weight -> W' in training, the weight itself in eval mode.
 
     Every reading of the weight draws a mask, as every call of MixLinear does, unless `seed` is set.
     `input_dims` are the weight's dimensions that number its input neurons: (1,) for (out, in, …), (0,) for (in, …),
     (2,) for (expert, out, in) and (1, 2) for (out, in, in). `p`, `mask`, `grad_scale`, `backend` and `seed` are as for
-    `mixout_fast.mixout` and may be reassigned; `target` is a non-persistent buffer of its shape, or None for zero.
+    `mixout_fast.mixout` and may be reassigned; `target` is a non-persistent buffer of the weight's shape, or None for
+    zero.
     """
 
     target: Tensor | None
@@ -73,18 +74,18 @@ class Mixing(nn.Module):
             True,
             mask=self.mask,
             grad_scale=self.grad_scale,
-            # One drawn for several layers lies elsewhere where there is no target to tell the device.
+            # SharedSeed draws on the default device where it finds no tensor that tells the layers' device.
             seed=None if self.seed is None else self.seed.to(weight.device),
             backend=self.backend,
         )
         return mixed.view(weight.shape)
 
     def mixes(self) -> bool:
-        """Whether it mixes now."""
+        """Whether the weight is mixed now: in training, with p above 0."""
         return self.training and self.p != 0.0
 
     def linear(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """x W'ᵀ + bias of a weight (out, in), or x W' + bias of one (in, out), which needs the input mask."""
+        """x W'ᵀ + bias for a weight (out, in); x W' + bias for a weight (in, out), with the input mask only."""
         weight, target = (t.t() if t is not None and self.input_dims == (0,) else t for t in (weight, self.target))
         return mix_linear(
             input,
@@ -99,14 +100,14 @@ class Mixing(nn.Module):
         )
 
     def _sharded(self, weight: Tensor) -> bool:
-        """Whether FSDP2 holds the weight, which reads it between forward passes and gathers it for them.
+        """Whether the weight is the shard that FSDP2 reads between forward passes; for forward it gathers the weight.
 
-        FSDP2 leaves buffers whole; one who spreads a module's weight to multiply by it (a DTensor) spreads them too.
+        FSDP2 leaves buffers whole; code that distributes a module to multiply by DTensors distributes its buffers too.
         """
         return hasattr(weight, "device_mesh") and not hasattr(self.target, "device_mesh")
 
     def _numbered(self, weight: Tensor) -> Tensor:
-        """A view whose dimension 1 numbers the input neurons, as mixout takes it."""
+        """A view of the weight whose dimension 1 numbers the input neurons, as mixout expects."""
         if self.input_dims == (0,):
             return weight.unsqueeze(0)
         if self.input_dims == (2,):
@@ -119,7 +120,7 @@ class Mixing(nn.Module):
 
 
 class MixedWeights:
-    """First base of every class that mix_weight makes: pickling and copying, which need more than the class's name."""
+    """First base of every class that mix_weight makes; pickles and copies instances, whose class no import finds."""
 
     plain_class: type[nn.Module]
     mixed_names: tuple[str, ...]
@@ -131,17 +132,17 @@ class MixedWeights:
 
 
 def mix_weight(module: nn.Module, name: str, mixing: Mixing) -> None:
-    """Have the module read its parameter `name` through `mixing`."""
+    """Make the module read its parameter `name` through `mixing`."""
     names = module.mixed_names if isinstance(module, MixedWeights) else ()
     plain_class = module.plain_class if names else type(module)
     module.add_module(PREFIX + name, mixing.train(module.training))
-    # A forward that someone put on the instance calls the class's own.
+    # A forward on the instance calls the plain class's and not ours; that one reads the weight through the property.
     keeps_forward = "forward" in vars(module) or _forward_for(plain_class) is None
     module.__class__ = _mixed_class(plain_class, (*names, name), keeps_forward)
 
 
 def _forward_for(plain_class: type[nn.Module]) -> tuple[Callable, tuple[str, ...]] | None:
-    """What FORWARDS has for a class, unless it has a forward pass of its own, or others have exchanged it."""
+    """The entry of FORWARDS for a class, unless a subclass overrides the forward or other code has replaced it."""
     for cls in plain_class.__mro__:
         found = FORWARDS.get(f"{cls.__module__}.{cls.__qualname__}")
         if found and plain_class.forward is cls.forward and cls.forward.__module__ == cls.__module__:
@@ -152,7 +153,7 @@ def _forward_for(plain_class: type[nn.Module]) -> tuple[Callable, tuple[str, ...
 def unmix_weights(module: nn.Module) -> None:
     """Undo every mix_weight of a module."""
     for name in module.mixed_names:
-        # Of a MixoutScheduler, which finds by it that the mixing is gone.
+        # Without base_p a MixoutScheduler knows that the mixing is gone.
         vars(module._modules.pop(PREFIX + name)).pop("base_p", None)
     module.__class__ = module.plain_class
 
@@ -166,26 +167,26 @@ def _mixed_class(plain_class: type[nn.Module], names: tuple[str, ...], keeps_for
         attributes["forward"], plain = _forward_for(plain_class)
     for name in set(names).difference(plain):
         attributes[name] = property(functools.partial(_read, name), functools.partial(_refuse_tensor, name))
-    # Of the plain class's name, which transformers writes into a saved model's configuration.
+    # Named like the plain class: transformers writes the class's name into a saved model's configuration.
     return type(plain_class.__name__, (MixedWeights, plain_class), attributes)
 
 
 def _read(name: str, module: nn.Module) -> Tensor:
-    # PEFT moves a parameter that it adapts away for a forward pass, and asks whether it is there.
+    # During a forward pass PEFT takes away a parameter that it adapts, and asks whether the attribute is there.
     if name not in module._parameters:
         raise AttributeError(name)
     mixing = module._modules.get(PREFIX + name)
-    if mixing is None:  # a new module of the class
+    if mixing is None:  # a new instance of the class, which has no Mixing
         return module._parameters[name]
     try:
         return mixing(module._parameters[name])
     except AttributeError as error:
-        # On an AttributeError of a property Python asks nn.Module.__getattr__, which has the plain Parameter.
+        # After an AttributeError in a property Python calls nn.Module.__getattr__, which returns the plain Parameter.
         raise RuntimeError(f"{PREFIX + name}: {error}") from error
 
 
 def _refuse_tensor(name: str, module: nn.Module, value: Any) -> None:
-    """Of what is no Parameter, for which nn.Module does not come here."""
+    """Refuse to set what is no Parameter; nn.Module sets Parameters without this function."""
     raise AttributeError(
         f"{name}: a {type(value).__name__} in place of a Parameter that {type(module).__name__} mixes on reading; "
         "use DDP, not nn.DataParallel, and fully_shard (FSDP2), not FullyShardedDataParallel, or leave the layer out"

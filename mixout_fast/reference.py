@@ -1,7 +1,7 @@
 """Mixout in readable PyTorch: the specification, the oracle of every test, and the backend that works everywhere.
 
-Mixout (Lee, Cho, Kang, ICLR 2020, arXiv 1909.11299, equation 4 and section 3) replaces the pretrained value u for the
-trained weight w wherever the mask m is 0, and rescales so that the expectation is w:
+Mixout (Lee, Cho, Kang, ICLR 2020, arXiv 1909.11299, equation 4 and section 3) replaces the trained weight w by the
+pretrained value u wherever the mask m is 0, and rescales so that the expectation is w:
 
     w' = u + m (w - u) / (1 - p)                                                                       E[w'] = w
 
@@ -18,10 +18,10 @@ PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 PHILOX_WEYL = (0x9E3779B9, 0xBB67AE85)
 LOW32 = 0xFFFFFFFF
 
-# With fewer outputs dW is a full product, masked afterwards: bound by reading x, so that the compact one saves nothing,
-# and MKL sums few outputs of few columns one by one, with up to 2.5 times its usual error (255 rows, 1 output). Fewer
-# kept columns are padded with zeros: of 3 to 10 MKL has 2 to 5 times that error with 2000 rows, 4 to 12 with 20000
-# (AMD, a dY of mean 1).
+# With fewer outputs dW is a full product, masked afterwards: reading x bounds it, so that the compact product would
+# save nothing, and with few outputs and few columns MKL adds one by one, with up to 2.5 times its usual error (255
+# rows, 1 output). Fewer kept columns than this are padded with zeros: with 3 to 10 columns MKL has 2 to 5 times its
+# usual error at 2000 rows, and 4 to 12 times at 20000 (AMD, a dY of mean 1).
 THIN_OUTPUT = 16
 
 
@@ -43,16 +43,18 @@ def scale(p: float) -> float:
 def capacity(count: int, p: float) -> int:
     """Most entries that an input mask of `count` entries keeps: the mean plus 8 standard deviations, rounded up to 16.
 
-    Kept entries past it count as dropped (probability below 1e-8 a draw). It gives backends that cannot wait for the
-    device, and compiled graphs, a static shape.
+    Entries past it are dropped even if drawn as kept (probability below 1e-8 a draw). The capacity gives backends that
+    cannot wait for the device, and compiled graphs, a static shape.
     """
     bound = math.ceil((1.0 - p) * count + 8.0 * math.sqrt(count * p * (1.0 - p)))
     return min(count, -(-bound // 16) * 16)
 
 
 def philox4x32(counter: tuple, key: tuple, rounds: int = 10) -> tuple:
-    """Philox4x32 (Salmon et al., SC 2011): four counter words and two key words, each an int64 tensor or int holding
-    an unsigned 32-bit value, to four output words of the same kind."""
+    """Philox4x32 (Salmon et al., SC 2011): four counter words and two key words -> four output words.
+
+    Each word is an int64 tensor or int that holds an unsigned 32-bit value.
+    """
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(rounds):
@@ -95,8 +97,11 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def _result(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """In the dtype, contiguous. Skips calls with nothing to do: torch 2.11's compiler takes their result for an alias,
-    and an autograd function that returns one gets a silent zero gradient (fixed in 2.12)."""
+    """The tensor in `dtype`, contiguous.
+
+    Skips calls with nothing to do: torch 2.11's compiler takes their result for an alias, and an autograd function that
+    returns an alias silently gets a zero gradient (fixed in 2.12).
+    """
     tensor = tensor if tensor.dtype == dtype else tensor.to(dtype)
     return tensor if tensor.is_contiguous() else tensor.contiguous()
 
@@ -135,16 +140,16 @@ def gather(rows: Tensor, seed: Tensor, p: float, static: bool) -> tuple[Tensor, 
 
 
 def is_column_major(weight: Tensor, target: Tensor | None) -> bool:
-    """Whether W and U (N, K) are transposes of matrices in rows, as GPT-2's Conv1D has them.
+    """Whether W and U (N, K) are column-major, as GPT-2's Conv1D has them.
 
-    With an input mask, backends other than this one then work on those and give dW the strides of W: else autograd
-    copies it into the parameter's layout.
+    With an input mask, the other backends then work in this layout and give dW the strides of W: otherwise autograd
+    would copy dW into the parameter's layout.
     """
     return all(t is None or (t.stride(0) == 1 and t.stride(1) != 1) for t in (weight, target))
 
 
 def shaped(output: Tensor, shape: tuple) -> Tensor:
-    """A product in a shape, and not as a view: what an autograd function returns could then not be changed in place."""
+    """`output` in `shape` and not as a view: a view that an autograd function returns cannot be changed in place."""
     return output if len(shape) == 2 else torch.ops.aten._unsafe_view(output, shape)
 
 
@@ -159,7 +164,7 @@ def linear(
     gathers: bool,
     static: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """y = x W'ᵀ + b for input (…, K), in the input's dtype, and with `gathers` gather's two."""
+    """y = x W'ᵀ + b for input (…, K), in the input's dtype, and with `gathers` the kept indices and columns of x."""
     output = torch.nn.functional.linear(input, mix(weight, target, seed, p, mask, input.dtype), bias)
     rows = input.reshape(-1, input.shape[-1])
     return shaped(output, output.shape), *(gather(rows, seed, p, static) if gathers else (None, None))
@@ -197,10 +202,10 @@ def gradients(
     needs: tuple[bool, bool, bool],
     static: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """dX (…, K), dW (N, K) and db (N,) of `linear` for grad (…, N), each of which `needs` does not tell to be None.
+    """dX (…, K), dW (N, K) and db (N,) of `linear` for grad (…, N); None for those that `needs` does not ask for.
 
-    dW is made of the index and columns that `linear` gathered, or where input (…, K) is given, of that. `target`, of
-    the weight's dtype, is for dX alone. `static` is as for gather.
+    dW is computed from input (…, K) where given, else from the index and columns that `linear` gathered. `target`, in
+    the weight's dtype, is needed for dX alone. `static` is as for gather.
     """
     out_features, in_features = weight.shape
     rows = grad.reshape(-1, out_features)

@@ -1,4 +1,4 @@
-"""MixoutScheduler: what changes from step to step: p, masks held for several steps, a moving target."""
+"""MixoutScheduler: p that changes over the steps, masks held for several steps, targets that move."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from mixout_fast.apply import MixedParameter, SharedSeed, mixed_parameters
 
 @dataclass(eq=False)
 class BaseP:
-    """The p that apply_mixout set for a weight. Its mixing holds that of the scheduler whose steps count."""
+    """The p that apply_mixout set for a weight; its mixing holds the BaseP of the scheduler now in charge."""
 
     p: float
 
@@ -20,22 +20,22 @@ class BaseP:
 class MixoutScheduler:
     """Changes a mixed model's p, masks and targets over the steps of training, as a scheduler does the learning rate.
 
-    The paper has p and targets constant and a mask for every forward pass, as without a scheduler.
+    In the paper, as without a scheduler, p and targets are constant and every forward pass draws a mask.
 
         scheduler = MixoutScheduler(model, p_factor=lambda step: min(1.0, step / 100))
         optimizer.register_step_post_hook(lambda *_: scheduler.step())
 
     Args:
-        model: one that apply_mixout has been applied to.
-        p_factor: step -> factor of every layer's p, in [0, 1/p]; step counts from 0.
-        hold: each mask serves this many steps. None: a mask for every forward pass.
-        ema: after every step targets become ema · target + (1 - ema) · weight. They are copied first, for they may be
-            another model's weights.
+        model: a model that apply_mixout has been applied to.
+        p_factor: step -> factor of every layer's p, in [0, 1/p]; steps count from 0.
+        hold: number of steps that each mask serves. None: a mask for every forward pass.
+        ema: after every step each target becomes ema · target + (1 - ema) · weight. The targets are copied first, since
+            they may be another model's weights.
 
-    Move the model to its device before: seeds and moving targets stay where they are. A further scheduler of the same
-    model takes the place of the one before, and starts from the p that apply_mixout set.
+    Move the model to its device first: seeds and moving targets stay where they are. Another scheduler made for the
+    same model takes this one's place, and starts from the p that apply_mixout set.
 
-    Under torch.compile a p that changes is a constant that changes: have p_factor take few values.
+    torch.compile compiles again for each new p: let p_factor have few values.
 
     Raises:
         TypeError, ValueError: naming the argument, what it got and what it takes.
@@ -60,7 +60,7 @@ class MixoutScheduler:
             raise ValueError(f"ema: {ema!r}; it takes a number in [0, 1]")
         self.p_factor, self.hold, self.ema = p_factor, hold, ema
         self.steps = 0
-        # A scheduler before this one has scaled p and may hold seeds: this one begins where that one began.
+        # An earlier scheduler has scaled p and may hold seeds: start from the p that it started from, without seeds.
         self._base_p = [(entry.mixing, BaseP(vars(entry.mixing).get("base_p", entry.mixing).p)) for entry in mixed]
         for mixing, base in self._base_p:
             mixing.base_p, mixing.p, mixing.seed = base, base.p, None
@@ -74,9 +74,9 @@ class MixoutScheduler:
         self._set_p()
 
     def step(self) -> None:
-        """Go on to the next step: call it after the optimizer's.
+        """Go on to the next step; call this after the optimizer's step.
 
-        Raises RuntimeError after remove_mixout, and where a further scheduler has taken this one's place.
+        Raises RuntimeError after remove_mixout, and where another scheduler has taken this one's place.
         """
         if any(vars(mixing).get("base_p") is not base for mixing, base in self._base_p):
             raise RuntimeError(
@@ -96,13 +96,16 @@ class MixoutScheduler:
         self._set_p()
 
     def state_dict(self) -> dict[str, Any]:
-        """Steps, held seeds and moving targets, by which load_state_dict resumes bit for bit."""
+        """The step count, held seeds and moving targets, from which load_state_dict resumes bit for bit."""
         seeds = [mixing.seed for mixing, _ in self._base_p] if self.hold else []
         targets = {name: target for name, (_, target) in self._moving.items()}
         return {"steps": self.steps, "seeds": seeds, "targets": targets}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Raises ValueError where the state is not of such a model's, or of other options."""
+        """Resume from what state_dict returned.
+
+        Raises ValueError where the state does not fit the model, or was made with another `hold` or `ema`.
+        """
         own = self.state_dict()
         if len(state["seeds"]) != len(own["seeds"]) or set(state["targets"]) != set(own["targets"]):
             raise ValueError(
@@ -129,12 +132,12 @@ class MixoutScheduler:
 
 
 def _whole(weight: Tensor) -> Tensor:
-    """Of all processes' shards, where FSDP2 has spread it: targets are whole."""
+    """The weight, gathered from all processes where FSDP2 has sharded it: targets are whole."""
     return weight.full_tensor() if hasattr(weight, "device_mesh") else weight
 
 
 def _own_targets(mixed: list[MixedParameter]) -> dict[str, tuple[nn.Parameter, Tensor]]:
-    """Name -> parameter and a copy of its target, now in its place; a tied parameter once."""
+    """Replace each target by a copy; return name -> (parameter, the copy), with a tied parameter once."""
     own: dict[nn.Parameter, tuple[str, Tensor]] = {}
     for entry in mixed:
         if entry.mixing.target is None:
@@ -156,6 +159,6 @@ def _shared_seeds(model: nn.Module) -> list[SharedSeed]:
 
 
 def _draws(hooks: list[SharedSeed], mixings: list[nn.Module]) -> list[Callable[[], None]]:
-    """What draws every layer's seed, one for those that share it."""
+    """Functions that draw the seeds of all layers; layers that share a seed have one function."""
     grouped = {mixing for hook in hooks for mixing in hook.mixings}
     return [hook.draw for hook in hooks] + [SharedSeed([m]).draw for m in mixings if m not in grouped]

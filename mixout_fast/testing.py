@@ -30,7 +30,7 @@ from mixout_fast import backends, reference
 from mixout_fast.functional import DTYPES, MASKS, mix_linear, mixout
 
 SHAPES = ((1, 255, 1023), (3, 1023, 255), (17, 3, 1023), (255, 1023, 17), (1023, 255, 3), (255, 1, 255), (255, 255, 1))
-"""Odd (rows, in_features, out_features), each size in each place where a dtype or a block could be misjudged."""
+"""Odd (rows, in_features, out_features), small and large in each place, that no block or vector divides."""
 
 AUTOCAST_DTYPES = (torch.bfloat16, torch.float16)
 PRECISIONS = [(dtype, dtype) for dtype in DTYPES] + [(torch.float32, dtype) for dtype in AUTOCAST_DTYPES]
@@ -92,7 +92,7 @@ def random_case(
     bias: bool = True,
     seed: int = 0,
 ) -> Case:
-    """Normal x, U, b and dY, and W a finetuning's distance from U. All of it, and the mask, is a function of `seed`."""
+    """Normal x, U, b and dY, and a W near U, as after finetuning. All of it, and the mask, is a function of `seed`."""
     leading = (leading,) if isinstance(leading, int) else leading
     generator = torch.Generator().manual_seed(seed)
 
@@ -127,7 +127,7 @@ def integer_case(
 ) -> Case:
     """Integers so small and sparse that at p = 1/2 or 3/4 every sum, in every order, is exact even in bf16.
 
-    Raises ValueError for a shape so large that it cannot be so.
+    Raises ValueError for a shape too large for that.
     """
     leading = (leading,) if isinstance(leading, int) else leading
     rows = math.prod(leading)
@@ -164,7 +164,7 @@ def special_case(
 ) -> Case:
     """W and U hold every pair of zeros, infinities, NaN, subnormals, extremes, ties of the rounding and random bits.
 
-    For the mixed weight only: products of it are mostly NaN.
+    For checks of the mixed weight only: products with it are mostly NaN.
     """
     generator = torch.Generator().manual_seed(seed)
     bits = 8 * dtype.itemsize
@@ -192,7 +192,7 @@ def _case(tensors, generator, p, mask, dtype, compute, device, origin) -> Case:
 
 
 def column_major(case: Case) -> Case:
-    """The case with W and U as transposes of matrices in rows, as GPT-2's Conv1D has them."""
+    """The case with column-major W and U, as GPT-2's Conv1D has them."""
     weight, target = (None if t is None else t.t().contiguous().t() for t in (case.weight, case.target))
     return replace(case, weight=weight, target=target, origin=f"{case.origin}, column-major")
 
@@ -212,7 +212,7 @@ def run(case: Case, backend: str | None = None, grad_scale: str = "exact") -> di
 
 
 def library(case: Case) -> dict[str, Tensor]:
-    """The same from the reference's mixed weight and the library's own F.linear and mm, in the compute dtype."""
+    """y, dX, dW and db by the library's F.linear and mm of the reference's mixed weight, in the compute dtype."""
     input, weight, target, seed, p, mask = case.input, case.weight, case.target, case.seed, case.p, case.mask
     input = input.to(case.compute)
     bias = None if case.bias is None else case.bias.to(case.compute)
@@ -225,7 +225,7 @@ def library(case: Case) -> dict[str, Tensor]:
 
 
 def oracle(case: Case) -> dict[str, Tensor]:
-    """The same on the CPU in fp64 with doubled-up products, so correct to the last places of fp64 for every dtype."""
+    """y, dX, dW and db on the CPU in fp64, by accurate_mm, so correct to fp64's last places for every dtype."""
     keep, mixed, dY, X = _oracle_operands(case)
     output = accurate_mm(X, mixed.t()) + (0 if case.bias is None else case.bias.cpu().double())
     grad_weight = torch.where(keep, accurate_mm(dY.t(), X, reference.scale(case.p)), 0.0)
@@ -254,10 +254,10 @@ def _named(*results: Tensor | None) -> dict[str, Tensor]:
 
 
 def accurate_mm(a: Tensor, b: Tensor, factor: float = 1.0) -> Tensor:
-    """a @ b · factor of fp64 matrices with an error of about one rounding, so that fp64 results have an oracle too.
+    """a @ b · factor for fp64 matrices, with an error of about one rounding, so that fp64 results have an oracle too.
 
-    Each matrix is cut into slices of so few bits that their products sum without rounding (Ozaki et al., "Error-free
-    transformations of matrix multiplication", 2012).
+    Each matrix is cut into slices of so few bits that the slices' products sum without rounding (Ozaki et al.,
+    "Error-free transformations of matrix multiplication", 2012).
     """
     bits = (53 - max(a.shape[1] - 1, 1).bit_length()) // 2
     slices_a = _slices(a, bits, dim=1)
@@ -265,7 +265,7 @@ def accurate_mm(a: Tensor, b: Tensor, factor: float = 1.0) -> Tensor:
     order = sorted((i + j, i, j) for i in range(len(slices_a)) for j in range(len(slices_b)))
     *products, largest = (slices_a[i] @ slices_b[j] for _, i, j in reversed(order))
     if factor != 1.0:
-        # Of the others the rounding of the product with the factor is far below one of the sum.
+        # The other products are small: rounding them times the factor errs far less than rounding the sum.
         *products, largest = (*(product * factor for product in products), *_exact_product(largest, factor))
     return sum(products, torch.zeros(a.shape[0], b.shape[1], dtype=a.dtype)) + largest
 
@@ -297,7 +297,7 @@ def _slices(matrix: Tensor, bits: int, dim: int) -> list[Tensor]:
 
 
 def assert_same_bits(what: str, got: Tensor, want: Tensor, where: object) -> None:
-    """Shape, dtype and every entry equal, bit for bit; any NaN equals any NaN, whose payload no one rounds alike."""
+    """Shape, dtype and every entry are equal, bit for bit; any NaN equals any NaN: payloads differ by platform."""
     _assert_same_form(what, got, want, where)
     integer = INT_OF_SIZE[got.element_size()]
     got, want = got.contiguous(), want.contiguous().to(got.device)
@@ -308,7 +308,7 @@ def assert_same_bits(what: str, got: Tensor, want: Tensor, where: object) -> Non
 
 
 def assert_same_values(what: str, got: Tensor, want: Tensor, where: object) -> None:
-    """Shape, dtype and every value equal: as assert_same_bits, but for zero's sign, which sums of zeros leave open."""
+    """Shape, dtype and every value are equal, with +0 equal to -0: sums of zeros leave the sign open."""
     _assert_same_form(what, got, want, where)
     want = want.to(got.device)
     _assert_none(what, "in value", got != want, got, want, where)
@@ -346,7 +346,7 @@ def check_mask(case: Case, backend: str | None) -> None:
 
 
 def check_threshold(mask: str, device: str | torch.device, backend: str | None) -> None:
-    """An entry is kept at the p whose threshold is its word, and dropped at the next."""
+    """An entry is kept at the p whose threshold is its word, and dropped at the next threshold."""
     seed = torch.tensor(11, device=device)
     for i, word in enumerate(reference.mask_words(seed, 16).tolist()):
         for threshold, keep in ((word, True), (word + 1, False)):
@@ -378,7 +378,7 @@ def check_mask_grad(case: Case, backend: str | None) -> None:
 def check_gather(case: Case, backend: str | None) -> None:
     """Kept indices and columns beside y, with a dynamic and a static shape, are the reference's.
 
-    A backend that cannot wait for the device has the static shape always. Gathering does not change y.
+    A backend that cannot wait for the device always has the static shape. Gathering does not change y.
     """
     module, operands = _module(backend, case), _linear_operands(case)
     for static in (False, True):
@@ -394,8 +394,8 @@ def check_gather(case: Case, backend: str | None) -> None:
 def check_grad_weight(case: Case, backend: str | None) -> None:
     """dW of an input mask, from kept columns and from x, is the reference's, zeros included.
 
-    It is so whatever the padding's columns hold. Of small positive integers, whose sums are exact in any order and
-    never -0; from x without a factor, which may then stand before the sum.
+    This holds whatever the padding's columns contain. Operands are small positive integers, whose sums are exact in any
+    order and never -0. From x the factor is 1, since a backend may apply it before it sums.
     """
     module = _module(backend, case)
     in_features = case.weight.shape[1]
@@ -405,7 +405,7 @@ def check_grad_weight(case: Case, backend: str | None) -> None:
 
     for static in (False, True):
         index = reference.kept_indices(case.seed, in_features, case.p, static)
-        # Any columns, so of a static shape also the padding's.
+        # Any columns will do, so the padding of a static shape is not 0 here.
         columns = integers(case.rows[:, : len(index)]).contiguous()
         none = index[:0], columns[:0, :0]
         for source, x, gathered, factor in (
@@ -419,9 +419,9 @@ def check_grad_weight(case: Case, backend: str | None) -> None:
 
 
 def check_each_gradient_alone(case: Case, backend: str | None) -> None:
-    """dX, dW and db have the same bits alone and beside one another, from kept columns and from x.
+    """dX, dW and db have the same bits when asked for alone and together, from kept columns and from x.
 
-    Of integers dY, whose sums are exact: a backend may sum db beside dW in another order than alone.
+    dY is integers, whose sums are exact: a backend may sum db in another order beside dW than alone.
     """
     module, operands = _module(backend, case), _linear_operands(case)
     grad_output = (2 * case.grad_output).round()
@@ -440,14 +440,14 @@ def check_each_gradient_alone(case: Case, backend: str | None) -> None:
 
 
 def _linear_operands(case: Case) -> tuple:
-    """What a backend's linear takes, as autocast casts it."""
+    """The operands of a backend's linear, cast as autocast casts them."""
     bias = None if case.bias is None else case.bias.to(case.compute)
     return case.input.to(case.compute), case.weight, case.target, bias, case.seed, case.p, case.mask
 
 
 @contextlib.contextmanager
 def sums_in_fp32() -> Iterator[None]:
-    """Where cuBLAS splits a sum of bf16 or fp16 products, its parts are added up in fp32; by default in that dtype."""
+    """Have cuBLAS add up the parts of a split sum of bf16 or fp16 products in fp32, not in that dtype, its default."""
     products = torch.backends.cuda.matmul
     names = ("allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction")
     before = [getattr(products, name) for name in names]
@@ -470,7 +470,7 @@ def check_exact(case: Case, backend: str | None) -> None:
 
 
 def check_output(case: Case, backend: str | None) -> None:
-    """Where W' is mixed first, y and dX are F.linear(x, W', b) and mm(dY, W') of the reference's W', bit for bit."""
+    """Where W' is mixed first, y and dX are F.linear(x, W', b) and mm(dY, W') with the reference's W', bit for bit."""
     ours = run(case, backend)
     dtype = product_dtype(case, backend)
     mixed = reference.mix(case.weight, case.target, case.seed, case.p, case.mask, case.compute).to(dtype)
@@ -479,7 +479,7 @@ def check_output(case: Case, backend: str | None) -> None:
     y, dX = torch.nn.functional.linear(x, mixed, bias), dY.mm(mixed).view(case.input.shape)
     for name, theirs, one_pass in zip(("y", "dX"), (y, dX), is_one_pass(case, backend), strict=True):
         if not one_pass:
-            # dX is of x's dtype, which is not the compute dtype under autocast.
+            # dX has x's dtype, which is not the compute dtype under autocast.
             want = theirs.to(case.compute).to(ours[name].dtype)
             assert_same_bits(f"{name} (mixed first)", ours[name], want, case)
 
@@ -501,7 +501,7 @@ def check_repeatable(case: Case, backend: str | None) -> None:
 def check_error(cases: Iterable[Case], backend: str | None, truth_of: Callable[[Case], dict] = oracle) -> None:
     """Over the cases, each result's largest error against `truth_of(case)` is at most twice the library's.
 
-    Give cases with a thousand results between them: the largest of a few errors is luck.
+    Pass cases with a thousand results between them: the largest of a few errors is luck.
     """
     worst = {}
     for case in cases:
@@ -526,8 +526,10 @@ def check_error(cases: Iterable[Case], backend: str | None, truth_of: Callable[[
 def error_cases(
     make: Callable[..., Case], shape: tuple[int, int, int], seed: int, *, sums: int = 1, **options
 ) -> list[Case]:
-    """Random cases of one shape, enough for 1000 entries each of y, dX and dW (at most 8 cases) and `sums` of db (at
-    most 16). Of 34 sums the largest error is twice an equally exact kernel's once in 30 seeds, of 250 never in 200."""
+    """Cases of one shape, enough for 1000 entries each of y, dX and dW (at most 8 cases) and `sums` of db (at most 16).
+
+    With 34 sums the largest error is twice an equally exact kernel's for one seed in 30, with 250 sums for none in 200.
+    """
     rows, in_features, out_features = shape
     kept = max(1.0, (1 - options["p"]) * in_features)
     fewest = min(rows * out_features, rows * in_features, out_features * kept)
@@ -536,7 +538,7 @@ def error_cases(
 
 
 def check_gradients(mask: str, device: str | torch.device, backend: str | None) -> None:
-    """torch.autograd.gradcheck in fp64 of mix_linear, and gradgradcheck of mixout, both odd-sized."""
+    """torch.autograd.gradcheck of mix_linear and mixout, and gradgradcheck of mixout, in fp64 with odd sizes."""
     case = random_case((2, 3), 5, 7, p=0.5, mask=mask, dtype=torch.float64, device=device)
     options = {"mask": mask, "seed": case.seed, "backend": backend}
     leaves = [tensor.requires_grad_() for tensor in (case.input, case.weight, case.bias)]
@@ -590,7 +592,7 @@ def check_mask_statistics(mask: str, p: float, device: str | torch.device, backe
 
 
 def assert_patterns(what: str, groups: Tensor, q: float, where: object) -> None:
-    """χ² of the 2^n patterns of kept entries in groups (G, n), kept with probability q."""
+    """χ² test of the 2^n patterns of kept entries in groups (G, n), where entries are kept with probability q."""
     size = groups.shape[1]
     codes = (groups.long() * (2 ** torch.arange(size))).sum(1)
     seen = torch.bincount(codes, minlength=2**size).double()
@@ -616,7 +618,7 @@ def _assert_likely(what, how, probability, where):
 
 
 def is_one_pass(case: Case, backend: str | None) -> tuple[bool, bool]:
-    """Whether the backend mixes and multiplies in one pass, whose summation order is its own, for y and for dX."""
+    """Whether the backend computes y, and whether dX, in one pass, whose summation order is its own."""
     module = _module(backend, case)
     if not hasattr(module, "is_one_pass"):
         return False, False

@@ -1,7 +1,7 @@
-"""The uses of a model's parameters: each parameter in each module that holds it, which may read it as a weight.
+"""The uses of a model's parameters: a use is a parameter in one module that holds it, and may read it as a weight.
 
-What apply_mixout decides over: which dimension numbers a weight's input neurons, what speaks against mixing it, which
-uses are tied, and which modules read the same x.
+apply_mixout decides by what is found here: which dimensions number a weight's input neurons, what speaks against
+mixing it, which uses are tied, and which modules read the same x.
 """
 
 import itertools
@@ -37,17 +37,17 @@ INPUT_DIMS: dict[str, dict[str, tuple[int, ...]]] = {
     },
     "transformers.models.llama4.modeling_llama4.Llama4TextExperts": {"gate_up_proj": (1,), "down_proj": (1,)},
 }
-"""Class -> its weights -> the dimensions that number its input neurons: (1,), (0,), or of three (2,) or (1, 2).
+"""Class -> weight -> the dimensions that number its input neurons: (1,), (0,), or in three dimensions (2,) or (1, 2).
 
-Subclasses are covered. Add the classes of your own that hold weights directly.
+Subclasses are covered. Add your own classes that hold weights directly.
 """
 
 EXPERTS = ("gate_up_proj", "up_proj", "down_proj")
-"""Weights of the classes that transformers' use_experts_implementation makes, one class a model: (expert, out, in), or
-transposed (expert, in, out). A mask is of all experts: entry k of x, or hidden neuron k, is dropped for all of them."""
+"""Weights of classes that transformers' use_experts_implementation decorates, one per architecture: (expert, out, in),
+or transposed (expert, in, out). All experts share a mask: entry k of x, or hidden neuron k, is dropped for all."""
 
 OPTIONS = ("p", "mask", "grad_scale", "distribution", "backend", "seed", "columns", "base_p")
-"""What MixLinear and MixEmbedding have beside their target, and MixoutScheduler gives them."""
+"""Attributes, besides `target`, that MixLinear and MixEmbedding have or that MixoutScheduler adds."""
 
 READ_PAST: dict[str, tuple[str, ...]] = {
     "torchvision.models.swin_transformer.ShiftedWindowAttention": ("qkv", "proj"),
@@ -60,8 +60,8 @@ READ_PAST: dict[str, tuple[str, ...]] = {
     "transformers.models.mamba.modeling_mamba.MambaMixer": ("dt_proj",),
     "transformers.models.jamba.modeling_jamba.JambaMambaMixer": ("dt_proj",),
 }
-"""Class -> its nn.Linear and nn.Embedding children whose weights it reads itself, past their forward passes: these are
-mixed where they are read. Subclasses are covered. Add the classes of your own that do so."""
+"""Class -> its nn.Linear and nn.Embedding children whose weights it reads itself instead of calling them: these weights
+are mixed where they are read. Subclasses are covered. Add your own classes that do so."""
 
 SIBLINGS = (
     ("query", "key", "value"),
@@ -72,13 +72,13 @@ SIBLINGS = (
     ("gate_proj", "up_proj"),
     ("w1", "w3"),
 )
-"""Names of nn.Linear children that read the same x in Hugging Face models, for share_masks. In attention to another
-sequence the query's x is another; it shares the mask all the same."""
+"""Names of nn.Linear children that read the same x in Hugging Face models, for share_masks. In cross-attention the
+query reads another x than key and value, and shares their mask all the same."""
 
 
 @dataclass(eq=False)
 class Use:
-    """A parameter in a module that holds it, and what is to become of it: mixed where `reason` is None."""
+    """A parameter in a module that holds it, and what is to become of it: it is mixed where `reason` is None."""
 
     module_name: str
     module: nn.Module
@@ -106,8 +106,11 @@ class Use:
         return type(self.module) is nn.Embedding and self._takes_our_class()
 
     def _takes_our_class(self) -> bool:
-        """Others are mixed where they are read. A forward that someone put on the instance knows nothing of the
-        class's, and attributes of ours would replace the module's own."""
+        """Whether the module can become a MixLinear or MixEmbedding; if not, its weight is mixed where it is read.
+
+        It cannot where another module reads the weight, where a forward on the instance would hide our class's, or
+        where our attributes would replace the module's own.
+        """
         module = self.module
         own = itertools.chain(vars(module), module._buffers, module._modules)
         return not self.read_past and {"forward", "target", *OPTIONS}.isdisjoint(own)
@@ -130,7 +133,7 @@ class Use:
 
 
 def find_uses(model: nn.Module, frozen: bool, mask: str) -> list[Use]:
-    """Every parameter in every module that holds it, with the reasons that lie in the parameter itself."""
+    """Every use in the model, with the reasons against mixing that lie in the parameter and its module."""
     lora_a, lora_b, lora_parameters = _lora_weights(model)
     read_past = _read_past(model)
     uses = []
@@ -175,7 +178,7 @@ def find_uses(model: nn.Module, frozen: bool, mask: str) -> list[Use]:
 
 
 def _lora_weights(model: nn.Module) -> tuple[set[nn.Parameter], set[nn.Parameter], set[nn.Parameter | None]]:
-    """PEFT's LoRA parameters: all A; all B; where target_parameters adapts a bare parameter, that and its A and B."""
+    """PEFT's LoRA parameters: (all A, all B, the bare parameters that target_parameters adapts with their A and B)."""
     a, b, of_parameters = set(), set(), set()
     for module in model.modules():
         if any(cls.__name__ == "LoraLayer" and cls.__module__.startswith("peft.") for cls in type(module).__mro__):
@@ -202,14 +205,14 @@ def _input_dims(module: nn.Module, attribute: str) -> tuple[int, ...]:
         dims = INPUT_DIMS.get(f"{cls.__module__}.{cls.__qualname__}", {})
         if attribute in dims:
             return dims[attribute]
-    # What transformers' decorator of experts' classes sets.
+    # use_experts_implementation sets both attributes.
     if attribute in EXPERTS and hasattr(module, "_apply_gate") and hasattr(module, "is_transposed"):
         return (1,) if module.is_transposed else (2,)
     return ()
 
 
 def resolve_ties(uses: list[Use]) -> list[list[Use]]:
-    """Has tied uses mixed alike: all or none, one p, one target, one reading of the input dimensions."""
+    """Make tied uses alike: all mixed or none, with one p, target and input_dims; return the groups that are mixed."""
     by_parameter: dict[nn.Parameter, list[Use]] = {}
     for use in uses:
         by_parameter.setdefault(use.parameter, []).append(use)
@@ -222,7 +225,7 @@ def resolve_ties(uses: list[Use]) -> list[list[Use]]:
             for use in tied:
                 use.reason = use.reason or f"tied to {left_out.name}: {left_out.reason}"
             continue
-        # A linear layer gains time by the mask of its own inputs; an embedding is cheap either way.
+        # A linear layer saves time only with a mask over its own inputs; an embedding is cheap either way.
         input_dims = next((use.input_dims for use in tied if isinstance(use.module, nn.Linear)), tied[0].input_dims)
         for use in tied:
             use.p, use.target, use.input_dims = tied[0].p, tied[0].target, input_dims
@@ -231,7 +234,7 @@ def resolve_ties(uses: list[Use]) -> list[list[Use]]:
 
 
 def siblings(mixed: list[Use]) -> list[list[Use]]:
-    """Uses of nn.Linear modules under one parent whose names are siblings' and whose inputs are as many."""
+    """Groups of nn.Linear uses under one parent, with names in one entry of SIBLINGS and the same in_features."""
     groups: dict[tuple, list[Use]] = {}
     for use in mixed:
         parent, _, name = use.module_name.rpartition(".")
@@ -242,7 +245,7 @@ def siblings(mixed: list[Use]) -> list[list[Use]]:
 
 
 def merge_groups(groups: list[list[Use]]) -> list[list[Use]]:
-    """Groups without a use in common: those that share one become one."""
+    """Merge groups that have a use in common, until none have."""
     merged: list[list[Use]] = []
     for group in groups:
         touching = [other for other in merged if any(use in other for use in group)]
@@ -252,7 +255,7 @@ def merge_groups(groups: list[list[Use]]) -> list[list[Use]]:
 
 
 def lowest_common_module(model: nn.Module, group: list[Use]) -> nn.Module:
-    """The innermost module that contains all and has a forward of its own."""
+    """The innermost module that contains every use of the group and has a forward of its own."""
     paths = [use.module_name.split(".") if use.module_name else [] for use in group]
     common = [parts[0] for parts in itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False))]
     while True:

@@ -1,10 +1,10 @@
 """The backends and the choice among them.
 
 A backend is a module with `unavailable(device_type)` and the functions of `mixout_fast.reference` that the autograd
-functions call: mix, mask_grad, linear and gradients, with the same arguments. One that has products in one pass also
-tells by `is_one_pass(dtype, rows, out_features)` where y and dX take them. One in C++ has mix_linear too, the autograd
-function with all that it calls. How a backend shares the work between its kernels and the library's matrix products is
-its own affair.
+functions call: mix, mask_grad, linear and gradients, with the same arguments. A backend with one-pass products also has
+`is_one_pass(dtype, rows, out_features)`, which tells whether y and dX are computed so. A backend in C++ also has
+mix_linear, the whole autograd function. How a backend divides the work between its kernels and the library's matrix
+products is its own affair.
 """
 
 import os
@@ -18,7 +18,7 @@ BACKENDS = {"cpu": cpu, "cuda": cuda, "triton": triton, "reference": reference}
 
 
 DEFAULT = os.environ.get("MIXOUT_FAST_BACKEND") or None
-"""The backend of calls that name none; None chooses by device. Read once, for a look-up takes a microsecond."""
+"""The backend of calls that name none; None chooses by device. Read once: a look-up costs a microsecond."""
 
 
 def describe(device_type: str) -> dict[str, str | None]:

@@ -22,19 +22,24 @@ def unavailable(device_type: str) -> str | None:
 
 
 def instruction_set() -> str:
-    """What the kernels run with: amx or avx512_bf16 (AVX-512, bf16 products by AMX or AVX512_BF16), avx512, avx2 or
-    baseline."""
+    """The kernels' instruction set: amx, avx512_bf16, avx512, avx2 or baseline.
+
+    The first two are AVX-512 with bf16 products by AMX or by AVX512_BF16.
+    """
     return torch.ops.mixout_fast.cpu_instruction_set()
 
 
 def multiplies_in_fp32(dtype: torch.dtype) -> bool:
-    """Whether operands of this 16-bit dtype are widened to fp32 for y, dX and dW: where the processor has no
-    instructions for such products, PyTorch's take 2.5 to 30 times as long as in fp32, large ones longer."""
+    """Whether operands of this 16-bit dtype are widened to fp32 for y, dX and dW.
+
+    They are where the processor has no instructions for products of that dtype: PyTorch's then take 2.5 to 30 times as
+    long as in fp32, and large ones longer.
+    """
     return torch.ops.mixout_fast.cpu_multiplies_in_fp32(dtype)
 
 
 def own_products() -> tuple[torch.dtype, ...]:
-    """The dtypes of which y and dX are the kernels' own products, whatever the rows but for few outputs."""
+    """The dtypes in which the kernels compute y and dX themselves for any number of rows, except with few outputs."""
     name = instruction_set()
     own = {"baseline": (), "avx2": (torch.float32,)}.get(name, (torch.float32, torch.float64))
     multiplies_bf16 = name in ("avx512_bf16", "amx") or (own and multiplies_in_fp32(torch.bfloat16))
@@ -59,19 +64,19 @@ def _one_pass_rows() -> dict[torch.dtype, tuple[int, int]]:
 
 
 def _thin_rows() -> dict[torch.dtype, tuple[int, int]]:
-    """Rows up to which one pass is taken for few outputs (y: below 16, dX: below 32): memory bounds these.
+    """Rows up to which few outputs (y: below 16, dX: below 32), bound by memory, are computed in one pass: (y, dX).
 
-    Zen 4, one pass / two, of 2, 15 and 24 outputs from 768 features: dX of 256 rows in fp32 0.30, 0.49, 0.51, in bf16
-    1.26, 1.04, 0.89; of 1024 rows in fp32 1.6, 1.1, 1.3, in bf16 2.8, 1.8, 1.25; y in bf16 of 256 rows 0.84, 0.78,
-    0.62, of 1024 rows 1.23, 1.03, 0.78. bf16 that is multiplied in fp32 has no such limit: with 4096 rows, 2 and 15
-    outputs, y takes 1.7 and 0.33, dX 0.60 and 0.81.
+    Zen 4, one pass / mixing first, with 2, 15 and 24 outputs and 768 in_features: dX of 256 rows in fp32 0.30, 0.49,
+    0.51, in bf16 1.26, 1.04, 0.89; of 1024 rows in fp32 1.6, 1.1, 1.3, in bf16 2.8, 1.8, 1.25; y in bf16 of 256 rows
+    0.84, 0.78, 0.62, of 1024 rows 1.23, 1.03, 0.78. bf16 that is multiplied in fp32 has no limit: with 4096 rows, 2 and
+    15 outputs, y takes 1.7 and 0.33, dX 0.60 and 0.81.
     """
     rows = dict.fromkeys((torch.float32, torch.float64, torch.float16), (sys.maxsize, 256))
     return rows | {torch.bfloat16: (sys.maxsize, sys.maxsize) if multiplies_in_fp32(torch.bfloat16) else (256, 256)}
 
 
 def is_one_pass(dtype: torch.dtype, rows: int, out_features: int) -> tuple[bool, bool]:
-    """Whether y, and whether dX, of so many rows and outputs is computed in one pass."""
+    """Whether y, and whether dX, is computed in one pass."""
     forward, backward = ONE_PASS_ROWS[dtype]
     if out_features < 16:
         forward = min(forward, THIN_ROWS[dtype][0])
@@ -81,13 +86,14 @@ def is_one_pass(dtype: torch.dtype, rows: int, out_features: int) -> tuple[bool,
 
 
 def takes_full_product(p: float, out_features: int) -> bool:
-    """Whether dW of an input mask from one full product, m ⊙ (dYᵀ X) · s, beats the compact one.
+    """Whether one full product, m ⊙ (dYᵀ X) · s, beats the compact one for an input mask's dW.
 
-    Of few outputs it does (reference.THIN_OUTPUT); of more it matters where the library computes dW, which with AVX-512
-    it does not in fp32 and fp64. The compact product saves p of the operations, and x is gathered first.
+    With few outputs (reference.THIN_OUTPUT) it does. With more the answer matters only where the library computes dW:
+    with AVX-512 the kernels do in fp32 and fp64, and with AVX512_BF16 or AMX in bf16. The compact product saves p of
+    the operations, but x is gathered first.
 
-    Measured on 2 cores, fp32, dW from x, full / compact: 128x768x768 at p = 0.1 and 0.3: 1.0, 1.3; 2048x768x768: 0.94
-    and 1.3; 1024x1024x4096: 0.90 and 1.2.
+    Measured on 2 cores, fp32, dW from x, full / compact, at p = 0.1 and 0.3: 128x768x768 1.0 and 1.3; 2048x768x768 0.94
+    and 1.3; 1024x1024x4096 0.90 and 1.2.
     """
     return out_features < reference.THIN_OUTPUT or p <= 0.15
 

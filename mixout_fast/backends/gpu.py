@@ -1,14 +1,14 @@
-"""What the backends for GPUs choose alike."""
+"""The choices that the CUDA and the Triton backend share."""
 
 import torch
 
 from mixout_fast import reference
 
 MANY_OUTPUTS = 2048
-"""From this many outputs on one pass has another table of rows: its grid for y then fills the device."""
+"""With this many outputs or more, the table for many outputs applies: one pass's grid for y then fills the device."""
 
 Rows = dict[torch.dtype, tuple[int, int]]
-"""Up to how many rows y, and dX, are computed in one pass."""
+"""dtype -> the rows up to which y, and those up to which dX, is computed in one pass."""
 
 
 def is_one_pass(few: Rows, many: Rows, dtype: torch.dtype, rows: int, out_features: int) -> tuple[bool, bool]:
@@ -18,12 +18,13 @@ def is_one_pass(few: Rows, many: Rows, dtype: torch.dtype, rows: int, out_featur
 
 
 def takes_full_product(p: float, out_features: int, in_features: int) -> bool:
-    """Whether dW of an input mask and a saved x is one full product, m ⊙ (dYᵀ X) · s, and not the compact one.
+    """Whether an input mask's dW from a saved x is one full product, m ⊙ (dYᵀ X) · s, and not the compact one.
 
-    It is of few outputs (reference.THIN_OUTPUT), and where more than 3/4 of in_features count as kept: the compact
-    product saves less than a quarter of the operations, and x is gathered first. Not measured: no GPU. Estimated for an
-    H100 at 600 TFLOP/s of 16 bits and 2.5 TB/s, with 3/4 kept a quarter of the product takes as long as the gather with
-    1700 outputs, whatever the rows and in_features. In fp32 without tensor cores the compact product would still win.
+    It is with few outputs (reference.THIN_OUTPUT), and where the capacity is more than 3/4 of in_features: the compact
+    product saves less than a quarter of the operations then, and x is gathered first. Not measured: no GPU. Estimated
+    for an H100 at 600 TFLOP/s in 16 bits and 2.5 TB/s: with 3/4 kept, a quarter of the product takes as long as the
+    gather at 1700 outputs, whatever the rows and in_features. In fp32 without tensor cores the compact product would
+    still win.
     """
     kept = reference.capacity(in_features, p)
     return out_features < reference.THIN_OUTPUT or 4 * kept > 3 * in_features

@@ -1,4 +1,4 @@
-"""The C++ operators of csrc/cpu and csrc/cuda as Python sees them: alike on every device, in a namespace for each."""
+"""The C++ operators of csrc/cpu and csrc/cuda as Python sees them: alike on both devices, in a namespace for each."""
 
 import math
 import re
@@ -14,14 +14,14 @@ from mixout_fast.reference import capacity, is_column_major
 PACKAGE = Path(__file__).parent.parent
 
 REGISTRATIONS: list[torch.library.Library] = []
-"""Kept: registrations end with their Library."""
+"""Kept alive, for registrations end with their Library."""
 
 
 class Functions:
-    """A backend's functions, made of the operators in a namespace of torch.ops.
+    """A backend's functions, which call the operators in a namespace of torch.ops.
 
-    `ways(dtype, rows, weight's shape, p, mask)` chooses how they compute: whether y and dX are taken in one pass,
-    whether fp32 products may round to TF32, and whether dW of an x that forward saved is one full product.
+    `ways(dtype, rows, weight's shape, p, mask)` chooses how they compute: whether y is computed in one pass, whether dX
+    is, whether fp32 products may round to TF32, and whether dW from a saved x is one full product.
     """
 
     def __init__(self, namespace: str, ways: Callable[..., tuple[bool, bool, bool, bool]]) -> None:
@@ -66,7 +66,7 @@ class Functions:
         self, input: Tensor, weight: Tensor, target: Tensor | None, bias: Tensor | None, seed: Tensor, p: float,
         mask: str, factor: float, gathers: bool,
     ) -> Tensor:  # fmt: skip
-        """autograd.MixLinear of these functions, in C++ (csrc/autograd): where AUTOGRAD_ERROR is None."""
+        """autograd.MixLinear with these functions, in C++ (csrc/autograd); exists where AUTOGRAD_ERROR is None."""
         shape = weight.shape
         ways = self.ways(input.dtype, input.numel() // shape[1], shape, p, mask)
         bias = None if bias is None else bias.contiguous()
@@ -76,7 +76,7 @@ class Functions:
 
 
 def load(library: Path, not_built: str) -> str | None:
-    """Load a library of operators; None, or why it cannot be."""
+    """Load a library of operators; None, or why it does not load."""
     if not library.exists():
         return not_built
     try:
@@ -87,7 +87,7 @@ def load(library: Path, not_built: str) -> str | None:
 
 
 def _load_autograd() -> str | None:
-    version = re.sub(r"\W", "_", torch.__version__)  # as setup.py has it
+    version = re.sub(r"\W", "_", torch.__version__)  # as in setup.py
     return load(PACKAGE / f"_autograd_{version}.so", f"none in C++ was built for torch {torch.__version__}")
 
 
@@ -96,10 +96,10 @@ AUTOGRAD_ERROR = _load_autograd()
 
 
 def register(namespace: str, on_gpu: bool) -> None:
-    """Registers fakes for tracing, flop counts for FlopCounterMode, and a fallthrough under the Autograd key: autograd
-    functions call the operators, and torch's own fallback takes 6 us from cold caches.
+    """Register fakes for tracing, flop counts for FlopCounterMode, and a fallthrough under the Autograd key.
 
-    A GPU's gather always has the capacity as its size.
+    Autograd functions call the operators, so these need no autograd, and torch's own fallback takes 6 us from cold
+    caches. On GPUs a gather always has the capacity as its width.
     """
     library = torch.library.Library(namespace, "IMPL")
     for name in ("mix", "mask_grad", "linear", "linear_backward"):
@@ -148,6 +148,6 @@ def register(namespace: str, on_gpu: bool) -> None:
         in_features, full_product = weight[1], options[-1]
         if columns is not None:
             width = columns[1]
-        else:  # how many a CPU keeps, only the mask tells: as many as on average
+        else:  # on a CPU only the mask tells how many are kept: take the mean
             width = in_features if full_product else capacity(in_features, p) if on_gpu else (1 - p) * in_features
         return 2 * math.prod(grad) * round(needs_input * in_features + needs_weight * width)

@@ -1,7 +1,7 @@
 """The Triton backend for GPUs; under TRITON_INTERPRET=1 it serves CPU tensors too, slowly, for tests.
 
-Launches per call of the layer, at most 2 forward and 4 backward, the library's among them and the seed's draw
-(functional.py) not:
+Launches per call of the layer, at most 2 forward and 4 backward, with the library's but without the seed's draw
+(functional.py):
 
                                forward                backward
     input mask, mixed first    prologue, product      prologue, product, product, dense dW
@@ -9,13 +9,14 @@ Launches per call of the layer, at most 2 forward and 4 backward, the library's 
     element mask, mixed first  prologue, product      prologue, product, product, prologue
     element mask, in one pass  one pass               one pass, product, prologue, the sum of dY
 
-    *, **: to gather, where forward saves X[:, kept], or saved x
-    An input mask of few outputs or of a small p has dW from one full product, as an element mask has (gpu.py).
+    *   only where forward saves X[:, kept], to gather it
+    **  only where forward saved x, to gather X[:, kept]
+    With few outputs or a small p, an input mask's dW comes from one full product, as an element mask's does (gpu.py).
 
-A prologue writes, of these, what is wanted: W', or of dW' its masked and scaled form; kept indices and X[:, kept]; sums
-of parts of dY's columns, which the launch that writes dW adds up to db.
+A prologue writes what is wanted of: W', or m ⊙ dW' · s; the kept indices and X[:, kept]; partial sums of dY's columns,
+which the launch that writes dW adds up to db.
 
-Nothing waits for the device: the kept indices always have their static size C, `static` or not, padded with -1.
+The host never waits for the device: the kept indices are always padded with -1 to the capacity C, `static` or not.
 
 No constant here or in triton_kernels.py has been measured on a GPU.
 """
@@ -41,43 +42,45 @@ if INSTALLED:
 
 INTERPRETS = INSTALLED and kernels.INTERPRETS.value
 
-# Rows up to which a product in one pass over W and U is chosen before mixing and then multiplying: (y, dX), of few
-# outputs and of many. Not measured. For 16-bit weights mixing first moves 8 bytes an entry (W and U read, W' written
-# and read) where one pass moves 4, and costs a launch more; but one pass reads W and U again for every further 64
-# rows, and is slow where programs are few and each has many steps. A program has 32 or 64 outputs of y, or
-# in_features of dX, and takes a step for 32 of the others: estimated at 0.2 us on an H100. One pass / mixing first,
-# us: y and dX at 768x768 6 / 7; y of 4096 outputs from 1024 in_features 8 / 14, of 768 from 3072 22 / 10; dX of 3072
-# outputs at 768 22 / 10. In fp32 the product itself weighs more, and beyond few rows the library's is the better one.
+# Rows up to which (y, dX) are computed in one pass over W and U rather than by mixing first and multiplying then, for
+# few outputs and for many (gpu.MANY_OUTPUTS). Not measured. For 16-bit weights, mixing first moves 8 bytes per entry
+# (W and U read, W' written and read) where one pass moves 4, and costs one launch more; but one pass reads W and U
+# again for every further 64 rows, and is slow where there are few programs with many steps each. A program computes
+# 32 or 64 outputs of y, or in_features of dX, and sums over the other dimension in steps of 32, each estimated at
+# 0.2 us on an H100. One pass / mixing first, us: y and dX at 768x768 6 / 7; y with 4096 outputs and 1024 in_features
+# 8 / 14, with 768 and 3072 22 / 10; dX with 3072 outputs and 768 in_features 22 / 10. In fp32 the product itself
+# weighs more, and beyond few rows the library's is faster.
 ONE_PASS_ROWS = dict.fromkeys((torch.bfloat16, torch.float16, torch.float32), (16, 16)) | {torch.float64: (-1, -1)}
 MANY_OUTPUTS_ROWS = ONE_PASS_ROWS | {torch.bfloat16: (64, -1), torch.float16: (64, -1), torch.float32: (16, -1)}
 
-# Chosen by benchmarks/kernel_report.py: in steps of 64 entries of 16-bit rows some kernels take more than 200 registers
-# or spill a dozen, in steps of 32 none does (at most 134; with 5 stages and 32 features one spills). In fp32 the halves
-# of a step are also the pieces of a sum (one_pass_kernel): at 3 rows and 127 in_features pieces of 64 have 2.5 times
-# the error of MKL's sum, pieces of 32 have 1.4 times, of 16 added up in two sums 1.1 times.
+# Chosen by benchmarks/kernel_report.py: in steps of 64 entries of 16-bit rows some kernels need more than 200 registers
+# or spill a dozen, in steps of 32 none does (at most 134; with 5 stages and 32 features one spills). In fp32 each half
+# of a step is summed by itself (one_pass_kernel): at 3 rows and 127 in_features the error is 2.5 times that of MKL's
+# sum with pieces of 64 entries, 1.4 times with pieces of 32, and 1.1 times with pieces of 16 added up in two sums.
 ONE_PASS = {"BLOCK_R": 32, "num_warps": 4, "num_stages": 4}
-# Features of a program of a one-pass product: the first where that makes WIDE_PROGRAMS, about one a multiprocessor.
+# Features per program of a one-pass product: the first number where that gives at least WIDE_PROGRAMS programs, about
+# one per multiprocessor.
 ONE_PASS_FEATURES = (64, 32)
 WIDE_PROGRAMS = 128
 
-# Bytes of a tile of one operand: 4 loads of 16 bytes a thread.
+# Bytes of a tile of one operand: 4 loads of 16 bytes per thread.
 TILE_BYTES = 8192
 BLOCK_COLUMNS = 1024
-# Outputs of such a tile where an input neuron's weights are neighbours in memory: of column-major weights, and of three
-# dimensions whose last is so long. Those of a dropped neuron are not read.
+# Outputs of a tile of W where an input neuron's weights are neighbours in memory: column-major weights, and (N, K, R)
+# with R at least BLOCK_OUTPUTS. A dropped neuron's W is not read there.
 BLOCK_OUTPUTS = 256
 # Programs of a streaming kernel: 4 on each of an H100's 132 multiprocessors.
 PROGRAMS = 528
 ELEMENT_BLOCK = 2048
-# Of the dense gradient, (BLOCK_N, BLOCK_K), row-major and column-major.
+# (BLOCK_N, BLOCK_K) of the dense gradient, for a row-major and for a column-major one.
 EXPANDED = (32, 64), (64, 32)
-# Columns of dY, and tiles of so many, that a program sums: 32 KiB, where one that mixes moves 24 or more. Parts so
-# short keep the error, at 130 to 30000 rows of fp32, at 0.7 to 0.8 of that of PyTorch's sum on a CPU.
+# Columns of dY that a program sums, and over how many tiles: 32 KiB, where a program that mixes moves 24 or more. Parts
+# this short keep the error, at 130 to 30000 rows of fp32, at 0.7 to 0.8 of that of PyTorch's sum on a CPU.
 SUMMED_COLUMNS, SUMMED_TILES = 64, 4
-# Tiles of x that a program gathers from, as far as that leaves so many programs, 2 a multiprocessor beside those that
-# mix. Compiled for sm_90 a warp draws and scans 1024 columns in 585 instructions and gathers those of a tile in 265. So
-# of 4096 rows of 1024 in 16 bits an H100 issues the gather in 3.8 us in tiles of their own, in 1.8 us in fours, where
-# the bytes take 2.8.
+# Tiles of x per program that gathers, as far as that leaves GATHER_PROGRAMS such programs: 2 per multiprocessor, beside
+# those that mix. Compiled for sm_90, a warp draws and scans 1024 columns in 585 instructions and gathers them from one
+# tile in 265. So for 4096 rows of 1024 columns in 16 bits an H100 issues the gather's instructions in 3.8 us with one
+# tile per program and in 1.8 us with four, where the bytes take 2.8.
 GATHERED_TILES, GATHER_PROGRAMS = 4, 256
 
 
@@ -91,17 +94,15 @@ def unavailable(device_type: str) -> str | None:
 
 
 def is_one_pass(dtype: torch.dtype, rows: int, out_features: int) -> tuple[bool, bool]:
-    """Whether y, and whether dX, of so many rows and outputs is computed in one pass.
-
-    `ways` has the exceptions.
-    """
+    """Whether y, and whether dX, is computed in one pass, by its sizes alone; `ways` has the exceptions."""
     return gpu.is_one_pass(ONE_PASS_ROWS, MANY_OUTPUTS_ROWS, dtype, rows, out_features)
 
 
 def ways(dtype: torch.dtype, rows: int, weight: Tensor, target: Tensor | None, mask: str) -> tuple[bool, bool, bool]:
-    """Whether W is taken as column-major; whether y, and whether dX, is computed in one pass.
+    """(whether W is handled as column-major, whether y is computed in one pass, whether dX is).
 
-    Neither is of a column-major W, nor of an element mask where a Philox call's 4 entries can be of two rows.
+    A column-major W is mixed first, and so is W with an element mask where the 4 entries of a Philox call can lie in
+    two rows.
     """
     column_major = mask == "input" and is_column_major(weight, target)
     mixed_first = column_major or (mask == "element" and weight.shape[1] % 4 != 0)
@@ -139,7 +140,7 @@ def gradients(
     target: Tensor | None, seed: Tensor, p: float, mask: str, factor: float, needs: tuple[bool, bool, bool],
     static: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """As reference's. The library's products stand one after another."""
+    """As reference.gradients. No launch of ours stands between the library's products."""
     needs_input, needs_weight, needs_bias = needs
     out_features, in_features = weight.shape
     rows, draw = grad.reshape(-1, out_features), (seed, p, mask)
@@ -168,7 +169,7 @@ def gradients(
 
 
 def launch(kernel, grid: tuple[int, ...], device: torch.device, *arguments, **options) -> None:
-    """Launch on the tensors' device, which need not be the current one."""
+    """Launch on the tensors' `device`, which need not be the current one."""
     if device.type == "cpu" or device.index == torch.cuda.current_device():
         kernel[grid](*arguments, enable_fp_fusion=False, **options)
     else:
@@ -179,7 +180,10 @@ def launch(kernel, grid: tuple[int, ...], device: torch.device, *arguments, **op
 def launch_and_sum(
     kernel, programs: int, device: torch.device, summed: Tensor | None, sums: Tensor | None, *arguments, **options
 ) -> None:
-    """Launch so many programs, and beside them those that sum the columns of `summed`: into (N,), or parts (P, N)."""
+    """Launch `programs` programs, and beside them those that sum the columns of `summed` (M, N) into `sums`.
+
+    `sums` is (N,) for sums over all rows, or (P, N) for sums over P parts of the rows.
+    """
     rows = columns = parts = part_rows = 0
     if summed is not None:
         rows, columns = summed.shape
@@ -192,13 +196,13 @@ def launch_and_sum(
 
 
 def _part_rows(summed: Tensor | None) -> int:
-    """Rows that a program sums of a matrix that is summed in parts."""
+    """Rows per part of a matrix that is summed in parts."""
     size = 4 if summed is None else summed.element_size()
     return SUMMED_TILES * TILE_BYTES // (SUMMED_COLUMNS * size)
 
 
 def empty_sums(summed: Tensor | None, dtype: torch.dtype | None) -> Tensor | None:
-    """To hold sums of the columns of (M, N): (N,) in the dtype, or without one of parts of M rows, (P, N)."""
+    """Memory for the column sums of `summed` (M, N): (N,) in `dtype`, or if that is None (P, N) for P parts of rows."""
     if summed is None:
         return None
     if dtype is not None:
@@ -208,10 +212,10 @@ def empty_sums(summed: Tensor | None, dtype: torch.dtype | None) -> Tensor | Non
 
 
 def traced(fake: Callable, schema: str | None = None) -> Callable:
-    """Makes a launching function an operator under tracing, where the compiler takes it as a whole.
+    """Make a launching function an operator under tracing, into which the compiler does not look.
 
-    Inductor would compile a kernel that it sees with options of its own, fp fusion among them. In eager the function
-    is called as it is: an operator costs more host time than the launch. The schema is inferred where none is given.
+    Inductor would compile a kernel that it sees with options of its own, fp fusion among them. In eager mode the
+    function is called directly: an operator costs more host time than the launch. Without `schema` it is inferred.
     """
 
     def decorate(function: Callable) -> Callable:
@@ -233,10 +237,11 @@ def traced(fake: Callable, schema: str | None = None) -> Callable:
 def prologue_blocks(
     in_features: int, outputs: int, rows: int, size: int, along_outputs: bool
 ) -> tuple[dict, int, int, int, int]:
-    """The blocks; of W' the row blocks, then of X[:, kept] the rows, that a program takes, and how many programs.
+    """The block sizes of the prologue kernel, and how its programs share the work.
 
-    One gathers even where there are no rows: the index. Entries have so many bytes. Remembered, this saves 1 us of the
-    host's 25 a launch.
+    Returns (block sizes, row blocks of W' per program that mixes, number of programs that mix, rows of x per program
+    that gathers, number of programs that gather). With 0 `rows` one program still gathers: it writes the index.
+    `size`: bytes per entry. The cache saves 1 us of the host's 25 per launch.
     """
     block_x = min(BLOCK_COLUMNS, max(16, _power_of_2(in_features)))
     block_m = max(1, TILE_BYTES // (block_x * size))
@@ -273,12 +278,13 @@ def prologue(
     weight: Tensor | None, target: Tensor | None, rows: Tensor | None, summed: Tensor | None, seed: Tensor, p: float,
     mask: str, factor: float, is_gradient: bool, column_major: bool, dtype: torch.dtype,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """In one launch, each where its operand is given:
+    """(W', kept indices, kept columns, column sums) in one launch; None for those whose operand is None.
 
-    W' of weight (N, K) or (N, K, R), in `dtype`, contiguous, or of a column-major (N, K) as that lies; of a
-    gradient m ⊙ weight · factor;
-    of rows (M, K) the kept indices (C,) int32 and the kept columns (M, C), padded with -1 and 0;
-    of summed (M, N) the sums of the columns, beside W' of parts of them, (P, N), beside a gradient (N,) in its dtype.
+    From weight (N, K) or (N, K, R): W', or with `is_gradient` m ⊙ weight · factor, in `dtype`, contiguous, or with
+    `column_major` a column-major (N, K).
+    From rows (M, K): the kept indices (C,) int32, padded with -1, and the kept columns (M, C), padded with 0.
+    From summed (M, N): sums over P parts of the rows, (P, N), or with `is_gradient` over all rows, (N,), in the
+    weight's dtype.
     """
     mixed, index, columns, sums = _fake_prologue(
         weight, target, rows, summed, seed, p, mask, factor, is_gradient, column_major, dtype
@@ -319,7 +325,7 @@ def prologue(
 
 @functools.lru_cache(4096)
 def one_pass_config(rows: int, features: int) -> dict:
-    """The blocks and launch options of a one-pass product of so many rows and features."""
+    """The block sizes and launch options of a one-pass product (rows, features)."""
     block_m = min(64, max(16, _power_of_2(rows)))
     wide, narrow = ONE_PASS_FEATURES
     programs = _blocks(features, wide) * _blocks(rows, block_m)
@@ -335,7 +341,7 @@ def product(
     rows: Tensor, weight: Tensor, target: Tensor | None, bias: Tensor | None, seed: Tensor, p: float, mask: str,
     transposed: bool,
 ) -> Tensor:  # fmt: skip
-    """rows W'ᵀ + bias, or transposed rows W', in one pass: (M, N), or (M, K), in the rows' dtype."""
+    """rows W'ᵀ + bias (M, N), or with `transposed` rows W' (M, K), in one pass, in the dtype of `rows`."""
     output = _fake_product(rows, weight, target, bias, seed, p, mask, transposed)
     in_features = weight.shape[1]
     bound = capacity(in_features, p) if mask == "input" else in_features
@@ -366,9 +372,9 @@ def expanded(
     compact: Tensor, index: Tensor, parts: Tensor | None, in_features: int, factor: float, column_major: bool,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """The dense gradient (N, K) in `dtype`: compact (C, N) times factor in the kept columns, 0 elsewhere.
+    """The dense gradient (N, K) in `dtype`: compact (C, N), transposed, times factor in the kept columns, 0 elsewhere.
 
-    Beside it the sums of the columns of parts (P, N), where given: (N,) in compact's dtype.
+    Also the column sums of parts (P, N), where given: (N,) in compact's dtype.
     """
     dense, sums = _fake_expanded(compact, index, parts, in_features, factor, column_major, dtype)
     count, outputs = compact.shape
@@ -384,7 +390,7 @@ def expanded(
 
 
 def _blocks(count: int, size: int) -> int:
-    """count / size, rounded up. Triton's cdiv takes 3.5 us on the host, this 0.15, and a launch has several."""
+    """count / size, rounded up. Triton's cdiv costs 3.5 us on the host, this 0.15, and a launch needs several."""
     return -(-count // size)
 
 
@@ -394,7 +400,7 @@ def _power_of_2(count: int) -> int:
 
 
 def _split(rows: int, block: int, column_blocks: int, least: int = 1) -> tuple[int, int]:
-    """Rows that a program takes, `least` blocks or more, for about PROGRAMS programs, and how many parts that makes."""
+    """(rows per program, number of parts of `rows`) for about PROGRAMS programs of `least` blocks or more."""
     taken = block * max(least, _blocks(rows, block) * column_blocks // PROGRAMS)
     return taken, _blocks(rows, taken)
 
@@ -411,6 +417,6 @@ def _compute(tensor: Tensor):
 
 
 def _strides(tensor: Tensor | None, count: int) -> tuple[int, ...]:
-    """The strides, with 0 for dimensions that it lacks."""
+    """The tensor's strides, followed by zeros up to `count` of them."""
     strides = () if tensor is None else tensor.stride()
     return strides + (0,) * (count - len(strides))

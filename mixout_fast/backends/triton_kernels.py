@@ -1,8 +1,9 @@
 """The Triton kernels: mask words, mixing, products in one pass, the dense weight gradient.
 
-Every kernel draws its mask from (seed, index), so no mask is ever in memory. They are to be compiled with
-enable_fp_fusion=False: w' = u + (w - u) · s rounds three times (reference.py), a fused multiply-add only twice.
-Pointers of one operand share an operand's dtype; offsets are int64, strides of any size, sizes need not fit the blocks.
+Every kernel draws its mask from (seed, index), so no mask is ever in memory. Compile the kernels with
+enable_fp_fusion=False: w' = u + (w - u) · s rounds three times (reference.py), with a fused multiply-add only twice.
+W and U share a dtype, x and X[:, kept] too; offsets are int64, strides may have any size, and sizes need not be
+multiples of the blocks.
 
 Names: weight W (N, K) or (N, K, R), target U of the same shape, rows x (M, K), C the capacity of an input mask.
 """
@@ -14,14 +15,15 @@ import triton.language as tl
 # matrices as integers (triton 3.9, runtime/interpreter.py: _convert_float, create_dot). Compiled, none of this is used.
 INTERPRETS = tl.constexpr(triton.knobs.runtime.interpret)
 
-# Arguments that change between calls of a layer: p's, the seed, and numbers of rows, parts and programs. Triton
-# compiles again for an integer that is 1, or an integer or address that 16 divides, where those before were not.
+# Arguments that change between calls of a layer: p's threshold, the seed, and numbers of rows, parts and programs.
+# A kernel specialised on them would be compiled again when an integer becomes 1, or an integer or address a multiple of
+# 16, or ceases to be.
 VARIABLE = (
     "threshold", "seed_ptr", "M", "weight_programs", "weight_blocks", "gathered_rows", "programs", "summed_rows",
     "part_rows",
 )  # fmt: skip
 
-# Mask entries that mask_end draws at once: 2 Philox calls a thread.
+# Mask entries that mask_end draws at once: 2 Philox calls per thread.
 COUNTED = tl.constexpr(1024)
 
 
@@ -35,7 +37,7 @@ def widen(value, dtype: tl.constexpr):
 
 @triton.jit
 def narrow(value, dtype: tl.constexpr):
-    """The value rounded to nearest even."""
+    """The value rounded to `dtype`, to nearest even."""
     if INTERPRETS and dtype == tl.bfloat16:
         bits = value.to(tl.uint32, bitcast=True)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
@@ -45,7 +47,7 @@ def narrow(value, dtype: tl.constexpr):
 
 @triton.jit
 def drawn_entries(seed, threshold, group, BLOCK: tl.constexpr):
-    """The draw of mask entries 4·group … 4·group + BLOCK - 1: (BLOCK,), or of groups (A, 1) (A, BLOCK)."""
+    """Whether entries 4·group … 4·group + BLOCK - 1 are drawn as kept: (BLOCK,), or (A, BLOCK) for groups (A, 1)."""
     group = (group + tl.arange(0, BLOCK // 4)).to(tl.int64)
     low = group.to(tl.uint32)
     zero = tl.zeros_like(low)
@@ -55,16 +57,16 @@ def drawn_entries(seed, threshold, group, BLOCK: tl.constexpr):
 
 @triton.jit
 def drawn_columns(seed, threshold, start, end, BLOCK: tl.constexpr):
-    """The input mask's draw for columns start … start + BLOCK - 1, false from `end` on; 4 divides start. (BLOCK,)"""
+    """Whether columns start … start + BLOCK - 1 are drawn as kept, (BLOCK,); false from `end` on. 4 divides start."""
     return drawn_entries(seed, threshold, start // 4, BLOCK) & (start + tl.arange(0, BLOCK) < end)
 
 
 @triton.jit
 def mask_end(seed, threshold, limit, C, BOUNDED: tl.constexpr):
-    """The column from which on all count as dropped: that of the (C+1)-th drawn as kept; `limit`, if that comes first.
+    """The column from which on all are dropped: the (C+1)-th that is drawn as kept, or `limit` if that comes first.
 
-    More draws than C have a probability below 1e-8, so the usual pass only counts them. A block of columns asks up to
-    its own end: that halves the draws of many blocks.
+    More than C are drawn as kept with a probability below 1e-8, so the usual pass only counts them. A block of columns
+    passes its own end as `limit`: with many blocks that halves the draws.
     """
     end = limit
     if BOUNDED:
@@ -86,10 +88,10 @@ def mixed_tile(
     weight_ptr, target_ptr, weight_offset, target_offset, inside, keep, scale,
     IS_GRADIENT: tl.constexpr, KEPT_ALONE: tl.constexpr,
 ):  # fmt: skip
-    """u + (w - u) · s where kept and u itself where dropped; of a gradient g, g · s and 0. In scale's dtype.
+    """u + (w - u) · s where kept, u itself where dropped; for a gradient g, g · s and 0. In scale's dtype.
 
     Offsets, inside and keep broadcast to the tile's shape. Entries not `inside` are 0. target_ptr None: u = 0.
-    KEPT_ALONE: W's dropped entries are not read. They are whole vectors of neighbours then.
+    KEPT_ALONE: W's dropped entries, which are whole vectors of neighbours then, are not read.
     """
     read = inside & keep if KEPT_ALONE else inside
     weight = widen(tl.load(weight_ptr + weight_offset, mask=read, other=0), scale.dtype)
@@ -99,8 +101,8 @@ def mixed_tile(
         target = tl.zeros_like(weight)
     else:
         target = widen(tl.load(target_ptr + target_offset, mask=inside, other=0), scale.dtype)
-    # u + -0 is u for every u. The choice stands between product and sum so that nothing can fuse these: Triton 3.6's
-    # assembler (ptxas 12.9) does for sm_100, against its --fmad=false. A literal -0.0 is +0 in Triton 3.6.
+    # u + -0 is u for every u. The selection stands between product and sum so that nothing can fuse the two: Triton
+    # 3.6's assembler (ptxas 12.9) does for sm_100, despite --fmad=false. A literal -0.0 is +0 in Triton 3.6.
     minus_zero = tl.full((), -(2**63), tl.int64).to(tl.float64, bitcast=True).to(scale.dtype)
     return target + tl.where(keep, (weight - target) * scale, minus_zero)
 
@@ -110,15 +112,15 @@ def column_sums(
     program, matrix_ptr, sums_ptr, M, N, part_rows, stride_m, stride_n,
     COMPUTE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Of matrix (M, N) the sums of the columns over each part_rows rows: (parts, N), of which a program makes BLOCK_N.
+    """Column sums of matrix (M, N) over every part_rows rows: (parts, N), of which a program computes BLOCK_N.
 
-    In a fixed order: chains of part_rows / BLOCK_M entries, then of their sums.
+    The order is fixed: BLOCK_M chains of part_rows / BLOCK_M entries, then the sum of the chains.
     """
     if matrix_ptr is not None:
         column_blocks = tl.cdiv(N, BLOCK_N)
         column = program % column_blocks * BLOCK_N + tl.arange(0, BLOCK_N)
         part = program // column_blocks
-        # Transposed, for then the interpreter's sum is no chain either: numpy sums neighbours in memory in eight parts.
+        # Transposed, so that the interpreter's tl.sum is no chain either: numpy sums neighbours in memory in 8 parts.
         sums = tl.zeros((BLOCK_N, BLOCK_M), COMPUTE)
         offset = column.to(tl.int64)[:, None] * stride_n + tl.arange(0, BLOCK_M).to(tl.int64)[None, :] * stride_m
         for row_start in range(part * part_rows, min((part + 1) * part_rows, M), BLOCK_M):
@@ -139,32 +141,31 @@ def prologue_kernel(
     index_ptr,  # (C,) int32: written
     seed_ptr,  # int64
     threshold: tl.int64, factor: tl.float64, N, K,
-    R,  # None: of matrices
+    R,  # None for matrices
     M, C, stride_wn, stride_wk, stride_wr, stride_un, stride_uk, stride_ur, stride_mn, stride_mk, stride_mr,
     stride_xm, stride_xk,
     weight_programs,
-    weight_blocks,  # of rows, that a program mixes
-    gathered_rows,  # of M, that a program gathers
+    weight_blocks,  # row blocks that a program mixes
+    gathered_rows,  # rows of x that a program gathers
     programs,  # those that mix and gather; others sum
     summed_ptr,  # dY (M, N), any strides
     sums_ptr,  # (parts, N), contiguous: written
     summed_rows, summed_columns, part_rows, stride_sm, stride_sn,
     IS_GRADIENT: tl.constexpr, BOUNDED: tl.constexpr, KEPT_ALONE: tl.constexpr, COMPUTE: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,  # a tile of W'
-    BLOCK_M: tl.constexpr, BLOCK_X: tl.constexpr,  # of x
+    BLOCK_M: tl.constexpr, BLOCK_X: tl.constexpr,  # a tile of x
     SUM_ROWS: tl.constexpr, SUM_COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Input mask. The first `weight_programs` programs write W', the next index and X[:, kept], padded with -1 and 0.
+    """Input mask. The first `weight_programs` programs write W', the next index and X[:, kept], the last column sums.
 
-    Without weight_ptr no W', without rows_ptr no index and columns, without summed_ptr no sums.
-
-    As a gradient's, weight_ptr is dW' and mixed_ptr is m ⊙ dW' · s.
+    Without weight_ptr no W' is written, without rows_ptr no index and columns, without summed_ptr no sums. The index is
+    padded with -1, the columns with 0. With IS_GRADIENT weight_ptr is dW', and mixed_ptr m ⊙ dW' · s.
     """
     seed = tl.load(seed_ptr)
     program = tl.program_id(0)
     if program < weight_programs:
         if weight_ptr is not None:
-            # Programs of one row block stand together and share pages of memory.
+            # Consecutive programs mix the same row blocks, and so share pages of memory.
             column_blocks = tl.cdiv(K, BLOCK_K)
             start = program % column_blocks * BLOCK_K
             first_block = program // column_blocks * weight_blocks
@@ -176,7 +177,7 @@ def prologue_kernel(
             rows = N if R is None else N * R
             for block in range(first_block, min(first_block + weight_blocks, tl.cdiv(rows, BLOCK_N))):
                 row = (block * BLOCK_N + tl.arange(0, BLOCK_N))[:, None]
-                if R is None:  # Of row // 1 and row % 1 the compiler does not see that they are neighbours.
+                if R is None:  # From row // 1 and row % 1 the compiler does not see which entries are neighbours.
                     n, r = row.to(tl.int64), tl.zeros((1, 1), tl.int64)
                 else:
                     n, r = (row // R).to(tl.int64), (row % R).to(tl.int64)
@@ -206,17 +207,18 @@ def gather_rows(
     rows_ptr, columns_ptr, index_ptr, seed, threshold, first_row, count, M, K, C, stride_xm, stride_xk,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """The kept columns of `count` rows, and from the first program the index.
+    """Write the kept columns of `count` rows; the first program also writes the index.
 
-    Rows are read whole and kept entries stored at their place: at p = 0.9 already 81 % of the 32-byte sectors of a
-    16-bit row hold a kept entry.
+    Rows are read whole and kept entries stored in their slots: even at p = 0.9, 81 % of the 32-byte sectors of a 16-bit
+    row hold a kept entry.
     """
     last_row = min(first_row + count, M)
     kept = 0
     for start in range(0, K, BLOCK_K):
         drawn = drawn_columns(seed, threshold, start, K, BLOCK_K)
         # The hint lays threads along the columns, where kept neighbours have neighbouring slots. Without it Triton 3.6
-        # lays them along the rows: on sm_90 160 registers for 80. Slots are of no known alignment: no vectors are made.
+        # lays threads along the rows: on sm_90 160 registers, not 80. Stores are not made vectors, since Triton knows
+        # of no alignment of the slots.
         slot = tl.max_contiguous(kept + tl.cumsum(drawn.to(tl.int32)) - 1, 2)
         kept += tl.sum(drawn.to(tl.int32))
         keep = drawn & (slot < C)
@@ -253,7 +255,10 @@ def element_kernel(
     IS_GRADIENT: tl.constexpr, CONTIGUOUS: tl.constexpr, COMPUTE: tl.constexpr,
     BLOCK: tl.constexpr, SUM_ROWS: tl.constexpr, SUM_COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Element mask: W', or m ⊙ dW' · s. Entries are taken in a row, 4 words a Philox call, whatever K is."""
+    """Element mask: W', or with IS_GRADIENT m ⊙ dW' · s.
+
+    Entries are taken in row-major order, 4 per Philox call, whatever K is.
+    """
     seed = tl.load(seed_ptr)
     program = tl.program_id(0)
     if program < programs:
@@ -292,7 +297,7 @@ def one_pass_kernel(
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """x W'ᵀ + b, or with TRANSPOSED dY W', without W' in memory: a program makes BLOCK_F features of BLOCK_M rows.
+    """x W'ᵀ + b, or with TRANSPOSED dY W', without W' in memory: a program computes BLOCK_F features of BLOCK_M rows.
 
     The product is computed transposed, out[f, m] = Σ_r W'[f, r] x[m, r]: W' is the left operand, which tensor cores
     take from the registers where it was mixed, and the few rows are the narrow side.
@@ -301,7 +306,7 @@ def one_pass_kernel(
     scale = tl.full((), factor, COMPUTE)
     features, reduced_size = (K, N) if TRANSPOSED else (N, K)
     feature_start = tl.program_id(0) * BLOCK_F
-    # Before the rest is alive: after it, dX in fp32 spills on sm_80.
+    # Before anything else is live: later, dX in fp32 spills on sm_80.
     if not ELEMENT:
         end = mask_end(seed, threshold, min(K, feature_start + BLOCK_F) if TRANSPOSED else K, C, BOUNDED)
         if TRANSPOSED:
@@ -310,10 +315,10 @@ def one_pass_kernel(
     row = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     row_offset = row.to(tl.int64)[None, :] * stride_xm
 
-    # Without tensor cores a product is a chain of multiply-adds, whose error grows with its length: of 1023 entries 5
-    # times that of MKL's sum at 3 rows. So each half of a step is summed from zero, the first halves and the second are
-    # added up apart: 1.02 times (1.13 in whole steps and one sum). Each is added in the next step: at once, the
-    # compiler would make it one chain again.
+    # Without tensor cores a product is a chain of multiply-adds, whose error grows with its length: for 1023 entries at
+    # 3 rows it is 5 times that of MKL's sum. So each half of a step is summed from zero, and first and second halves
+    # are added up apart: 1.02 times (1.13 with whole steps and one sum). A piece is added in the step after its own:
+    # added at once, the compiler would make it one chain again.
     IN_PIECES: tl.constexpr = PRECISION == "ieee" and rows_ptr.dtype.element_ty.primitive_bitwidth >= 32
     zeros = tl.zeros((2, BLOCK_F, BLOCK_M) if IN_PIECES else (BLOCK_F, BLOCK_M), COMPUTE)
     sums, piece = zeros, zeros
@@ -360,12 +365,12 @@ def expand_kernel(
     index_ptr,  # (C,) int32, ascending, then -1
     dense_ptr,  # (N, K), any strides: written
     factor: tl.float64, N, K, C, stride_cc, stride_cn, stride_dn, stride_dk,
-    row_count,  # of N, that a program writes
+    row_count,  # rows of dW that a program writes
     programs,  # those that write dW; others sum
     summed_ptr,  # sums of parts of dY (parts, N), or None
     sums_ptr,  # db (N,): written
     summed_rows, summed_columns, part_rows, stride_sm, stride_sn,
-    STEPS: tl.constexpr,  # bits of K, C's or more: those of C would compile anew as p changes
+    STEPS: tl.constexpr,  # bits of K, no fewer than C's: with C's, a change of p would compile anew
     COMPUTE: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SUM_ROWS: tl.constexpr, SUM_COLUMNS: tl.constexpr,
 ):  # fmt: skip
