@@ -1,26 +1,27 @@
 PYTHON ?= python3
 VENV ?= .venv
-# Any arguments of pip install, an index among them. Nothing is installed where the environment has a torch already.
+# Any arguments of pip install, such as an index. Used only where the environment has no torch yet.
 TORCH ?= torch==2.13.0
 # As setup.py reads it: auto, none, cpu, cuda or autograd.
 export MIXOUT_FAST_BUILD ?= auto
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 
 PY := $(VENV)/bin/python
-# auto builds the CUDA library too beside a CUDA torch, along with the other.
+# Under auto, _CUDA.so is no target: beside a CUDA torch the command for _C.so builds it too.
 LIBRARY := mixout_fast/_C.so $(if $(filter cuda,$(MIXOUT_FAST_BUILD)),mixout_fast/_CUDA.so)
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/autograd/* csrc/cpu/* csrc/cuda/*)
 FORMATTED := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.inl csrc/*/*.cu csrc/*/*.cuh tests/*.cpp)
 
-# The tests that are worth repeating with the CUDA kernels run on the CPU; the others see no kernel.
+# The tests to repeat with the CUDA kernels emulated on the CPU; the others reach no kernel.
 EMULATED := tests/test_cuda_kernels.py tests/test_autograd.py tests/test_mixout.py tests/test_philox.py
-# The interpreter is slow, so without what does not depend on the kernels, or on the path of the products.
+# Triton's interpreter is slow: left out are tests that depend on no kernel, and repetitions in one pass of tests whose
+# outcome does not depend on how products are computed.
 INTERPRETED := $(addprefix tests/test_,agreement.py autograd.py philox.py triton.py) \
   -k "not bytes_saved and not (one_pass and (bits_of_mask or weight_equal or column_major))"
 
 .PHONY: bench gpu test ctest lint format build clean
 
-# The main job, in ten minutes. Without arguments benchmarks.run measures more, in a quarter of an hour or so.
+# The main benchmarks, in ten minutes. Without arguments benchmarks.run measures more, in a quarter of an hour or so.
 bench: build $(VENV)/.bench
 	$(PY) -m benchmarks.run --suite layer --targets --budget 120
 	$(PY) -m benchmarks.run --suite model --models minilm --modes eager --precisions fp32
@@ -28,7 +29,7 @@ bench: build $(VENV)/.bench
 	$(PY) -m benchmarks.finetune
 	$(PY) -m benchmarks.report
 
-# Uses the Python that is there, with its torch: no virtual environment, nothing is installed.
+# Uses the present Python and its torch: no virtual environment, and nothing is installed.
 gpu:
 	benchmarks/gpu.sh
 
@@ -59,12 +60,12 @@ format: $(VENV)/.lint
 
 build: $(VENV)/.installed $(LIBRARY)
 
-# Without a compiler no library appears and the package works without; the next make tries again.
+# Without a compiler no library is built and the package works without one; the next make tries again.
 $(LIBRARY) &: setup.py $(SOURCES) | $(VENV)/.installed
 	$(PY) setup.py -q build_ext --inplace
 	@for library in $(LIBRARY); do if [ -e $$library ]; then touch $$library; fi; done
 
-# MIXOUT_FAST_BUILD=none: this installs the link to the tree, and the rule above builds into the tree.
+# MIXOUT_FAST_BUILD=none: this rule only installs a link to the tree; the rule above builds into it.
 $(VENV)/.installed: pyproject.toml setup.py
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -c "import torch" 2>/dev/null || $(PY) -m pip install $(TORCH)

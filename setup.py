@@ -1,10 +1,10 @@
 """Builds mixout_fast._C, _CUDA and _autograd_VERSION, shared libraries of torch ops without Python symbols, so that one
-wheel serves every Python. _C and _CUDA serve every torch too, _autograd_VERSION the torch it was built beside.
+wheel serves every Python. _C and _CUDA serve every torch from OLDEST_TORCH on, _autograd_VERSION torch VERSION alone.
 
-MIXOUT_FAST_BUILD=auto (default) builds what it can, _CUDA beside a CUDA torch only, and says why where it can't; cpu
-builds all but _CUDA, cuda all, autograd that one alone, and failure is fatal; none skips them. Without _C or _CUDA the
-package works on its other backends, without _autograd_VERSION on all of them, at a greater cost to the host. _CUDA
-takes nvcc, and neither a GPU nor a CUDA torch. TORCH_CUDA_ARCH_LIST names the GPUs it serves.
+MIXOUT_FAST_BUILD=auto (default) builds what it can (_CUDA only beside a CUDA torch) and says why where it can't. Under
+cpu (all but _CUDA), cuda (all) and autograd (_autograd_VERSION alone) a failure is fatal; none builds nothing. Without
+_C or _CUDA the package works on its other backends, without _autograd_VERSION on all of them, at a greater cost to the
+host. Building _CUDA needs nvcc, but neither a GPU nor a CUDA torch. TORCH_CUDA_ARCH_LIST names the GPUs it serves.
 """
 
 import os
@@ -30,9 +30,9 @@ OLDEST_TORCH = (2, 11)
 TARGET_VERSION = "0x{:02x}{:02x}000000000000".format(*OLDEST_TORCH)
 
 
-# Ampere, Hopper and Blackwell of the data centre; their relatives run the same code, and later ones the PTX.
+# Ampere, Hopper and Blackwell for data centres. Their relatives run the same code, later GPUs the PTX.
 CUDA_ARCHITECTURES = os.environ.get("TORCH_CUDA_ARCH_LIST") or "8.0;9.0a;10.0+PTX"
-# Registers and memory of every kernel, as ptxas reports them; tests/test_cuda_build.py reads it.
+# Registers and memory of every kernel, as ptxas reports them; tests/test_cuda_build.py reads this file.
 PTXAS_REPORT = Path("build/cuda/ptxas.txt")
 
 
@@ -65,7 +65,7 @@ def extensions():
         py_limited_api=True,
         optional=BUILD == "auto",
     )
-    # Not on the stable ABI, which has no autograd. mixout_fast looks for it by the version of the torch it finds.
+    # Not on the stable ABI, which has no autograd: mixout_fast looks for the library of the torch it finds.
     autograd = CppExtension(
         "mixout_fast._autograd_" + re.sub(r"\W", "_", torch.__version__),
         ["csrc/autograd/mix_linear.cpp"],
@@ -85,21 +85,21 @@ def cuda_extensions(torch_cuda):
     if nvcc() is None:
         reason = "nvcc is neither on PATH nor in CUDA_HOME, nor installed from PyPI (as the README's Install tells)"
         return give_up(reason, "CUDA library")
-    # kernels.cu among the sources would have torch's build look for a CUDA torch.
+    # kernels.cu is not among the sources: torch's build would then look for a CUDA torch.
     depends = sorted(["csrc/cuda/kernels.cu", *glob("csrc/*.h"), *glob("csrc/cuda/*.h"), *glob("csrc/cuda/*.cuh")])
     options = {"depends": depends, "py_limited_api": True, "optional": BUILD == "auto"}
     return [Extension("mixout_fast._CUDA", ["csrc/cuda/ops.cpp"], **options)]
 
 
 def nvcc():
-    """On PATH, in CUDA_HOME, or as it is installed from PyPI, beside the libraries of a CUDA torch."""
+    """Finds nvcc on PATH, in CUDA_HOME, or where PyPI's package installs it, beside the libraries of a CUDA torch."""
     homes = [os.environ.get("CUDA_HOME"), *glob(os.path.join(sysconfig.get_path("purelib"), "nvidia", "cu*"))]
     places = [os.environ.get("PATH", os.defpath), *(os.path.join(home, "bin") for home in homes if home)]
     return shutil.which("nvcc", path=os.pathsep.join(places))
 
 
 def architecture_flags():
-    """nvcc's flags for CUDA_ARCHITECTURES: "8.0;9.0a+PTX", PTX being code that later GPUs compile when they load it."""
+    """Returns nvcc's flags for CUDA_ARCHITECTURES, as in "8.0;9.0a+PTX". Later GPUs compile PTX when they load it."""
     flags = []
     for architecture in CUDA_ARCHITECTURES.replace(" ", ";").strip(";").split(";"):
         match = re.fullmatch(r"(\d+)\.(\d[af]?)(\+PTX)?", architecture)
@@ -112,10 +112,10 @@ def architecture_flags():
 
 
 def build_cuda(library):
-    """One call of nvcc: torch's own build of CUDA extensions needs a CUDA torch.
+    """Builds _CUDA by one call of nvcc: torch's own build of CUDA extensions needs a CUDA torch.
 
-    The CUDA runtime is linked in, so that the library needs no version of it at run time. Symbols are left out: they
-    name nvcc's temporary files, so that no two builds were the same.
+    The CUDA runtime is linked statically, so that the library needs none at run time. Symbols are stripped: they name
+    nvcc's temporary files, so that no two builds would be the same.
     """
     from torch.utils import cpp_extension
 
@@ -123,7 +123,7 @@ def build_cuda(library):
     flags += ["-Xptxas=-v", "-Xcompiler=-fPIC,-fvisibility=hidden,-ffp-contract=off"]
     flags += [f"-DTORCH_TARGET_VERSION={TARGET_VERSION}"]
     includes = [f"-isystem={path}" for path in cpp_extension.include_paths()]
-    # nvcc from PyPI does not find its own libraries, which stand in lib and not lib64.
+    # nvcc from PyPI does not find its own libraries, which are in lib and not lib64.
     compiler = nvcc()
     paths = [Path(compiler).resolve().parents[1] / "lib", *cpp_extension.library_paths()]
     libraries = [*(f"-L{path}" for path in paths), "-ltorch_cpu", "-ldl"]
@@ -138,7 +138,7 @@ def build_cuda(library):
 
 
 def builder():
-    """torch's BuildExtension where there is torch, with a failure reported rather than fatal under auto."""
+    """Returns torch's BuildExtension where there is torch, which under auto reports a failure instead of raising it."""
     try:
         from torch.utils.cpp_extension import BuildExtension
     except ImportError:

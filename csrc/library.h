@@ -1,4 +1,4 @@
-// What the operators of every device have in common: their schemas, and what they ask of torch through its stable ABI.
+// What the CPU and CUDA operators share: schemas, a mask's constants, and calls into torch through its stable ABI.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -24,7 +24,8 @@ inline uint64_t threshold_of(double p) {
 
 inline double scale_of(double p) { return p < 1.0 ? 1.0 / (1.0 - p) : 1.0; }
 
-// One mask in 1e8 has more kept entries than its capacity: tests of the emulated kernels lower it to meet them.
+// Fewer than one mask in 1e8 has more kept entries than its capacity; tests of the emulated kernels lower the capacity
+// to reach that case.
 #if defined(MIXOUT_EMULATION)
 extern "C" int64_t capacity_limit;
 #else
@@ -48,8 +49,8 @@ inline bool is_column_major(const torch::stable::Tensor& weight, const std::opti
   return lies(weight) && (!target || lies(*target));
 }
 
-// A result whose rows are those of `operand` (..., any number), with its leading dimensions. Not as a view: what an
-// autograd function returns could then not be changed in place, as nn.ReLU(inplace=True) does.
+// `result` (rows, n) with the leading dimensions of `operand` (..., any): (..., n). Not a view: a view that an autograd
+// function returns cannot be changed in place, as nn.ReLU(inplace=True) does.
 inline torch::stable::Tensor shaped_as(const torch::stable::Tensor& operand, const torch::stable::Tensor& result) {
   if (operand.dim() == 2) return result;
   std::vector<int64_t> sizes(operand.sizes().begin(), operand.sizes().end());
@@ -59,8 +60,8 @@ inline torch::stable::Tensor shaped_as(const torch::stable::Tensor& operand, con
   return torch::stable::detail::to<torch::stable::Tensor>(stack[0]);
 }
 
-// The products, through the dispatcher: the same kernels that Python's F.linear and mm reach. The macro by the name
-// that torch 2.11 has too.
+// The library's products, that is PyTorch's: the dispatcher reaches the same kernels as Python's F.linear and mm.
+// TORCH_ERROR_CODE_CHECK is the macro's name in torch 2.11 too.
 inline torch::stable::Tensor library_linear(const torch::stable::Tensor& input, const torch::stable::Tensor& weight,
                                             const std::optional<torch::stable::Tensor>& bias) {
   std::array<StableIValue, 3> stack{torch::stable::detail::from(input), torch::stable::detail::from(weight),
@@ -69,7 +70,7 @@ inline torch::stable::Tensor library_linear(const torch::stable::Tensor& input, 
   return shaped_as(input, torch::stable::detail::to<torch::stable::Tensor>(stack[0]));
 }
 
-// By the variant that writes to a given result, which autocast leaves alone.
+// Calls mm.out, which autocast leaves alone.
 inline torch::stable::Tensor library_mm(const torch::stable::Tensor& a, const torch::stable::Tensor& b) {
   const torch::stable::Tensor out = torch::stable::new_empty(a, {a.size(0), b.size(1)});
   std::array<StableIValue, 3> stack{torch::stable::detail::from(a), torch::stable::detail::from(b),
@@ -78,12 +79,14 @@ inline torch::stable::Tensor library_mm(const torch::stable::Tensor& a, const to
   return torch::stable::detail::to<torch::stable::Tensor>(stack[0]);
 }
 
-// The operators' schemas, the same on every device. A mask is given by a 0-d int64 seed, p, and whether it has one
-// entry per column (an input mask) or per element. tf32: fp32 products may round their operands to it, which a CPU's do
-// not. fixed_size: gather as many columns as the capacity, padded; on GPUs always, so the host need not wait.
+// The operators' schemas, the same on every device. A mask is given by a 0-d int64 seed, p and per_column: whether it
+// has one entry per column (an input mask) or per element. tf32: fp32 products may round their operands to TF32; CPUs
+// ignore it. fixed_size: the gathered columns are padded to the mask's capacity; on GPUs they always are, so that the
+// host need not wait for their number.
 //
-// linear_backward gives dX, dW and db, where needed, of grad (..., N). dW is made of the kept index and columns, or
-// where there is an input, of that: in one full product, or gathered first. one_pass is of dX.
+// linear_backward computes those of dX, dW and db that are needed from grad (..., N). dW is computed from the kept
+// index and columns or, where an input is given, from the input: in one full product, or from its kept columns.
+// one_pass applies to dX.
 constexpr const char* mix_schema =
     "mix(Tensor weight, Tensor? target, Tensor seed, float p, bool per_column, ScalarType dtype) -> Tensor";
 constexpr const char* mask_grad_schema =
@@ -96,7 +99,7 @@ constexpr const char* linear_backward_schema =
     " Tensor seed, bool needs_input, bool needs_weight, bool needs_bias, float p, bool per_column, float factor,"
     " bool one_pass, bool tf32, bool full_product) -> (Tensor?, Tensor?, Tensor?)";
 
-// y, and where they are gathered, the kept index and columns.
+// y, and the kept index and columns where they are gathered.
 using Output =
     std::tuple<torch::stable::Tensor, std::optional<torch::stable::Tensor>, std::optional<torch::stable::Tensor>>;
 
@@ -111,10 +114,10 @@ inline torch::stable::Tensor sum_of_rows(const torch::stable::Tensor& matrix) {
   return torch::stable::sum(matrix, torch::headeronly::IntHeaderOnlyArrayRef(&over_rows, 1));
 }
 
-// As in mixout_fast/reference.py.
+// THIN_OUTPUT of mixout_fast/reference.py.
 constexpr int64_t thin_output = 16;
 
-// As the kernels' own enumeration, which they have without a header of torch.
+// The dtype in the kernels' own enumeration: they include no header of torch.
 template <typename Dtype>
 Dtype kernel_dtype(torch::headeronly::ScalarType type) {
   using torch::headeronly::ScalarType;

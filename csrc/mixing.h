@@ -27,7 +27,7 @@ MIXOUT_INLINE To bit_cast(From from) {
 }
 
 // The conversions are integer arithmetic with selects and no branches, so that loops over them vectorise; a GPU has an
-// instruction for each, which differs in NaN's payload only.
+// instruction for each, which differs only in a NaN's payload.
 MIXOUT_INLINE float widen(float value) { return value; }
 MIXOUT_INLINE double widen(double value) { return value; }
 MIXOUT_INLINE float widen(bfloat16 value) { return bit_cast<float>(static_cast<uint32_t>(value.bits) << 16); }

@@ -1,5 +1,5 @@
-// Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) and the mask drawn from it.
-// One source for the CPU and CUDA: mixout_fast/reference.py says the same in PyTorch.
+// Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) and the mask drawn from it. One
+// source for the CPU and CUDA; mixout_fast/reference.py computes the same in PyTorch.
 #pragma once
 
 #include <cstdint>

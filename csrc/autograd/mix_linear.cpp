@@ -1,6 +1,6 @@
-// mix_linear of the operators of csrc/cpu and csrc/cuda: the autograd function of mixout_fast/autograd.py for eager
-// calls, in C++. The stable ABI has no autograd, so this library serves the one torch that it was built for; beside any
-// other the function in Python does the same at a greater cost to the host.
+// The mix_linear operators, over those of csrc/cpu and csrc/cuda: the autograd function of mixout_fast/autograd.py in
+// C++, for eager calls. The stable ABI has no autograd, so this library works only with the torch version that it was
+// built for; with any other, the function in Python does the same at a greater cost to the host.
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
@@ -18,7 +18,7 @@ using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 using MaybeTensor = std::optional<Tensor>;
 
-// As csrc/library.h has them.
+// The signatures of the schemas in csrc/library.h.
 using Linear = std::tuple<Tensor, MaybeTensor, MaybeTensor>(const Tensor&, const Tensor&, const MaybeTensor&,
                                                             const MaybeTensor&, const Tensor&, double, bool, bool, bool,
                                                             bool, bool);
@@ -28,7 +28,7 @@ using LinearBackward = std::tuple<MaybeTensor, MaybeTensor, MaybeTensor>(const T
                                                                          const Tensor&, bool, bool, bool, double, bool,
                                                                          double, bool, bool, bool);
 
-// As in mixout_fast/autograd.py, which tells why the error is raised where it is.
+// The message of mixout_fast/autograd.py, which says why the error is raised in backward and not later.
 constexpr const char* differentiates_once =
     "mix_linear differentiates once, and its gradients are to be differentiated (create_graph=True): "
     "compute F.linear(input, mixout(weight, ...), bias), which differentiates twice";
@@ -59,7 +59,7 @@ struct MixLinear : torch::autograd::Function<MixLinear<library>> {
   static Tensor forward(AutogradContext* ctx, const Tensor& input, const Tensor& weight, const MaybeTensor& bias,
                         const MaybeTensor& held_target, const Constants& call) {
     static const auto linear = find<Linear>(library, "linear");
-    // A target may be held, and is saved, in a smaller dtype.
+    // The target may be held in a smaller dtype, and is saved as it is held.
     const MaybeTensor target = held_target ? MaybeTensor(held_target->to(weight.scalar_type())) : std::nullopt;
     const auto [output, index, columns] = linear.call(input, weight, target, bias, call.seed, call.p, call.per_column,
                                                       call.one_pass, call.tf32, call.gathers, false);
@@ -88,7 +88,7 @@ struct MixLinear : torch::autograd::Function<MixLinear<library>> {
         linear_backward.call(gradients[0], maybe(input), maybe(index), maybe(columns), weight, wide, seed, needs_input,
                              needs_weight, needs_bias, p, per_column, factor, one_pass, tf32, full_product);
     variable_list results{or_undefined(grad_input), or_undefined(grad_weight), or_undefined(grad_bias)};
-    results.resize(5); // of the target and the constants
+    results.resize(5); // none for the target and the constants
     return results;
   }
 };

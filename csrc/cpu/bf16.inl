@@ -1,9 +1,11 @@
-// bf16 products of our own, included behind kernels.inl in the region and namespace of AVX-512. Elsewhere bf16 is mixed
-// first and multiplied by the library.
+// bf16 products of our own with AMX or AVX512_BF16, included after kernels.inl in the region and namespace of AVX-512.
+// On processors without bf16 instructions, AVX2 and AVX-512 multiply bf16 in fp32 in one pass too, with the general
+// kernels of products.inl. Otherwise W' is mixed first and multiplied by the library, beyond 16 rows
+// (mixout_fast/backends/cpu.py).
 //
-// A step adds 32 terms of a product to 32 x 32 sums in fp32. Its left operand is 32 rows of 32 terms, its right one
-// rows of pairs of terms, each for 16 outputs. A unit multiplies: AMX tiles, or vectors with AVX512_BF16. Like the
-// library's products on them, and unlike its sum for db, both take subnormal numbers for 0.
+// A step adds 32 terms of a product to 32 x 32 sums in fp32. Its left operand is 32 rows of 32 terms; its right operand
+// is rows that hold a pair of terms for each of 16 outputs. A unit multiplies: AMX tiles, or vectors with AVX512_BF16.
+// Like the library's products with these instructions, and unlike its sum for db, both units treat subnormals as 0.
 
 namespace mixout_fast::cpu::avx512 {
 namespace {
@@ -17,20 +19,20 @@ struct TileLayout {
   uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
   uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
-// Not on the stack: GCC 12's _tile_loadconfig does not tell that it reads more than 8 bytes.
+// Not on the stack: GCC 12's _tile_loadconfig does not declare that it reads more than 8 bytes.
 alignas(64) constexpr TileLayout tile_layout;
 
-// A left operand: two halves of 16 rows, half_bytes apart; rows row_bytes apart, steps step_bytes.
+// A left operand: two halves of 16 rows, half_bytes apart. Rows are row_bytes apart, steps step_bytes.
 //
-// A unit's multiply(left, height, right, steps, adds, sums, stride, beside) makes sums (32, 32), rows `stride` floats
-// apart, of left rows and right steps, or adds to them where `adds`; at least the first `height` rows. It calls
-// beside.step() at least once a step.
+// A unit's multiply(rows, height, right, steps, adds, sums, stride, beside) computes sums (32, 32), whose rows are
+// `stride` floats apart, from the left operand's `rows` and the right operand's `steps` steps; with `adds` it adds to
+// them. It computes at least the first `height` rows, and calls beside.step() at least once a step.
 struct LeftRows {
   const char* data;
   int64_t row_bytes, half_bytes, step_bytes;
 };
 
-// A tile has 16 rows of 64 bytes: a step takes two left and two right ones.
+// A tile has 16 rows of 64 bytes: a step needs two left and two right tiles.
 struct Tiles {
   Tiles() { _tile_loadconfig(&tile_layout); }
   ~Tiles() { _tile_release(); }
@@ -38,7 +40,7 @@ struct Tiles {
   template <typename Beside>
   MIXOUT_INLINE void multiply(LeftRows rows, int64_t /*height*/, const bfloat16* right, int64_t steps, bool adds,
                               float* sums, int64_t stride, Beside& beside) const {
-    __asm__ volatile("" ::: "memory"); // GCC 12's _tile_loadd does not tell that it reads memory
+    __asm__ volatile("" ::: "memory"); // GCC 12's _tile_loadd does not declare that it reads memory
     const char* left = rows.data;
     const int64_t sums_bytes = stride * sizeof(float);
     float* lower = sums + 16 * stride;
@@ -71,8 +73,8 @@ struct Tiles {
   }
 };
 
-// 8 x 2 sums, two vectors of the right operand, and pairs of the left one broadcast to all lanes. Its beside.step() is
-// called once for every 8 rows.
+// 8 x 2 sums, two vectors of the right operand, and pairs of terms of the left operand broadcast to all lanes. multiply
+// calls beside.step() once a step for every 8 rows.
 struct Vectors {
   template <typename Beside>
   MIXOUT_INLINE void multiply(LeftRows rows, int64_t height, const bfloat16* right, int64_t steps, bool adds,
@@ -93,7 +95,7 @@ private:
       for (int v = 0; v < 2; ++v) sum[i][v] = adds ? _mm512_loadu_ps(sums + i * stride + 16 * v) : _mm512_setzero_ps();
     for (int64_t step = 0; step < steps; ++step, left += step_bytes, right += step_size) {
       beside.step();
-// Of Zen 4's time two at once take 1 to 2 % more, sixteen 2 to 3 %.
+// On Zen 4, two pairs at once take 1 to 2 % more time than four, sixteen 2 to 3 % more.
 #pragma GCC unroll 4
       for (int pair = 0; pair < 16; ++pair) {
         const auto first = (__m512bh)_mm512_loadu_si512(right + 32 * pair);
@@ -115,7 +117,7 @@ private:
   }
 };
 
-// 32 numbers in two vectors: of bf16 those of even and of odd place, of fp32 the first and the last 16.
+// 32 numbers in two vectors: for bf16 those at even and those at odd places, for fp32 the first and the last 16.
 struct Wide {
   Vector<float> first, second;
 };
@@ -129,7 +131,7 @@ MIXOUT_INLINE Wide load_wide(const bfloat16* source) {
           (Vector<float>)_mm512_and_si512(both, _mm512_set1_epi32(static_cast<int>(0xFFFF0000)))};
 }
 
-// The numbers of both rounded to bf16, one's behind the other's or in turn.
+// Both vectors rounded to bf16, the second behind the first; `paired` interleaves the two halves.
 MIXOUT_INLINE __m512i rounded(Vector<float> first, Vector<float> second) {
   return (__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
 }
@@ -163,11 +165,13 @@ MIXOUT_INLINE Vector<float> mix_kept(Vector<float> w, Vector<float> u, Vector<fl
   return (Vector<float>)_mm512_mask_add_ps((__m512)u, keep, (__m512)u, (__m512)scaled);
 }
 
-// W and U are read row by row, and fetched so many bytes ahead, in whole rows: memory gives the most to few streams.
+// How far ahead W and U are prefetched, rounded up to whole rows. They are read row by row, because memory is fastest
+// with few streams.
 constexpr int64_t bytes_ahead = 4096;
 
-// `count` columns of a row of W' from `column` on, as by mix_entry, and 0 up to a whole number of 32. `kept` are those
-// of these columns, where they are drawn already: mask_row of them.
+// Columns [column, column + count) of a row of W', as mix_entry computes them, followed by zeros up to a multiple of
+// 32. `kept` holds these columns' mask where it is drawn already, and mixing.columns / 32 further on, as in Mask::keep,
+// that of dropped rows.
 template <typename Operand>
 void mix_row(const Mixing& mixing, const KeptBits* kept, int64_t row, int64_t column, int64_t count, bfloat16* out) {
   const Vector<float> scale = broadcast(static_cast<float>(mixing.scale));
@@ -195,15 +199,16 @@ void mix_row(const Mixing& mixing, const KeptBits* kept, int64_t row, int64_t co
   memset(out + count, 0, (round_up(count, 32) - count) * sizeof(bfloat16));
 }
 
-// 32 numbers each of two terms as pairs of 16 and of 16 outputs.
+// Stores 32 outputs' numbers of two terms as pairs: the first 16 outputs' to `lower`, the others' to `upper`.
 MIXOUT_INLINE void store_pairs(__m512i even, __m512i odd, bfloat16* lower, bfloat16* upper) {
   _mm512_store_si512(lower, paired(_mm512_inserti64x4(even, _mm512_castsi512_si256(odd), 1)));
   _mm512_store_si512(upper, paired(_mm512_inserti64x4(odd, _mm512_extracti64x4_epi64(even, 1), 0)));
 }
 
-// A part of W' as right steps: panels of 32 outputs, one behind the other. Forward a row has the terms of an output, in
-// pairs, and 16 of them are transposed; else two rows have pairs of terms of all outputs. `rows` has room for these.
-constexpr int64_t rows_stride(int64_t columns) { return round_up(columns, 64) + 32; } // not all in one set of L1
+// mix_steps mixes a part of W' into right steps: panels of 32 outputs, one behind the other. Forward, a row of W' holds
+// the terms of one output, so that pairs are adjacent, and 16 rows at a time are transposed. For dX, two rows hold a
+// pair of terms of every output. `rows` has room for rows_at_once rows.
+constexpr int64_t rows_stride(int64_t columns) { return round_up(columns, 64) + 32; } // rows do not share one L1 set
 template <bool forward>
 constexpr int64_t rows_at_once = forward ? 16 : 2;
 
@@ -237,7 +242,7 @@ void mix_steps(const Mixing& mixing, const KeptBits* kept, Part part, bfloat16* 
   }
 }
 
-// Terms [term, term + terms) of rows [row, row + 32) of x or dy, filled up with 0.
+// Copies terms [term, term + terms) of rows [row, row + 32) of x or dy, padded with zeros.
 void copy_rows(Matrix x, int64_t row, int64_t m, int64_t term, int64_t terms, int64_t padded, bfloat16* out) {
   for (int64_t i = 0; i < 32; ++i, out += padded) {
     const int64_t there = row + i < m ? terms : 0;
@@ -249,7 +254,7 @@ void copy_rows(Matrix x, int64_t row, int64_t m, int64_t term, int64_t terms, in
   }
 }
 
-// Sums on their way to y or dx, a row or two a step: the next tile is multiplied meanwhile.
+// Rounds a tile's sums and writes them to y or dx, up to two rows a step, while the next tile is multiplied.
 struct Finishing {
   const float* sums = nullptr;
   bfloat16* out = nullptr;
@@ -272,13 +277,13 @@ struct Finishing {
   }
 };
 
-// Elements of W' that are mixed at once. y of few rows takes small parts, for x to stay in L2 with them. dx of few rows
-// is summed in parts of so many terms, for W and U to be read in wide parts of their rows.
+// How many elements of W' are mixed at once. With few rows, y uses smaller parts, so that x stays in L2 beside them,
+// and dx is summed in parts of few_rows_terms terms, so that W and U are read in long parts of their rows.
 constexpr int64_t few_rows_block = 64 * 1024, block_size = 256 * 1024;
 constexpr int64_t few_rows_terms = 256;
-static_assert(block_size / few_rows_terms > step_outputs); // else a block's first sums overwrite unfinished ones
+static_assert(block_size / few_rows_terms > step_outputs); // else a block's first sums would overwrite unfinished ones
 
-// As multiply: W' is mixed in parts that stay in L2, which the rows of x or dy pass.
+// The product of `multiply` in products.inl, with W' mixed in parts that stay in L2 while x or dy streams past.
 template <typename Unit, bool forward, typename Operand>
 void multiply_in_steps(const Mixing& mixing, Matrix x, int64_t m, int64_t all_rows, int64_t begin, int64_t end,
                        const void* bias, void* result) {
@@ -291,7 +296,7 @@ void multiply_in_steps(const Mixing& mixing, Matrix x, int64_t m, int64_t all_ro
   const int64_t in_l2 = (forward && has_few_rows ? few_rows_block : block_size) / block_terms;
   const int64_t most_outputs = in_l2 > step_outputs ? in_l2 / step_outputs * step_outputs : step_outputs;
   const int64_t block_outputs = all_outputs < most_outputs ? all_outputs : most_outputs;
-  // Of a split sum all tiles of a block, else two in turn.
+  // A split sum keeps all tiles of a block; otherwise two tiles alternate.
   const int64_t tile_size = 32 * step_outputs, panels = block_outputs / step_outputs;
   float* tiles = scratch<float>(Slot::rows, (is_split ? (m + 31) / 32 * panels : 2) * tile_size);
   const int64_t rows_size = rows_at_once<forward> * rows_stride(forward ? block_terms : block_outputs);
@@ -347,8 +352,8 @@ void multiply_in_steps(const Mixing& mixing, Matrix x, int64_t m, int64_t all_ro
   finishing.finish();
 }
 
-// As the general one. `columns` and `out` have room for one vector more than they take; of a row nothing past the last
-// kept column is read.
+// `columns` and `out` have room for one vector more than the kept columns; `take` reads nothing of a row past the last
+// kept column.
 template <>
 class KeptColumns<bfloat16> {
 public:
@@ -366,7 +371,7 @@ public:
       out += __builtin_popcount(kept_[v]);
     }
   }
-  // Called from DenseRows, which is compiled for plain AVX-512.
+  // Not MIXOUT_INLINE: its caller, DenseRows, is compiled for plain AVX-512.
   void put(const bfloat16* columns, bfloat16* row) const {
     for (int64_t v = 0; v < vectors_; ++v) {
       _mm512_storeu_si512(row + 32 * v, _mm512_maskz_expand_epi16(kept_[v], _mm512_loadu_si512(columns)));
@@ -377,7 +382,7 @@ public:
 private:
   int64_t vectors_;
   uint32_t* kept_; // a bit per column, a word per vector
-  uint32_t read_;  // of the last vector
+  uint32_t read_;  // which columns of the last vector to read
 };
 
 void gather_or_halves(Matrix x, int64_t element_size, const int32_t* index, int64_t count, int64_t begin, int64_t end,
@@ -393,8 +398,8 @@ void gather_or_halves(Matrix x, int64_t element_size, const int32_t* index, int6
   }
 }
 
-// The weight's gradient is a product over the rows of x and dy. The kept columns of x, and behind them a column of
-// ones, which makes db, are the left operand: panels of 32 columns, [rows / 32] steps.
+// The weight's gradient is a product whose terms are the rows of x and dy. Its left operand is the kept columns of x
+// and behind them a column of ones, whose sums are db: panels of 32 columns, each of [rows / 32] steps.
 int64_t staged_columns(int64_t count) { return round_up(count + 1, step_outputs); }
 
 void stage_kept_steps(const KeptX& kept_x, int64_t begin, int64_t end, void* out) {
@@ -453,20 +458,21 @@ void stage_pairs(Matrix dy, int64_t m, int64_t row, int64_t steps, int64_t first
     }
 }
 
-// 16 numbers, rounded to bf16 or not.
+// Stores 16 numbers, as fp32 or rounded to bf16.
 MIXOUT_INLINE void store_as(bfloat16* out, Vector<float> values) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), (__m256i)_mm512_cvtneps_pbh((__m512)values));
 }
 MIXOUT_INLINE void store_as(float* out, Vector<float> values) { store(out, values); }
 
-// 16 elements of dW from their sums: rounded to bf16, as the library's product is, and after the factor to dW's dtype.
+// 16 elements of dW from their sums: rounded to bf16, as the library's product is, multiplied by the factor and rounded
+// to dW's dtype.
 template <typename Result>
 MIXOUT_INLINE void store_scaled(Result* out, Vector<float> sums, float factor) {
   const __m256i halves = (__m256i)_mm512_cvtneps_pbh((__m512)sums);
   store_as(out, (Vector<float>)_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16) * factor);
 }
 
-// Rows of dW from their sums, [columns][stride], put between zeros.
+// Writes rows of dW: their kept columns from the sums, [columns][stride], between zeros.
 template <typename Result>
 void put_rows(const float* sums, int64_t stride, const int32_t* index, int64_t count, int64_t columns, int64_t rows,
               float factor, Result* dw) {
@@ -486,7 +492,7 @@ void put_rows(const float* sums, int64_t stride, const int32_t* index, int64_t c
   }
 }
 
-// The same of a column-major dW.
+// put_rows for a column-major dW.
 template <typename Result>
 void put_columns(const float* sums, int64_t stride, const int32_t* index, int64_t count, int64_t columns, int64_t rows,
                  float factor, int64_t outputs, Result* dw) {
@@ -497,7 +503,8 @@ void put_columns(const float* sums, int64_t stride, const int32_t* index, int64_
   });
 }
 
-// As grad_weight: blocks of dW's rows, whose sums over all rows of x and dy are made in fp32 and then spread.
+// The product of grad_weight in grad_weight.inl: for a block of dW's rows at a time, the sums over all rows of x and dy
+// are computed in fp32 and then spread.
 template <typename Unit, typename Result>
 void grad_weight_in_steps(const KeptX& kept_x, const void* staged_x, Matrix dy, int64_t outputs, const int32_t* index,
                           int64_t columns, double factor, int64_t begin, int64_t end, bool column_major, void* dw,

@@ -1,4 +1,4 @@
-// Masks drawn, W' mixed and mask * grad, row by row.
+// Drawing masks, mixing W', and mask * grad, row by row.
 #pragma once
 
 #include "vectors.inl"
@@ -13,7 +13,7 @@ struct MultiplyVectors {
   }
 };
 
-// a's and b's lanes in turn, lower and upper half.
+// Interleaves the lanes of a and b: the lower halves into `out`, the upper halves behind them.
 template <size_t... lane>
 MIXOUT_INLINE void interleave(Vector<uint64_t> a, Vector<uint64_t> b, uint64_t* out, std::index_sequence<lane...>) {
   constexpr int width = lanes<uint64_t>;
@@ -39,7 +39,7 @@ void draw(uint64_t seed, uint64_t threshold, int64_t first, int64_t count, uint3
   }
 }
 
-// A row's mask where its entries are drawn already.
+// A row's mask, whose entries are drawn already.
 MIXOUT_INLINE const uint32_t* mask_row(const Mask& mask, int64_t columns, int64_t row) {
   return mask.keep_row && !mask.keep_row[row] ? mask.keep + columns : mask.keep;
 }

@@ -1,4 +1,4 @@
-// dW and db without the library's product; with AVX-512 only.
+// dW and db by a product of our own, with AVX-512 only.
 #pragma once
 
 #include "kept_columns.inl"
@@ -8,32 +8,33 @@ namespace mixout_fast::cpu::MIXOUT_ISA {
 namespace {
 
 #if defined(MIXOUT_HAS_COMPRESS)
-// The weight's gradient is a product over the rows of x and dy. The kept columns of x are its vector operand, staged in
-// panels for all threads first; the gradient's own rows are taken as many at a time as keep their sums in L2, so many
-// elements, but at least so many rows, which read each panel again. Measured on 2 cores at p = 0.1: blocks of 128
-// terms, a panel of which fits L1, 7.7 ms at 2048x768x768, of 256 8.0, of 64 8.0; twice the elements 28.1 -> 29.6 ms at
-// 2048x768x3072; without the least of rows 30.3 -> 32.7 ms at 2048x3072x768; without fetching the next panel ahead
-// 7.6 -> 8.2 ms at 2048x768x768.
+// The weight's gradient is a product whose terms are the rows of x and dy. Its vector operand is the kept columns of x,
+// first staged in panels for all threads. dW's rows are computed in blocks whose sums, block_sums elements, stay in L2;
+// but a block has at least least_block_rows rows, because each block reads every panel again. Measured on 2 cores at
+// p = 0.1: blocks of 128 terms, whose panels fit L1, 7.7 ms at 2048x768x768, of 256 terms 8.0, of 64 terms 8.0; with
+// twice the block_sums 28.1 -> 29.6 ms at 2048x768x3072; without least_block_rows 30.3 -> 32.7 ms at 2048x3072x768;
+// without prefetching the next panel 7.6 -> 8.2 ms at 2048x768x768.
 constexpr int64_t block_rows_of_x = 128;
 constexpr int64_t block_sums = 256 * 1024;
 constexpr int64_t least_block_rows = 192;
-constexpr int64_t tile_size = block_rows_of_x * tile_rows + 16; // off the power of two here too
-// Sums of so many rows are added up apart. One by one the sums of blocks, or of their pieces, have 3 times the
-// library's error at 20000 rows.
+constexpr int64_t tile_size = block_rows_of_x * tile_rows + 16; // off the power of two, as in products.inl
+// The sums over every summed_rows rows of x are added up on their own, and then added to the totals. Adding the sums of
+// blocks, or of their pieces, one by one gives 3 times the library's error at 20000 rows.
 constexpr int64_t summed_rows = 16 * block_rows_of_x;
 
-// The kept columns of x: blocks of rows, the last one lower, each in panels.
+// The staged kept columns of x lie in blocks of block_rows_of_x rows (the last may have fewer), each in panels. This is
+// the block that begins with row `term`.
 template <typename T>
 Panels<T> kept_panels(T* data, int64_t m, int64_t padded, int64_t term) {
   return {data + term * padded, m - term < block_rows_of_x ? m - term : block_rows_of_x};
 }
 
-// Rows [begin, end) of them, filled up with 0 to whole vectors.
+// Stages rows [begin, end) of the kept columns, padded with zeros to whole vectors.
 template <typename T>
 void stage_kept(const KeptX& kept_x, int64_t begin, int64_t end, void* out) {
   const auto [x, m, index, count] = kept_x;
   const int64_t padded = round_up(count, lanes<T>), stride = padded + lanes<T>;
-  // Several rows at a time: their parts are stored well before they are loaded again as whole vectors.
+  // Several rows at a time, so that whole vectors are loaded well after the overlapping stores that wrote them.
   constexpr int64_t height = 8;
   T* rows = scratch<T>(Slot::rows, height * stride);
   const KeptColumns<T> kept(index, index ? count : 0);
@@ -68,9 +69,10 @@ MIXOUT_INLINE void add_and_clear(T* __restrict from, int64_t count, Sum* __restr
   }
 }
 
-// Columns [first, first + columns) of rows [term, term + terms) of dy as broadcast operands, one per tile of columns:
-// [tiles][tile_size], a tile [terms][tile_rows], filled up with 0. Adds the rows to `sums`, padded to whole
-// vectors: in groups of four, and of sixteen, for an error like that of the library's sum; after the copies, from L1.
+// Stages columns [first, first + columns) of rows [term, term + terms) of dy as broadcast operands, one per tile of
+// columns: [tiles][tile_size], each tile [terms][tile_rows], padded with zeros. Adds the rows to `sums`, which is
+// padded to whole vectors: in groups of four within groups of sixteen, for an error like that of the library's sum, and
+// after the copies, when the rows are in L1.
 template <typename T>
 void stage_tiles(Matrix dy, int64_t term, int64_t terms, int64_t first, int64_t columns, T* staged, T* sums) {
   const T* source = static_cast<const T*>(dy.data) + term * dy.row_stride + first * dy.column_stride;
@@ -100,7 +102,7 @@ void stage_tiles(Matrix dy, int64_t term, int64_t terms, int64_t first, int64_t 
   }
 }
 
-// Finished rows of dW on their way to memory, past the caches as by stream_row, a vector a step.
+// Writes finished rows of dW to memory, a vector a step, past the caches as stream_row does.
 template <typename T>
 class FinishedRows {
 public:
@@ -110,7 +112,8 @@ public:
         streams_(columns % lanes<T> == 0 && reinterpret_cast<uintptr_t>(dw) % MIXOUT_VECTOR_BYTES == 0) {}
   ~FinishedRows() { _mm_sfence(); }
 
-  // Rows from `first` on: their kept columns before the factor, so far apart, with room for a vector behind the last.
+  // Takes rows [first, first + rows): `sums` holds their kept columns before the factor, rows `stride` apart, with room
+  // for a vector behind the last.
   void put(const T* sums, int64_t stride, int64_t first, int64_t rows) {
     finish();
     sums_ = kept_columns_ = sums;
@@ -148,7 +151,7 @@ private:
   int64_t stride_ = 0, rows_left_ = 0, column_ = 0;
 };
 
-// A block's outputs of a column-major dW, from their sums, which are panels; dw is the first of them.
+// Writes a block's outputs of a column-major dW from their sums, which are in panels; dw points to the first output.
 template <typename T>
 void put_transposed(Panels<const T> sums, int64_t rows, const int32_t* index, int64_t count, int64_t columns,
                     double factor, int64_t outputs, T* dw) {
@@ -170,10 +173,10 @@ void put_transposed(Panels<const T> sums, int64_t rows, const int32_t* index, in
   });
 }
 
-// Rows [begin, end) of dW (outputs, columns) = (x^T dy)^T * factor and of db, the sums of dy (m, outputs). The sums of
-// a block are panels, [block_rows][panel]. Where x is one block and dW is row-major they are rows instead, and are
-// written while the next few are multiplied: a step at 128x768x768 takes 3 to 5 % less. Of more blocks dW takes 3 to
-// 5 % more with sums in rows.
+// Rows [begin, end) of dW (outputs, columns) = (x^T dy)^T * factor and of db, the sums of dy (m, outputs). A block's
+// sums are panels, [block_rows][panel]. Where x is one block and dW is row-major, the sums are rows instead, and are
+// written while the next block of dW's rows is multiplied: a step at 128x768x768 takes 3 to 5 % less. With more blocks
+// of x, sums in rows make dW 3 to 5 % slower.
 template <typename T>
 void grad_weight(const KeptX& kept_x, const void* staged_x, Matrix dy, int64_t outputs, const int32_t* index,
                  int64_t columns, double factor, int64_t begin, int64_t end, bool column_major, void* dw, void* db) {
@@ -191,13 +194,14 @@ void grad_weight(const KeptX& kept_x, const void* staged_x, Matrix dy, int64_t o
   const int64_t row_size = padded + lanes<T>; // off the power of two, and with room for a vector
   const int64_t sums_size = block_rows * row_size;
   const bool has_totals = m > summed_rows;
-  // db is summed in blocks, and those in fp64: of fp32 it has 0.3 to 0.4 of the library's error (in fp32 1.1 to 1.3
-  // times); of fp64 16 at a time, 16 of these, and all, for one addition up less has 3 times it at 200000 rows.
+  // dy is summed in blocks for db, and the blocks' sums are added up in fp64. In fp32 db has 0.3 to 0.4 of the
+  // library's error (1.1 to 1.3 times it with the blocks' sums added up in fp32). In fp64 they are added up in three
+  // levels: 16 blocks, 16 of those, and the rest; with two levels the error is 3 times the library's at 200000 rows.
   constexpr int levels = sizeof(T) < sizeof(double) ? 1 : 3;
   constexpr int64_t dy_sums_size = 1 + levels * sizeof(double) / sizeof(T);
   T* totals = scratch<T>(Slot::block, (1 + (writes_behind || has_totals)) * sums_size + staged_size + panel<T> +
                                           dy_sums_size * block_rows);
-  T* other_sums = totals + sums_size; // of the block before, or of the terms since the last totals
+  T* other_sums = totals + sums_size; // those of the previous block, or since the last addition to totals
   T* staged = totals + (1 + (writes_behind || has_totals)) * sums_size;
   T* zeros = staged + staged_size;
   T* x_panels = const_cast<T*>(static_cast<const T*>(staged_x));
@@ -234,7 +238,7 @@ void grad_weight(const KeptX& kept_x, const void* staged_x, Matrix dy, int64_t o
           const int64_t width = panels.width(column, padded), size = width * panels.terms;
           const T* right = panels.at(column);
           for (int64_t row = 0; row < rows; row += tile_rows) {
-            if (first == begin || !writes_behind) // a tile's share of the next panel, which stays in L2 where all do
+            if (first == begin || !writes_behind) // a tile's share of the next panel; x of one block stays in L2
               for (int64_t i = size * row / rows; i < size * (row + tile_rows) / rows; i += lanes<T>)
                 __builtin_prefetch(right + size + i, 0, 2);
             T* c = writes_behind ? sums + row * row_size + column : sums + column * block_rows + row * width;
@@ -256,7 +260,7 @@ void grad_weight(const KeptX& kept_x, const void* staged_x, Matrix dy, int64_t o
       put_transposed<T>({totals, block_rows}, rows, index, count, columns, factor, outputs,
                         static_cast<T*>(dw) + first);
     } else if (!writes_behind) {
-      // A tile of rows at once: stored well before they are loaded from between two vectors.
+      // A tile of rows at once, so that each row is loaded, across the stored vectors, well after it was stored.
       T* tile = scratch<T>(Slot::rows, tile_rows * row_size);
       for (int64_t row = 0; row < rows; row += tile_rows) {
         const int64_t height = rows - row < tile_rows ? rows - row : tile_rows;

@@ -52,7 +52,7 @@ public:
   }
 
 #if defined(MIXOUT_HAS_COMPRESS)
-  // Of `row` no more than up to the last of them is read; `out` has room for one vector more than they take.
+  // Reads nothing of `row` past the last kept column; `out` has room for one vector more than the kept columns.
   MIXOUT_INLINE void take(const T* row, T* out) const {
     if (count_ == 0) return;
     const int64_t last = vectors_ - 1;
@@ -63,7 +63,7 @@ public:
     for (uint32_t kept = kept_[last]; kept; kept &= kept - 1) *out++ = row[last * lanes<T> + __builtin_ctz(kept)];
   }
 
-  // Vector v of a row, whose kept columns from there on are `columns`, which move on.
+  // Vector v of a row. `columns` points to the row's kept columns from this vector on, and moves past the vector's own.
   MIXOUT_INLINE Vector<T> next(int64_t v, const T*& columns) const {
     if (v >= vectors_) return Vector<T>{};
     const Vector<T> row = spread(columns, kept_[v]);
@@ -72,7 +72,7 @@ public:
   }
 #endif
 
-  // `row` has room for whole vectors; its other columns are 0 already.
+  // `row` has room for whole vectors; its dropped columns are 0 already.
   MIXOUT_INLINE void put(const T* columns, T* row) const {
 #if defined(MIXOUT_HAS_COMPRESS)
     for (int64_t v = 0; v < vectors_; ++v) store(row + v * lanes<T>, next(v, columns));
@@ -152,8 +152,9 @@ void expand(Matrix compact, const int32_t* index, int64_t count, int64_t columns
   }
 }
 
-// Rows [begin, end) of a column-major dense gradient: `width` elements of each, the rows `stride` apart. The kept ones
-// are row(j), for ascending j, which returns memory padded to whole vectors; others are 0.
+// Rows [begin, end) of a column-major dense gradient's transpose (K, N): `width` elements of each, the rows `stride`
+// apart. The j-th kept row is row(j), called with ascending j, which returns memory padded to whole vectors; the other
+// rows are 0.
 template <typename T, typename Row>
 void put_between_zeros(const int32_t* index, int64_t count, int64_t begin, int64_t end, int64_t width, int64_t stride,
                        T* out, const Row& row) {

@@ -1,5 +1,5 @@
 // The CPU kernels, compiled once per instruction set and chosen at run time. They are serial and work on a range of
-// rows or units; ops.cpp checks tensors, allocates, and spreads the ranges over PyTorch's threads.
+// rows or columns; ops.cpp checks tensors, allocates, and spreads the ranges over PyTorch's threads.
 #pragma once
 
 #include <cstdint>
@@ -12,12 +12,12 @@ struct Matrix {
   int64_t column_stride;
 };
 
-// One entry per column, shared by all rows, or one per row, or one per element, drawn where it is used.
+// One entry per column, shared by all rows; or one per row; or one per element, drawn where it is used.
 struct Mask {
-  // (columns,), all bits set where kept, 0 where dropped. With `keep_row` (2, columns): for kept rows, for dropped
-  // ones. Null: one entry per element.
+  // (columns,): all bits set where kept, 0 where dropped. With `keep_row` (2, columns): the mask of kept rows, then
+  // that of dropped rows. Null: one entry per element.
   const uint32_t* keep;
-  const uint32_t* keep_row; // (rows,); null: rows are alike
+  const uint32_t* keep_row; // (rows,); null: all rows have the same mask
   uint64_t seed;
   uint64_t threshold;
 };
@@ -32,7 +32,7 @@ struct Mixing {
   Mask mask;
 };
 
-// The kept columns of x: those of its columns numbered index[0 ... count), ascending, or all count without an index.
+// The kept columns of x: those numbered index[0 ... count), ascending, or without an index all `count` columns.
 struct KeptX {
   Matrix x;
   int64_t rows;
@@ -40,13 +40,13 @@ struct KeptX {
   int64_t count;
 };
 
-// Kernels over a pair of dtypes: the operands', and that of the result and of x or dy.
+// Kernels for a pair of dtypes, the operands' and the result's; in linear and grad_input x and dy have the latter.
 struct Kernels {
   // Rows [begin, end) of W' into out (rows, columns).
   void (*mix)(const Mixing& mixing, int64_t begin, int64_t end, void* out);
 
   // Columns [begin, end) of y (m, rows) = x W'^T + bias, or of dx (m, columns) = dy W', from the rows or columns
-  // [begin, end) of W and U, read once. bias may be null. The whole product has all_rows, of which these are some.
+  // [begin, end) of W and U, read once. bias may be null. The whole product has all_rows rows, this call m.
   void (*linear)(const Mixing& mixing, Matrix x, int64_t m, int64_t all_rows, int64_t begin, int64_t end,
                  const void* bias, void* y);
   void (*grad_input)(const Mixing& mixing, Matrix dy, int64_t m, int64_t all_rows, int64_t begin, int64_t end,
@@ -60,16 +60,17 @@ struct Kernels {
   void (*expand)(Matrix compact, const int32_t* index, int64_t count, int64_t columns, double factor, int64_t begin,
                  int64_t end, void* out);
 
-  // The same, but row index[j] of out is compact's row j.
+  // The same, but row index[j] of out is compact's row j times factor.
   void (*expand_rows)(Matrix compact, const int32_t* index, int64_t count, int64_t columns, double factor,
                       int64_t begin, int64_t end, void* out);
 
-  // Our own product for dW, null where the library's is faster; set with AVX-512 where all is fp32 or all fp64, with
-  // AVX512_BF16 or AMX where x and dy are bf16. Rows [begin, end) of the kept columns of x into `staged`,
-  // which has room for round_up(rows, staged_unit) of round_up(count + 1, staged_unit); staged_unit divides begin.
+  // Our own product for dW (stage_kept, then grad_weight), null where the library's is faster: set with AVX-512 where
+  // all is fp32 or all fp64, with AVX512_BF16 or AMX where x and dy are bf16. stage_kept writes rows [begin, end) of
+  // the kept columns of x into `staged`, which has room for round_up(rows, staged_unit) rows of round_up(count + 1,
+  // staged_unit) elements; staged_unit divides begin.
   void (*stage_kept)(const KeptX& kept_x, int64_t begin, int64_t end, void* staged) = nullptr;
-  // Rows [begin, end) of dW (outputs, columns) from all of them staged and dy (m, outputs), the columns numbered index
-  // times factor, the others 0; and of db, the sums of dy, unless it is null. dW is row-major or column-major.
+  // Rows [begin, end) of dW (outputs, columns), from all staged rows and dy (m, outputs): the columns numbered `index`,
+  // times factor; the others are 0. Also of db, the sums of dy, unless it is null. dW is row-major or column-major.
   void (*grad_weight)(const KeptX& kept_x, const void* staged, Matrix dy, int64_t outputs, const int32_t* index,
                       int64_t columns, double factor, int64_t begin, int64_t end, bool column_major, void* dw,
                       void* db) = nullptr;
@@ -85,22 +86,22 @@ struct InstructionSet {
   // or 8 bytes.
   void (*gather)(Matrix x, int64_t element_size, const int32_t* index, int64_t count, int64_t begin, int64_t end,
                  void* out);
-  // Operand and result dtype; null for a pair that no operation has.
+  // Null for a pair of dtypes that no operation has.
   const Kernels* (*kernels)(Dtype operand, Dtype result);
 };
 
 constexpr int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
-// Where threads may split the outputs of a product: a multiple of every vector's lanes.
+// Threads split the outputs of a product at multiples of this, which is a multiple of every vector's lanes.
 constexpr int64_t output_unit = 16;
-// Where threads may split the rows of x that they stage for dW.
+// Threads split the rows of x that they stage for dW at multiples of this.
 constexpr int64_t staged_unit = 32;
-// As many outputs as the widest panel of a product has.
+// The outputs of a product's widest panel.
 constexpr int64_t panel_outputs = 48;
-// Up to so many rows a product takes small blocks, and copies what is not laid out in rows block by block.
+// Up to this number of rows, a product uses small blocks, and copies by blocks an x or dy not laid out in rows.
 constexpr int64_t few_rows = 256;
 
-// The kept columns' number: their indices are followed by -1.
+// The number of kept columns: -1 pads their indices to `count`.
 constexpr int64_t kept_count(const int32_t* index, int64_t count) {
   while (count > 0 && index[count - 1] < 0) --count;
   return count;
@@ -116,7 +117,7 @@ extern const InstructionSet instruction_set;
 namespace avx512 {
 extern const InstructionSet instruction_set;
 extern const InstructionSet with_bf16; // bf16 products by AVX512_BF16
-extern const InstructionSet with_amx;  // bf16 products on its tiles
+extern const InstructionSet with_amx;  // bf16 products on AMX tiles
 } // namespace avx512
 #endif
 

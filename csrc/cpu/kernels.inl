@@ -1,8 +1,8 @@
-// The kernels of an instruction set, in the files included here, a topic each; this one chooses among them by dtype.
+// The kernels of an instruction set, in the files included here, one per topic; this file chooses among them by dtype.
 // Included once per instruction set, inside a region compiled for it, with MIXOUT_ISA its namespace and
-// MIXOUT_VECTOR_BYTES its vector width. No function templates of the standard library in any of these files: an
-// instantiation compiled for a newer instruction set could be the one that the linker keeps for all. mixing.h belongs
-// inside the region because its templates call functions of these files.
+// MIXOUT_VECTOR_BYTES its vector width. No function templates of the standard library in any of these files: the linker
+// could keep an instantiation for a newer instruction set and use it for all. mixing.h is included inside the region
+// because its templates call functions of these files.
 
 #include "../mixing.h"
 #include "elementwise.inl"

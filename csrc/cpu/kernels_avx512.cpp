@@ -8,7 +8,7 @@
 
 #if defined(__x86_64__)
 #if !defined(__clang__)
-// GCC 12's own headers give two dozen false ones (GCC bug 105593).
+// GCC 12's own headers cause two dozen false warnings (GCC bug 105593).
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #endif
 #include <immintrin.h>

@@ -30,7 +30,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 #if defined(__x86_64__)
-// Whether oneDNN's own variable leaves it one of the instruction sets whose names have one of these parts.
+// Whether oneDNN's environment variable allows an instruction set whose name contains one of `parts_of_names`.
 bool onednn_may_use(std::initializer_list<const char*> parts_of_names) {
   const char* variable = std::getenv("ONEDNN_MAX_CPU_ISA");
   if (!variable || !*variable) variable = std::getenv("DNNL_MAX_CPU_ISA"); // its older name
@@ -41,19 +41,19 @@ bool onednn_may_use(std::initializer_list<const char*> parts_of_names) {
                      [&](const char* part) { return limit.find(part) != std::string::npos; });
 }
 
-// Of the processor's features those that GCC 11 has no names for.
+// For features of the processor that GCC 11 has no names for.
 bool has_feature(int bit) {
   uint32_t eax, ebx, ecx, edx;
   return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && edx >> bit & 1;
 }
 constexpr int amx_bf16 = 22, avx512_fp16 = 23, amx_tile = 24;
 
-// With what this processor has for bf16 products.
+// AVX-512, with the instructions that this processor has for bf16 products.
 const InstructionSet& choose_avx512() {
   const bool has_bf16 = __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi2");
   if (!has_bf16 || !onednn_may_use({"BF16", "FP16", "AMX", "AVX10"})) return avx512::instruction_set;
 #if defined(__linux__)
-  // The system lets a process have the tiles' registers if it asks.
+  // Linux lets a process use the tile registers once it has asked for them.
   constexpr int request = 0x1023, tile_data = 18; // ARCH_REQ_XCOMP_PERM, which headers older than Linux 5.16 lack
   if (has_feature(amx_bf16) && has_feature(amx_tile) && onednn_may_use({"AMX"}) &&
       syscall(SYS_arch_prctl, request, tile_data) == 0)
@@ -63,7 +63,7 @@ const InstructionSet& choose_avx512() {
 }
 #endif
 
-// The widest instruction set of this processor, or a narrower one by ATen's own variable.
+// The widest instruction set of this processor, or a narrower one where ATen's environment variable asks for it.
 const InstructionSet& choose_instruction_set() {
 #if defined(__x86_64__)
   const char* variable = std::getenv("ATEN_CPU_CAPABILITY");
@@ -82,8 +82,7 @@ const InstructionSet& instruction_set() {
   return chosen;
 }
 
-// Whether the library has no instructions for products of a 16-bit dtype, which it then takes many times as long for as
-// for those of fp32.
+// Whether the library lacks instructions for products of a 16-bit dtype, which then take many times as long as in fp32.
 bool multiplies_in_fp32([[maybe_unused]] ScalarType dtype) {
 #if defined(__x86_64__)
   static const bool has_bf16 = __builtin_cpu_supports("avx512bf16") && onednn_may_use({"BF16", "FP16", "AMX", "AVX10"});
@@ -100,8 +99,8 @@ Tensor allocate(std::initializer_list<int64_t> sizes, ScalarType type) {
 
 Tensor transposed(const Tensor& matrix) { return torch::stable::transpose(matrix, 0, 1); }
 
-// a b + bias of matrices in fp32, rounded once to their own dtype. By the variant that writes to a given result:
-// autocast would narrow the operands of the other again.
+// a b + bias, computed in fp32 and rounded once to the matrices' own dtype. Calls linear.out: for the plain linear,
+// autocast would narrow the operands again.
 Tensor product_in_fp32(const Tensor& a, const Tensor& b, const std::optional<Tensor>& bias) {
   using torch::stable::detail::from;
   const auto widened = [](const Tensor& tensor) { return torch::stable::to(tensor, ScalarType::Float); };
@@ -113,7 +112,7 @@ Tensor product_in_fp32(const Tensor& a, const Tensor& b, const std::optional<Ten
   return torch::stable::to(torch::stable::detail::to<Tensor>(stack[0]), a.scalar_type());
 }
 
-// The library's products, in the dtype that is the faster.
+// The library's product, in whichever dtype is faster.
 Tensor product(const Tensor& a, const Tensor& b) {
   return multiplies_in_fp32(a.scalar_type()) ? product_in_fp32(a, b, std::nullopt) : library_mm(a, b);
 }
@@ -134,7 +133,7 @@ const Kernels& kernels_of(ScalarType operand, ScalarType result) {
 Matrix matrix_of(const Tensor& tensor) {
   if (tensor.dim() == 2) return {tensor.const_data_ptr(), tensor.stride(0), tensor.stride(1)};
   STD_TORCH_CHECK(tensor.dim() == 3, "takes 2 or 3 dimensions");
-  // The stride of one may be any: channels_last has 1.
+  // With R = 1 the last stride can be anything: in channels_last it is K.
   if (tensor.size(2) == 1) return {tensor.const_data_ptr(), tensor.stride(0), tensor.stride(1)};
   STD_TORCH_CHECK(tensor.stride(1) == tensor.size(2) * tensor.stride(2) || tensor.size(1) <= 1,
                   "the last two of three dimensions must be laid out as one");
@@ -143,7 +142,7 @@ Matrix matrix_of(const Tensor& tensor) {
 
 int64_t repeats_of(const Tensor& tensor) { return tensor.dim() == 3 ? tensor.size(2) : 1; }
 
-// A mask, with the memory it needs: drawn here where columns share it, else where it is used.
+// A mask and its memory: an input mask is drawn here, an element mask where it is used.
 struct DrawnMask {
   std::vector<uint32_t> keep, alike;
   Mask mask;
@@ -169,14 +168,14 @@ struct DrawnMask {
     mask.keep = keep.data();
   }
 
-  // The mask of a transposed matrix, which has so many columns.
+  // The same mask by row, for a transposed matrix of `columns` columns.
   Mask by_row(int64_t columns) {
     alike.assign(2 * columns, 0);
     std::fill_n(alike.begin(), columns, ~0u);
     return {alike.data(), keep.data(), mask.seed, mask.threshold};
   }
 
-  // The kept columns, ascending, padded with -1 to `size`.
+  // The kept columns' numbers, ascending, padded with -1 to `size`.
   Tensor indices(int64_t size) const {
     Tensor index = allocate({size}, ScalarType::Int);
     int32_t* out = static_cast<int32_t*>(index.mutable_data_ptr());
@@ -196,13 +195,13 @@ Mixing mixing_of(const Tensor& weight, const std::optional<Tensor>& target, doub
   return {matrix_of(weight), target_matrix, weight.size(0), columns, scale_of(p), mask};
 }
 
-// W and U of a layer, their mask and mixing. Where they are column-major, as in GPT-2's Conv1D, and the mask is an
-// input mask, they are taken as the matrices in rows (K, N) that they are the transposes of, with a mask by row: then y
-// is made by the kernel of dX and dX by that of y.
+// W and U of a layer, their mask and mixing. Where W and U are column-major, as in GPT-2's Conv1D, and the mask is an
+// input mask, the kernels work on the row-major transposes (K, N) with a mask by row: dX's kernel then computes y, and
+// y's kernel dX.
 struct Layer {
   int64_t outputs, in_features;
   bool is_transposed;
-  Tensor weight; // as it lies
+  Tensor weight; // (K, N) where is_transposed
   DrawnMask drawn;
   Mixing mixing;
 
@@ -213,7 +212,7 @@ struct Layer {
     else mixing = mixing_of(weight, u, p, drawn.mask);
   }
 
-  // (N, K) of what lies as the weight does.
+  // The (N, K) view of a matrix that is laid out as `weight` is.
   Tensor by_outputs(const Tensor& matrix) const { return is_transposed ? transposed(matrix) : matrix; }
 };
 
@@ -222,7 +221,7 @@ struct Slice {
   int64_t begin, end, slices;
   int64_t first(int64_t count) const { return count * begin / slices; }
   int64_t last(int64_t count) const { return count * end / slices; }
-  // The same of a product's outputs, split where no vector is.
+  // The same for a product's outputs, which are split only at multiples of output_unit.
   int64_t first_output(int64_t outputs) const {
     return first(round_up(outputs, output_unit) / output_unit) * output_unit;
   }
@@ -232,9 +231,9 @@ struct Slice {
 };
 
 // Into how many parts the rows of a product are split where there are more slices than panels of outputs: a divisor of
-// `slices`, and not so many that mixing takes longer than multiplying. Products of bf16 make 32 outputs at once, so
-// that 48 take as long as 64: of 16-bit entries slices have two panels. By 16 threads y at 2048x768x768 takes 13.1 ms
-// of the processor's time so, in bf16, and 16.4 in slices of one panel (in fp32 25.9 and 24.8).
+// `slices`, and few enough that mixing does not take longer than multiplying. bf16 products compute 32 outputs at once,
+// so that 48 take as long as 64; with 16-bit entries a slice therefore has two panels. With 16 threads, y at
+// 2048x768x768 in bf16 then takes 13.1 ms of CPU time, and 16.4 with slices of one panel (in fp32 25.9 and 24.8).
 int64_t rows_split(int64_t slices, int64_t rows, int64_t outputs, int64_t entry_bytes) {
   const int64_t width = entry_bytes == 2 ? 2 * panel_outputs : panel_outputs;
   const int64_t panels = (outputs + width - 1) / width;
@@ -245,7 +244,7 @@ int64_t rows_split(int64_t slices, int64_t rows, int64_t outputs, int64_t entry_
   return parts;
 }
 
-// A thread takes at least this much memory traffic: less is cheaper than waking one (about 3 us at 20 GB/s).
+// Each thread gets at least this much memory traffic: less is faster (about 3 us at 20 GB/s) than waking a thread.
 constexpr int64_t bytes_per_thread = 64 * 1024;
 
 template <typename Function>
@@ -285,7 +284,7 @@ void gather_rows(const Tensor& rows, const Tensor& index, const Tensor& columns,
                            index.numel(), slice.first(m), slice.last(m), columns.mutable_data_ptr());
 }
 
-// W', with `beside`, which moves so many bytes, done in the same slices.
+// W'. `beside`, which moves bytes_beside bytes, runs in the same slices.
 template <typename Function>
 Tensor mixed(const Tensor& weight, const Mixing& mixing, ScalarType dtype, int64_t bytes_beside,
              const Function& beside) {
@@ -305,8 +304,8 @@ Tensor mix(const Tensor& weight, const std::optional<Tensor>& target, const Tens
   return mixed(weight, mixing_of(weight, target, p, drawn.mask), dtype, 0, [](Slice) {});
 }
 
-// The product of rows (m, terms) with W'^T or W', with `bias` added, reading W and U once and writing no W'. `kernel`
-// is the kernel of one of the two; `beside`, which moves so many bytes, is done in the same slices.
+// The product of rows (m, terms) with W'^T or W', plus `bias`, reading W and U once and writing no W'. `kernel` is
+// Kernels::linear or Kernels::grad_input; `beside`, which moves bytes_beside bytes, runs in the same slices.
 template <typename Kernel, typename Function>
 Tensor one_pass(const Tensor& rows, const Mixing& mixing, int64_t outputs, const std::optional<Tensor>& bias,
                 Kernel kernel, int64_t bytes_beside, const Function& beside) {
@@ -317,16 +316,16 @@ Tensor one_pass(const Tensor& rows, const Mixing& mixing, int64_t outputs, const
   STD_TORCH_CHECK(!bias || bias->is_contiguous(), "bias: must be contiguous");
   const void* bias_data = bias ? bias->const_data_ptr() : nullptr;
   const int64_t size = rows.element_size();
-  // The kernel copies what is not laid out in rows, every thread for itself: of many rows it would be all of them.
+  // Each thread's kernel makes its own copy of what is not laid out in rows; many rows are copied here, once.
   const Tensor left = rows.stride(1) == 1 || m <= few_rows ? rows : torch::stable::contiguous(rows);
   const Matrix x = matrix_of(left);
   const int64_t bytes = 2 * mixing.rows * mixing.columns * size + bytes_of(rows) + bytes_of(out);
-  // Where 16-bit rows are widened, of so many at a time: they and their sums are held in fp32.
+  // 16-bit rows that are multiplied in fp32 are processed in groups: they and their sums are held in fp32.
   const int64_t rows_at_once = multiplies_in_fp32(rows.scalar_type()) ? 512 : m;
   in_slices(bytes + bytes_beside, [&](Slice slice) {
     beside(slice);
     if (m == 0) return;
-    // Threads share the outputs, so that W' is mixed once, and only what is left of them the rows.
+    // Threads divide up the outputs, so that W' is mixed once, and the rows only where the outputs are too few.
     const int64_t row_parts = rows_split(slice.slices, m, outputs, size);
     for (int64_t i = slice.begin; i < slice.end; ++i) {
       const Slice of_rows{i % row_parts, i % row_parts + 1, row_parts};
@@ -371,7 +370,7 @@ Output linear(const Tensor& input, const Tensor& weight, const std::optional<Ten
   return {linear_product(input, mixed_weight, bias), index, columns};
 }
 
-// Kept columns of x, of few some, filled up with zeros: see THIN_OUTPUT in mixout_fast/reference.py.
+// The kept columns of x, padded with columns of zeros where they are few: see THIN_OUTPUT in mixout_fast/reference.py.
 Tensor filled_up(const Tensor& columns) {
   constexpr int64_t width = thin_output;
   const int64_t m = columns.size(0), count = columns.size(1);
@@ -383,13 +382,13 @@ Tensor filled_up(const Tensor& columns) {
   return filled;
 }
 
-// Of an input mask: the product of the kept columns of x with dY by the library, then spread into the dense dW.
+// dW under an input mask: the library's product of the kept columns of x with dY, spread into the dense dW.
 Tensor expanded(const Layer& layer, const Tensor& kept_columns, const Tensor& grad, const Tensor& index,
                 double factor) {
   const Tensor columns = filled_up(kept_columns), weight = layer.weight;
-  // (C, N) where few columns of many rows are kept: fp32 at 2048x768x768, p = 0.9, takes 1.25 ms so and 1.48 the other
-  // way, with the expansion, bf16's product 0.36 and 0.53. (N, C) else, level from there on: it expands without a
-  // transpose.
+  // (C, N) where few columns of many rows are kept: at 2048x768x768, p = 0.9, fp32 takes 1.25 ms, and 1.48 as (N, C),
+  // with the expansion; bf16's product alone takes 0.36 and 0.53. Otherwise (N, C), which takes as long there and
+  // expands without a transpose.
   const bool columns_first = layer.is_transposed || (columns.size(0) > 256 && 2 * columns.size(1) < layer.in_features);
   Tensor compact = columns_first ? product(transposed(columns), grad) : product(transposed(grad), columns);
   if (!columns_first) compact = transposed(compact);
@@ -406,7 +405,7 @@ Tensor expanded(const Layer& layer, const Tensor& kept_columns, const Tensor& gr
   return layer.by_outputs(out);
 }
 
-// Of either mask: the product of all of x with dY by the library, then masked.
+// dW under either mask: the library's product of all of x with dY, then masked.
 Tensor masked_product(const Layer& layer, const Tensor& x, const Tensor& grad, double factor) {
   const Tensor dense = layer.is_transposed ? product(transposed(x), grad) : product(transposed(grad), x);
   return layer.by_outputs(masked(dense, layer.mixing.mask, factor, layer.weight.scalar_type()));
@@ -429,7 +428,7 @@ Gradients linear_backward(const Tensor& grad_output, const std::optional<Tensor>
   const Kernels& of_weight = kernels_of(dtype, weight.scalar_type());
   const bool in_kernel = needs_weight && per_column && of_weight.grad_weight && outputs >= thin_output;
   const bool is_full = x && in_full_product && !in_kernel, gathers = x && !is_full && !in_kernel;
-  // The kept columns: of x, or as forward gathered them.
+  // The kept columns: of x, or those that forward gathered.
   std::optional<Tensor> index = kept_index, columns = kept_columns;
   if (x && !is_full) index = layer.drawn.indices(layer.drawn.kept);
   const int32_t* indices = index ? static_cast<const int32_t*>(index->const_data_ptr()) : nullptr;
@@ -441,7 +440,7 @@ Gradients linear_backward(const Tensor& grad_output, const std::optional<Tensor>
     kept_x = {matrix_of(x ? *x : *columns), m, x ? indices : nullptr, kept};
     staged = allocate({round_up(m, staged_unit), round_up(kept + 1, staged_unit)}, dtype);
   }
-  // What dW needs of x is made ready in dX's slices.
+  // x is gathered or staged for dW in dX's slices.
   const int64_t bytes_beside = gathers ? bytes_of(*x) : staged ? bytes_of(*staged) : 0;
   const auto beside = [&](Slice slice) {
     if (gathers) gather_rows(*x, *index, *columns, slice);

@@ -7,13 +7,14 @@
 namespace mixout_fast::cpu::MIXOUT_ISA {
 namespace {
 
-// A part of W' (N, K) that is mixed at once, for y = x W'^T (forward) or dx = dy W'. A product runs over its terms and
-// gives outputs: K terms and N outputs forward, the other way round for dx.
+// A part of W' (N, K) that is mixed at once, for y = x W'^T (forward) or dx = dy W'. A product sums over its terms: it
+// has K terms and N outputs forward, N terms and K outputs for dx.
 struct Part {
   int64_t output, outputs, term, terms;
 };
 
-// Whether a vector of entries can be mixed as one: fp32, a mask drawn already, columns adjacent.
+// Whether a vector of entries can be mixed at once: all is fp32 (mixes_vectors), the mask is drawn already and columns
+// are adjacent (takes_vectors).
 template <typename Operand, typename Result>
 constexpr bool mixes_vectors = std::is_same_v<Operand, float> && std::is_same_v<Result, float>;
 
@@ -22,7 +23,7 @@ MIXOUT_INLINE bool takes_vectors(const Mixing& mixing) {
          (!mixing.target.data || mixing.target.column_stride == 1);
 }
 
-// As mix_entry: entries [column, column + lanes) of a row, whose mask is `keep_of_row`.
+// mix_entry for entries [column, column + lanes) of a row, whose mask is `keep_of_row`.
 template <typename T>
 MIXOUT_INLINE Vector<T> mix_vector(const Mixing& mixing, const uint32_t* keep_of_row, int64_t row, int64_t column) {
   typedef uint32_t Keep __attribute__((vector_size(lanes<T> * sizeof(uint32_t))));
@@ -40,7 +41,7 @@ template <bool forward, typename Operand, typename Result, typename T>
 void mix_panels(const Mixing& mixing, Part part, Panels<T> panels) {
   constexpr int64_t width = lanes<T>;
   if constexpr (forward) {
-    // Rows of W' are outputs: as many as a vector has lanes are mixed and transposed, in registers where they can be.
+    // Rows of W' are outputs: `width` of them at a time are mixed and transposed, in registers where possible.
     const int64_t stride = round_up(part.terms, width);
     T* mixed = scratch<T>(Slot::rows, width * stride);
     for (int64_t output = 0; output < part.outputs; output += width) {
@@ -70,11 +71,11 @@ void mix_panels(const Mixing& mixing, Part part, Panels<T> panels) {
       }
     }
   } else {
-    // Rows of W' are terms: mixed vector by vector on the way into the panels, where they can be.
+    // Rows of W' are terms: they are mixed on the way into the panels, vector by vector where possible.
     const int64_t padded = round_up(part.outputs, width);
     T* mixed = scratch<T>(Slot::rows, padded);
     memset(mixed, 0, padded * sizeof(T));
-    const Mixing own = mixing; // which no store can change
+    const Mixing own = mixing; // a copy, which no store can change
     const bool by_vectors = mixes_vectors<Operand, Result> && takes_vectors(own) && part.outputs % width == 0;
     for (int64_t k = 0; k < part.terms; ++k) {
       const uint32_t* keep = mask_row(own.mask, own.columns, part.term + k);
@@ -106,7 +107,7 @@ Prefetch prefetch_of(const Mixing& mixing, Part next) {
           ((forward ? next.terms : next.outputs) * size + 63) / 64};
 }
 
-// Terms [term, term + terms) of the rows of x or dy from `first` on, the last one repeated to fill a tile.
+// Copies terms [term, term + terms) of the rows of x or dy from `first` on, repeating the last row to fill a tile.
 template <typename T, typename Element>
 void stage_rows(Matrix x, int64_t first, int64_t m, int64_t term, int64_t terms, int64_t stride, T* staged) {
   for (int64_t row = first; row < round_up(m, tile_rows); ++row, staged += stride) {
@@ -118,9 +119,10 @@ void stage_rows(Matrix x, int64_t first, int64_t m, int64_t term, int64_t terms,
   }
 }
 
-// The part of W' that a thread mixes at once, as panels in L2, which x or dy then passes. Of many rows as large a part
-// as fits: the result is read and written once per block of terms. Of few, mixing is what takes the time: less at once,
-// with the next part of W and U fetched meanwhile. A block for dx takes wide parts of W's rows.
+// The part of W' that a thread mixes at once, as panels that stay in L2 while x or dy streams past. With many rows it
+// is as large as fits: multiply_pieces adds each piece of terms to a tile of the result in L1, and the tile comes back
+// from memory once per block of terms. With few rows, mixing takes a larger share of the time: the part is smaller, and
+// the next part of W and U is prefetched meanwhile. A block for dx has long parts of W's rows.
 struct BlockShape {
   int64_t terms, panels;
   bool fetches_next;
@@ -135,8 +137,7 @@ constexpr BlockShape block_shape(int64_t rows, int64_t terms) {
   return {most, 4096 / block > 1 ? 4096 / block : 1, false};
 }
 
-// x W'^T + bias (forward) or dy W': its columns [begin, end), for x or dy of m rows, of `all_rows` in the whole
-// product.
+// Columns [begin, end) of x W'^T + bias (forward) or dy W', for m of the `all_rows` rows of the whole product.
 template <bool forward, typename Operand, typename Result>
 void multiply(const Mixing& mixing, Matrix x, int64_t m, int64_t all_rows, int64_t begin, int64_t end, const void* bias,
               void* result) {
@@ -150,8 +151,8 @@ void multiply(const Mixing& mixing, Matrix x, int64_t m, int64_t all_rows, int64
   const int64_t block_terms = shape.terms < terms ? shape.terms : round_up(terms, lanes<T>);
   const int64_t all_outputs = round_up(end - begin, panel<T>), most_outputs = shape.panels * panel<T>;
   const int64_t block_outputs = all_outputs < most_outputs ? all_outputs : most_outputs;
-  // Whole tiles of rows are multiplied where they are, others from a copy off the power of two, whose rows would share
-  // one L1 set.
+  // Whole tiles of rows are multiplied in place; other rows are copied first, with a stride that is no power of two, so
+  // that they do not share one L1 set.
   const bool lies_in_rows = x.column_stride == 1 || terms == 1;
   const int64_t in_place = !narrows && lies_in_rows ? m / tile_rows * tile_rows : 0;
   const Rows staged_rows{block_terms + 16};
@@ -161,7 +162,7 @@ void multiply(const Mixing& mixing, Matrix x, int64_t m, int64_t all_rows, int64
   T* mixed = staged + staged_size;
   T* widened_bias = mixed + block_terms * block_outputs;
   static constexpr T zeros[panel<T>] = {};
-  // Sums go to the result itself where it is of their dtype.
+  // The sums are kept in the result itself where it has their dtype.
   T* sums;
   int64_t sums_stride;
   if constexpr (narrows) {
@@ -183,8 +184,8 @@ void multiply(const Mixing& mixing, Matrix x, int64_t m, int64_t all_rows, int64
       const Panels<T> panels{mixed, part.terms};
       if (first == begin) stage_rows<T, Result>(x, in_place, m, term, part.terms, staged_rows.row_stride, staged);
       mix_panels<forward, Operand, Result>(mixing, part, panels);
-      // Last, for each of several sums would round beside it: first, a large one gave y of one row and 8192 terms 10
-      // times the error of the library, which adds it once.
+      // The bias is added last. Added first, it made each of several sums round at its size: a large bias gave y of one
+      // row and 8192 terms 10 times the error of the library, which adds it once.
       const bool adds_bias = bias && term + block_terms >= terms;
       if (adds_bias)
         for (int64_t j = 0; j < part.outputs; ++j) widened_bias[j] = widen(static_cast<const Result*>(bias)[first + j]);
@@ -210,8 +211,8 @@ void multiply(const Mixing& mixing, Matrix x, int64_t m, int64_t all_rows, int64
             }
           return;
         }
-        // Beside the result where the tile sticks out of it, in the same order; and where a block's short pieces are
-        // added up before they are added to others.
+        // Otherwise summed in `edge`: where the tile extends past the result, in the same order of additions; and with
+        // short pieces, where a block's pieces are added up before they are added to those of other blocks.
         T edge[tile_rows * panel<T>] = {};
         const int64_t rows_left = m - row < tile_rows ? m - row : tile_rows;
         const int64_t outputs_left = part.outputs - output < width ? part.outputs - output : width;

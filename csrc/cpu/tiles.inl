@@ -1,4 +1,4 @@
-// The tiles that y, dx and dW are made of, and what is fetched for the next ones meanwhile.
+// The tiles in which y, dx and dW are computed, and the prefetching of the next ones' operands meanwhile.
 #pragma once
 
 #include "vectors.inl"
@@ -9,8 +9,9 @@ namespace {
 #if MIXOUT_VECTOR_BYTES == 64
 constexpr int tile_rows = 8, panel_vectors = 3; // 8 x 3 sums, 3 operands and a broadcast in 32 registers
 #elif MIXOUT_VECTOR_BYTES == 32
-// 6 x 2 sums, 2 operands and a broadcast in 16 registers. With 4 x 3, which take all 16, the compiler loads an operand
-// for every product instead: y at 2048x768x768 13.4 and not 11.2 ms on AMD's Zen 4, where MKL's alone takes 12.1.
+// 6 x 2 sums, 2 operands and a broadcast in 16 registers. With 4 x 3, which fill all 16, the compiler loads an operand
+// again for every product: y at 2048x768x768 takes 13.4 instead of 11.2 ms on AMD's Zen 4, where MKL's product alone
+// takes 12.1.
 constexpr int tile_rows = 6, panel_vectors = 2;
 #else
 constexpr int tile_rows = 4, panel_vectors = 3;
@@ -19,7 +20,7 @@ constexpr int tile_rows = 4, panel_vectors = 3;
 // A product is computed in tiles of tile_rows x one panel of outputs.
 template <typename T>
 constexpr int64_t panel = panel_vectors * lanes<T>;
-// How the broadcast operand of a tile lies: x, dy or a copy of them, or tiles of its transpose.
+// The layout of a tile's broadcast operand: rows of x, dy or a copy of them, or tiles of dy's transpose.
 struct Rows {
   int64_t row_stride;
   static constexpr int64_t term_stride = 1;
@@ -27,17 +28,17 @@ struct Rows {
 struct TransposedTiles {
   static constexpr int64_t row_stride = 1, term_stride = tile_rows;
 };
-// How many terms are summed one by one, for an error near the library's: MKL sums blocks of 192 in fp64, in fp32 of 384
-// on Intel's processors and of 192 on AMD's, where ours of 384 had 1.4 times its error. Up to 16 rows or outputs it
-// sums in as many parts as its vectors have lanes. Chosen by the whole product's size: the sums must not depend on the
-// threads.
+// How many terms are summed one by one, for an error near the library's. MKL sums blocks of 192 terms in fp64; in fp32
+// of 384 on Intel's processors, and of 192 on AMD's, where ours had 1.4 times its error with 384. Up to 16 rows or
+// outputs, MKL sums in as many parts as its vectors have lanes. Chosen by the whole product's size, because the sums
+// must not depend on the number of threads.
 constexpr int64_t piece_terms = 192, short_piece = 32;
 constexpr int64_t summed_at_once(int64_t rows, int64_t outputs) {
   return rows <= 16 || outputs <= 16 ? short_piece : piece_terms;
 }
 
-// W' as the vector operand of a product: panels of outputs, each [terms][panel], the last one narrower where the
-// outputs end, filled up with 0 to a whole vector.
+// The vector operand of a product, W' or (for dW) the kept columns of x: panels of outputs, each [terms][panel]. The
+// last panel is narrower where the outputs end, and padded with zeros to a whole vector.
 template <typename T>
 struct Panels {
   T* data;
@@ -50,8 +51,8 @@ struct Panels {
   }
 };
 
-// The next part of one operand or two on its way to L2 while this one is multiplied, a line of each at a time: mixing
-// and staging wait for memory, and multiplying leaves it idle.
+// Prefetches the next part of one or two operands into L2 while the present part is multiplied, a line of each a step:
+// mixing and staging wait for memory, and multiplying leaves it idle.
 struct Prefetch {
   const char* first = nullptr;
   const char* second = nullptr;
@@ -75,9 +76,9 @@ struct NoPrefetch {
   MIXOUT_INLINE void step() {}
 };
 
-// c[tile_rows][vectors] = base + left[tile_rows][terms] * right[terms][vectors]. The products are summed from zero:
-// summing on from c doubles the error at 1023 terms, to twice the library's. A step of a Prefetch takes 4 % of the
-// multiplications' slots.
+// c[tile_rows][vectors] = base + left[tile_rows][terms] * right[terms][vectors]. The products are summed from zero and
+// then added to base: summing on from c doubles the error at 1023 terms, to twice the library's. A step of a Prefetch
+// takes 4 % of the multiplications' issue slots.
 template <typename Left, typename T, int vectors, typename Fetch>
 MIXOUT_INLINE void multiply_tile(Left layout, int64_t terms, const T* __restrict left, const T* __restrict right,
                                  const T* base, int64_t base_stride, T* c, int64_t c_stride, Fetch& prefetch) {
@@ -86,8 +87,8 @@ MIXOUT_INLINE void multiply_tile(Left layout, int64_t terms, const T* __restrict
   for (int i = 0; i < tile_rows; ++i)
 #pragma GCC unroll 3
     for (int v = 0; v < vectors; ++v) sum[i][v] = Vector<T>{};
-  // The parts of a large result come from far: fetched meanwhile, of 1024 rows y takes 2.5 % less, dx 1 %. Those of
-  // dW's block are near: 3 % more.
+  // A large result's tiles come from memory: with this prefetch, y of 1024 rows takes 2.5 % less time and dx 1 %. The
+  // sums of dW's block are in L2, and dW would take 3 % more.
   if constexpr (std::is_same_v<Left, Rows>) {
 #pragma GCC unroll 16
     for (int i = 0; i < tile_rows; ++i)
@@ -107,8 +108,8 @@ MIXOUT_INLINE void multiply_tile(Left layout, int64_t terms, const T* __restrict
       for (int v = 0; v < vectors; ++v) sum[i][v] = multiply_add(value, factor[v], sum[i][v]);
     }
   };
-  // Two terms a turn: at one the loop's own instructions take the multiplications' slots, and at four it is 6 % slower,
-  // for no reason that we found.
+  // Two terms an iteration: with one, the loop's own instructions take the multiplications' slots; with four it is 6 %
+  // slower, for no reason that we found.
   constexpr int64_t step = vectors * lanes<T>;
   for (const T* end = right + (terms & ~int64_t{1}) * step; right != end; right += 2 * step) {
     prefetch.step();
@@ -125,7 +126,7 @@ MIXOUT_INLINE void multiply_tile(Left layout, int64_t terms, const T* __restrict
       store(c + i * c_stride + v * lanes<T>, load(base + i * base_stride + v * lanes<T>) + sum[i][v]);
 }
 
-// The same, summed in pieces of so many terms.
+// multiply_tile in pieces of `piece` terms, each summed from zero and added to c.
 template <typename Left, typename T, int vectors, typename Fetch>
 MIXOUT_INLINE void multiply_pieces(Left layout, int64_t piece, int64_t terms, const T* left, const T* right,
                                    const T* base, int64_t base_stride, T* c, int64_t c_stride, Fetch& prefetch) {

@@ -27,8 +27,8 @@ template <typename T>
 MIXOUT_INLINE void store(T* destination, Vector<T> value) {
   *reinterpret_cast<typename VectorOf<T>::unaligned*>(destination) = value;
 }
-// What the vector extensions leave slow or cannot say: broadcasts, fused multiply-add (the products only; mixing rounds
-// each step), and the product of the lanes' low halves.
+// What GCC's vector extensions compile badly or cannot express: broadcasts, fused multiply-add (in products only;
+// mixing rounds each step), products of the lanes' low halves, streaming stores, compressing and spreading lanes.
 #if MIXOUT_VECTOR_BYTES == 64
 MIXOUT_INLINE Vector<float> broadcast(float value) { return _mm512_set1_ps(value); }
 MIXOUT_INLINE Vector<double> broadcast(double value) { return _mm512_set1_pd(value); }
@@ -98,7 +98,7 @@ MIXOUT_INLINE void stream_vector(const void* source, void* destination) {
 #endif
 #endif
 
-// Round to the result dtype, keep in the wider one: what a product reads.
+// put rounds to the result dtype. put_rounded also widens the number again, into what a product reads.
 template <typename Result, typename T>
 MIXOUT_INLINE void put(T value, Result* out) {
   *out = narrow<Result>(value);
@@ -108,7 +108,7 @@ MIXOUT_INLINE void put_rounded(T value, Stored* out) {
   *out = static_cast<Stored>(widen(narrow<Result>(value)));
 }
 
-// A vector of `count` elements, the rest 0. The full, contiguous case has a constant trip count and vectorises.
+// A vector of `count` widened elements, the rest 0. The full, contiguous case has a constant trip count and vectorises.
 template <typename T, typename Element>
 MIXOUT_INLINE Vector<T> load_widened(const Element* source, int64_t stride, int64_t count) {
   if (count == lanes<T> && stride == 1) {
@@ -141,7 +141,7 @@ MIXOUT_INLINE void transpose(Vector<T>* rows) {
   }
 }
 
-// Per-thread memory of each type that only grows; it holds blocks of a product, and of few rows whole operands.
+// A thread's memory per type and slot, which only grows: blocks of a product, or whole operands of few rows.
 enum class Slot { mask, weight, target, rows, block };
 template <typename T>
 T* scratch(Slot slot, int64_t count) {
@@ -152,7 +152,7 @@ T* scratch(Slot slot, int64_t count) {
   };
   static thread_local Buffer buffers[5];
   Buffer& buffer = buffers[static_cast<int>(slot)];
-  const int64_t bytes = round_up(count * static_cast<int64_t>(sizeof(T)) + 1, 64); // one more: memset takes no null
+  const int64_t bytes = round_up(count * static_cast<int64_t>(sizeof(T)) + 1, 64); // + 1: memset takes no null
   if (buffer.bytes < bytes) {
     free(buffer.data);
     buffer.bytes = 0;

@@ -1,4 +1,4 @@
-// The sums of x's columns, by blocks of other kernels.
+// The sums of x's columns, computed by additional blocks of other kernels.
 #pragma once
 
 #include "block.cuh"
@@ -6,10 +6,11 @@
 namespace mixout_fast::cuda {
 namespace {
 
-// What a block's partial sums take: of 16 bits a float for each of a lane's 8 columns, of others half of it.
+// The bytes of a block's partial sums: for 16-bit dtypes a float for each of a lane's 8 columns; others need half.
 constexpr int sum_rows_bytes = 8 * sizeof(float) * threads;
 
-// One part of the sums of 32 lanes' columns. Two rows at a time: of four, bf16's mix_kernel spills on sm_90a.
+// One part, of rows_a_part rows, of the sums of 32 lanes' columns. Two rows at a time: with four, bf16's mix_kernel
+// spills on sm_90a.
 template <typename Value>
 __device__ void sum_rows_block(const ColumnSums& sums, int64_t block, unsigned char* scratch) {
   using T = Compute<Value>;
@@ -38,8 +39,9 @@ __device__ void sum_rows_block(const ColumnSums& sums, int64_t block, unsigned c
         sum_in_pairs<0, warps, 1>(partial + item % width * threads + item / width);
 }
 
-// 32 columns' sums of their parts, 16 at a time and those in fp64: one by one, the error would grow with x's rows. Two
-// loads at a time: with four, expand_kernel takes 38 registers on sm_100, so that an SM holds 6 blocks and not 8.
+// Adds up the parts of 32 columns' sums: 16 parts at a time, and the results in fp64. Added one by one, their error
+// would grow with x's rows. Two loads at a time: with four, expand_kernel takes 38 registers on sm_100, so that an SM
+// holds 6 blocks instead of 8.
 template <typename Value>
 __device__ void sum_parts_block(const ColumnSums& sums, int64_t block) {
   using T = Compute<Value>;

@@ -14,7 +14,7 @@ struct Kept {
   const Mask& mask;
   const Part<width>& part;
   const uint64_t seed;
-  uint32_t drawn = 0; // for all the block: bit j: is column + j kept, or bit i * warps: is row(i)
+  uint32_t drawn = 0; // by the whole block. Bit j: is column + j kept, or neurons_are_rows, bit i * warps: is row(i)
 
   __device__ Kept(const Mask& mask, uint64_t seed, const Part<width>& part, MaskBits<strip_entries>& bits)
       : mask(mask), part(part), seed(seed) {
@@ -31,7 +31,7 @@ struct Kept {
     }
   }
 
-  // Whether row(i) has kept entries, as far as all the block knows: W is not read where it has none.
+  // Whether row(i) can have kept entries, as far as the block's own draw tells; W is not read where it has none.
   __device__ bool any(int i) const { return !neurons_are_rows || drawn >> i * warps & 1; }
 
   // Bit j: is column + j of row(i) kept.
@@ -42,8 +42,8 @@ struct Kept {
   }
 };
 
-// W', and before it, for these take longest, the gather and the parts of sums. Rounded to 16 bits, fp32 needs 90 and
-// more registers: left alone (0), the compiler takes 80 on sm_90a and spills.
+// W'. The gather and the parts of the sums take longest, and so have the first blocks. Rounding fp32 to 16 bits needs
+// 90 and more registers: without a least number of blocks (0), the compiler uses 80 on sm_90a and spills.
 template <typename Operand, typename Result, bool neurons_are_rows>
 __global__ void __launch_bounds__(threads, sizeof(Operand) > sizeof(Result) ? 2 : 0)
     mix_kernel(Mixing mixing, Result* out, Gather gather, int64_t gathers, ColumnSums sums, int64_t others) {
@@ -53,7 +53,7 @@ __global__ void __launch_bounds__(threads, sizeof(Operand) > sizeof(Result) ? 2 
   const Mask& mask = mixing.mask;
   if (blockIdx.x < gathers) return gather_block<Element<Result>>(gather, mask, blockIdx.x, scratch.gather);
   if (blockIdx.x < others) return sum_rows_block<Result>(sums, blockIdx.x - gathers, scratch.partial);
-  // First, for most waits for it.
+  // Read first, because most of what follows waits for it.
   const uint64_t seed = *mask.seed;
   const Part<width> part(mixing.columns, blockIdx.x - others);
   const int64_t column = part.column;
@@ -79,7 +79,7 @@ __global__ void __launch_bounds__(threads, sizeof(Operand) > sizeof(Result) ? 2 
   }
 }
 
-// mask * grad * factor, laid out as mix_kernel, and before it the sums of parts.
+// mask * grad * factor, in parts as in mix_kernel. The first blocks add up the parts of the column sums.
 template <typename Operand, typename Result, bool neurons_are_rows>
 __global__ void __launch_bounds__(threads)
     mask_grad_kernel(Matrix grad, int64_t rows, int64_t columns, Mask mask, double factor, Result* out, ColumnSums sums,

@@ -1,4 +1,4 @@
-// The kept columns or rows of a gradient, put into the dense one.
+// The kept columns or rows of a gradient, spread into the dense gradient.
 #pragma once
 
 #include "column_sums.cuh"
@@ -6,15 +6,16 @@
 namespace mixout_fast::cuda {
 namespace {
 
-// slots[i]: which entry of the index is `first` + i, or -1. The index ascends, -1 being its largest number.
+// slots[i]: the place in `index` of the number `first` + i, or -1. The index ascends: its padding, -1, is the largest
+// number as an unsigned one.
 template <int places>
 __device__ __forceinline__ void find_slots(const int32_t* index, int64_t count, int64_t first,
                                            int32_t (&slots)[places]) {
   static_assert(places <= threads);
   if (threadIdx.x < places) slots[threadIdx.x] = -1;
   __syncthreads();
-  // The first entry wanted stands in [start, start + spread], halved until a thread reads two entries at most: a read
-  // waits for memory, and of short indices there is none more.
+  // The first wanted entry is in [start, start + spread], which is halved until each thread need read at most two
+  // entries. Each halving waits for a read from memory; short indices need none.
   int64_t start = 0, spread = count;
   while (spread + places > 2 * threads) {
     const int64_t half = (spread + 1) / 2;
@@ -30,8 +31,8 @@ __device__ __forceinline__ void find_slots(const int32_t* index, int64_t count, 
   __syncthreads();
 }
 
-// compact (count, rows) into its columns of out (rows, columns), through a tile in shared memory that turns it, and
-// before it the sums of parts.
+// Spreads compact (count, rows) into its columns of out (rows, columns), transposed by way of a tile in shared memory.
+// The first blocks add up the parts of the column sums.
 template <typename Operand, typename Result>
 __global__ void __launch_bounds__(threads)
     expand_kernel(Matrix compact, const int32_t* index, int64_t count, int64_t rows, int64_t columns, double factor,
@@ -41,7 +42,7 @@ __global__ void __launch_bounds__(threads)
   const int64_t block = blockIdx.x - sum_blocks;
   constexpr int width = 16 / sizeof(Result);
   constexpr int vectors = expand_columns / width;
-  // With 16 bytes more, the vectors that 8 lanes write of their rows are in different banks.
+  // 16 bytes of padding, so that the vectors that 8 lanes write into their rows are in different banks.
   alignas(16) __shared__ Result tile[expand_rows][expand_columns + width];
   __shared__ int32_t slots[expand_columns];
   const int64_t strips = blocks_of(columns, expand_columns), band = block / strips;
@@ -49,7 +50,7 @@ __global__ void __launch_bounds__(threads)
   find_slots(index, count, first_column, slots);
   const int lane = lane_of_thread();
   const int64_t row = first_row + lane;
-  // A warp's columns, of which it reads the kept ones, a few loads at a time that wait for memory together.
+  // A warp's `own` columns. It reads those that are kept, in groups of `depth` loads that wait for memory together.
   constexpr int own = expand_columns / warps, depth = 4;
   const int first = warp_of_thread() * own;
   const Result zeros[own] = {};
@@ -84,7 +85,8 @@ __global__ void __launch_bounds__(threads)
   }
 }
 
-// compact (count, rows) into its rows of out (columns, rows), laid out as mix_kernel, and before it the sums of parts.
+// Spreads compact (count, rows) into its rows of out (columns, rows), in parts as in mix_kernel. The first blocks add
+// up the parts of the column sums.
 template <typename Operand, typename Result>
 __global__ void __launch_bounds__(threads)
     expand_rows_kernel(Matrix compact, const int32_t* index, int64_t count, int64_t rows, int64_t columns,

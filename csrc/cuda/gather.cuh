@@ -6,8 +6,8 @@
 namespace mixout_fast::cuda {
 namespace {
 
-// Rows [block * warps * gather_rows_per_warp, ...) of the kept columns; block 0 also writes the index. Element has the
-// size of x's.
+// Gathers rows [block * warps * gather_rows_per_warp, ...) of the kept columns; block 0 also writes the index. Element
+// has the size of x's elements.
 template <typename Element>
 __device__ void gather_block(const Gather& gather, const Mask& mask, int64_t block, GatherScratch& scratch) {
   auto& [bits, list] = scratch;
@@ -17,8 +17,9 @@ __device__ void gather_block(const Gather& gather, const Mask& mask, int64_t blo
       first_row + gather_rows_per_warp < gather.rows ? first_row + gather_rows_per_warp : gather.rows;
   const Element* x = static_cast<const Element*>(gather.x.data);
   Element* out = static_cast<Element*>(gather.out);
-  // Loads that a lane has in flight: all before their stores, for the compiler keeps a load behind a store through
-  // another pointer. Two rows at a time, mix_kernel spills or takes more than the 64 registers of 4 blocks an SM.
+  // How many loads a lane has in flight. All precede their stores, because the compiler keeps a load behind a store
+  // through another pointer. With two rows at a time, mix_kernel spills or takes more than the 64 registers that 4
+  // blocks an SM leave it.
   constexpr int depth = sizeof(Element) == 8 ? 4 : 8;
   Mask unbounded = mask;
   unbounded.capacity = mask.entries;

@@ -1,4 +1,4 @@
-// What the kernels take from the hardware beyond CUDA C++, and how they are launched. csrc/tests/emulation.h gives the
+// What the kernels use of the hardware beyond CUDA C++, and how they are launched. csrc/tests/emulation.h provides the
 // same on the CPU.
 #pragma once
 
@@ -10,7 +10,7 @@ namespace mixout_fast::cuda {
 
 constexpr unsigned whole_warp = 0xFFFFFFFF;
 
-// Of 2-byte entries the compiler makes stores of 2 bytes if it may.
+// In assembly, because the compiler may store 2-byte entries 2 bytes at a time.
 __device__ __forceinline__ void store_16_bytes(uint4 value, void* out) {
   asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(out), "r"(value.x), "r"(value.y), "r"(value.z),
                "r"(value.w)
@@ -24,10 +24,10 @@ struct FragmentB {
   uint32_t part[2];
 };
 
-// c (16 x 8) += a (16 x depth) b (depth x 8) on tensor cores, summed in fp32. With g = lane / 4 and t = lane % 4 a lane
-// holds c[0], c[1] of row g and c[2], c[3] of row g + 8, columns 2t and 2t + 1; a's parts 0 and 2 of row g, 1 and 3 of
-// row g + 8; b's of column g. a's parts 0 and 1 and b's part 0 stand at one place of the depth, the others at another;
-// both places are t's own, so lanes may agree on any order of the depth.
+// c (16 x 8) += a (16 x depth) b (depth x 8) on tensor cores, summed in fp32. With g = lane / 4 and t = lane % 4, a
+// lane holds c[0], c[1] of row g and c[2], c[3] of row g + 8, in columns 2t and 2t + 1; parts 0 and 2 of a in row g,
+// parts 1 and 3 in row g + 8; and b's parts in column g. Parts 0 and 1 of a and part 0 of b are at one place of the
+// depth, the other parts at another. Both places belong to t alone, so the lanes may share any order of the depth.
 #define MIXOUT_MULTIPLY(name, instruction)                                                                             \
   struct name {                                                                                                        \
     __device__ __forceinline__ void operator()(float* c, FragmentA a, FragmentB b) const {                             \
@@ -47,7 +47,7 @@ __device__ __forceinline__ uint32_t round_to_tf32(float value) {
   return bits;
 }
 
-// On `device` whatever device this library's own copy of the runtime last ran on; PyTorch's guard is known to another.
+// On `device`, whichever device this library's own copy of the runtime used last: PyTorch's guard sets another copy's.
 template <typename... Parameters>
 const char* launch_kernel(void (*kernel)(Parameters...), int64_t blocks, int threads, void* stream, int device,
                           Parameters... parameters) {
@@ -66,7 +66,7 @@ template <typename... Parameters>
 const char* why_no_kernel(void (*kernel)(Parameters...)) {
   cudaFuncAttributes attributes;
   const cudaError_t error = cudaFuncGetAttributes(&attributes, kernel);
-  // It is told here: the next launch should not find it.
+  // Clears the error, which is reported here: the next launch should not find it.
   cudaGetLastError();
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }

@@ -1,6 +1,6 @@
-// The CUDA kernels, in the files included here, a topic each, and their launchers, which choose among them by dtype.
-// Compiled by nvcc without fused multiply-adds, so that mixing rounds as mixing.h says; the products ask for them by
-// name. csrc/tests/emulation.h compiles the same source for the CPU.
+// The CUDA kernels, in the files included here, one per topic, and their launchers, which choose among them by dtype.
+// nvcc compiles without fused multiply-adds, so that mixing rounds as mixing.h says; the products call fma by name.
+// csrc/tests/emulation.h compiles the same source for the CPU.
 
 #include "elementwise.cuh"
 #include "expand.cuh"
@@ -37,7 +37,7 @@ const char* with_gradient_types(Dtype operand, Dtype result, Function function) 
   return with_types(operand, result, function);
 }
 
-// CUDA refuses a grid of no blocks: of tensors without entries there is nothing to launch.
+// CUDA refuses a grid of no blocks; for tensors without entries there is nothing to launch.
 template <typename... Parameters>
 const char* launch_blocks(void (*kernel)(Parameters...), int64_t blocks, Launch launch,
                           std::type_identity_t<Parameters>... parameters) {

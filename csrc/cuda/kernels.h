@@ -1,7 +1,7 @@
 // The CUDA kernels' launchers, in plain C++: ops.cpp checks tensors and allocates, kernels.cu launches.
 //
-// Every launcher is asynchronous, waits for nothing on the host, and returns null or what the launch failed with. The
-// mask is drawn inside each kernel from the seed on the device, so that nothing about it is known on the host.
+// Every launcher is asynchronous, does not make the host wait, and returns null or why the launch failed. The mask is
+// drawn inside each kernel from the seed on the device, so that nothing about it is known on the host.
 #pragma once
 
 #include <cstdint>
@@ -20,11 +20,11 @@ struct Matrix {
 struct Mask {
   const int64_t* seed; // on the device
   uint64_t threshold;
-  bool per_element;      // an entry of each element, row-major; else of each input neuron, as all below
+  bool per_element;      // one entry per element, row-major; else one per input neuron, as the fields below say
   bool neurons_are_rows; // a neuron's weights are a row; else `repeats` neighbouring columns
   int64_t entries;
   int64_t capacity; // kept entries past it count as dropped
-  int64_t repeats;  // the offsets of a convolution's input channel share its entry
+  int64_t repeats;  // columns that share an entry: the offsets of a convolution's input channel
 };
 
 // W' = U + m (W - U) scale.
@@ -37,8 +37,8 @@ struct Mixing {
   Mask mask;
 };
 
-// Kept columns of x (rows, columns) into columns (rows, capacity), and their numbers, ascending, padded with -1, into
-// index (capacity,). index null: nothing to gather.
+// The kept columns of x (rows, columns) go into out (rows, capacity), and their numbers, ascending and padded with -1,
+// into index (capacity,). index null: nothing to gather.
 struct Gather {
   Matrix x;
   int64_t rows;
@@ -48,8 +48,8 @@ struct Gather {
   void* out;
 };
 
-// The sums of x's columns, in two launches: of every rows_a_part rows into a row of parts (of fp32, or of x's fp64),
-// and those into out (columns,), of x's type. out null: nothing to sum.
+// The sums of x's columns, in two launches: the first sums every rows_a_part rows into a row of `parts` (in fp32, or
+// fp64 for an x of fp64), the second sums the parts into out (columns,), of x's type. out null: nothing to sum.
 struct ColumnSums {
   Matrix x;
   int64_t rows;
@@ -57,7 +57,7 @@ struct ColumnSums {
   void* parts;
   void* out;
 };
-constexpr int64_t rows_a_part = 64; // of which a block reads 32 KiB, as one that mixes reads
+constexpr int64_t rows_a_part = 64; // a block reads 32 KiB of them, as much as a block that mixes
 
 struct Launch {
   void* stream; // a cudaStream_t
@@ -68,30 +68,32 @@ struct Launch {
 // and there is no PTX, or its driver is too old for this runtime.
 const char* why_no_kernels();
 
-// W' into out (rows, columns); in the same launch the gather and the sums' parts, of elements of the result's type.
+// W' into out (rows, columns). The same launch gathers and computes the sums' parts; both their x have the result's
+// type.
 const char* launch_mix(Dtype operand, Dtype result, const Mixing& mixing, void* out, const Gather& gather,
                        const ColumnSums& sums, Launch launch);
 
-// mask * grad * factor into out (rows, columns); in the same launch the sums of their parts, of grad's type.
+// mask * grad * factor into out (rows, columns). The same launch adds up the parts of the column sums, whose x is of
+// grad's type.
 const char* launch_mask_grad(Dtype operand, Dtype result, Matrix grad, int64_t rows, int64_t columns, const Mask& mask,
                              double factor, void* out, const ColumnSums& sums, Launch launch);
 
-// The same of nothing to mix.
+// launch_mix with nothing to mix: only the gather and the parts of the column sums.
 const char* launch_gather(Dtype dtype, const Mask& mask, const Gather& gather, const ColumnSums& sums, Launch launch);
 
-// One pass over W and U that writes no W'. Neighbouring columns of all three are neighbours in memory, and neurons are
-// not rows. linear: out (m, rows) = x W'^T + bias, bias data null for none. grad_input: out (m, columns) = x W'. x is
-// of the result's type; tf32 allows fp32 products to round their operands.
+// One pass over W and U that writes no W'. Neighbouring columns of W, U and x are neighbours in memory, and neurons are
+// not rows. launch_linear: out (m, rows) = x W'^T + bias; bias.data is null for none. launch_grad_input: out (m,
+// columns) = x W'. x is of the result's type; tf32 allows fp32 products to round their operands.
 const char* launch_linear(Dtype operand, Dtype result, const Mixing& mixing, Matrix x, int64_t m, Matrix bias,
                           bool tf32, void* out, const Gather& gather, Launch launch);
 const char* launch_grad_input(Dtype operand, Dtype result, const Mixing& mixing, Matrix x, int64_t m, bool tf32,
                               void* out, Launch launch);
-// Columns that linear takes: their mask stands in shared memory, a bit each.
+// The most columns that launch_linear accepts: their mask is held in shared memory, one bit each.
 constexpr int64_t one_pass_columns = 1 << 18;
 
-// out (rows, columns): column index[j] is compact's row j (count, rows) times factor, the others are 0; or by_rows, out
-// (columns, rows): its row index[j] is that. Neighbouring columns of compact are neighbours in memory. In the same
-// launch the sums of their parts, of compact's type.
+// Spreads compact (count, rows) into out: column index[j] of out (rows, columns) or, by_rows, row index[j] of out
+// (columns, rows) is compact's row j times factor; the others are 0. Neighbouring columns of compact are neighbours in
+// memory. The same launch adds up the parts of the column sums, whose x is of compact's type.
 const char* launch_expand(Dtype operand, Dtype result, Matrix compact, const int32_t* index, int64_t count,
                           int64_t rows, int64_t columns, bool by_rows, double factor, void* out, const ColumnSums& sums,
                           Launch launch);

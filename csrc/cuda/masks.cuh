@@ -28,7 +28,7 @@ __device__ __forceinline__ uint32_t element_keep_bits(uint64_t seed, uint64_t th
   return bits >> offset;
 }
 
-// The sum over the block, for every thread; sums holds one int a warp.
+// The block's sum of `value`, returned to every thread; `sums` has room for one int per warp.
 __device__ int block_sum(int value, int* sums) {
 #pragma unroll
   for (int distance = 16; distance > 0; distance /= 2) value += __shfl_xor_sync(whole_warp, value, distance);
@@ -40,13 +40,13 @@ __device__ int block_sum(int value, int* sums) {
   return sum;
 }
 
-// Draws entries [first, first + count) of an input mask: that of entry k is bit k % 32 of keep[k / 32 - first / 32].
-// Bits of entries that do not exist are 0.
+// Draws entries [first, first + count) of an input mask: entry k is bit k % 32 of keep[k / 32 - first / 32]. Bits of
+// entries that do not exist are 0.
 template <int64_t entries>
 __device__ void draw(const Mask& mask, uint64_t seed, int64_t first, int64_t count, MaskBits<entries>& drawn) {
   auto& [keep, sums] = drawn;
   const int64_t last = first + count < mask.entries ? first + count : mask.entries;
-  // Where more entries could be kept than the capacity, those before count too.
+  // Where more entries could be kept than the capacity, those before `first` are counted too.
   const bool counts = mask.capacity < last;
   const int lane = lane_of_thread();
   int kept = 0;
@@ -63,7 +63,7 @@ __device__ void draw(const Mask& mask, uint64_t seed, int64_t first, int64_t cou
     if (lane % 8 == 0 && left > 0 && slot >= 0) keep[slot] = word;
   }
   if (counts) {
-    // Once in 1e8 masks: one thread drops the last kept entries.
+    // Less than once in 1e8 masks there is an excess: one thread drops the last kept entries.
     int64_t excess = block_sum(kept, sums) - mask.capacity;
     if (threadIdx.x == 0)
       for (int64_t k = last - 1; k >= first && excess > 0; --k) {

@@ -1,5 +1,5 @@
-// The operators on CUDA tensors: checks, allocation. A library of its own, so that the CPU's loads where there is no
-// CUDA. mixout_fast/reference.py says what each computes.
+// The operators on CUDA tensors: checks and allocation. A library of its own, so that the CPU library loads where there
+// is no CUDA. mixout_fast/reference.py says what each computes.
 #include <dlfcn.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
@@ -29,8 +29,8 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Only a CUDA torch has it, and PyTorch's libraries are in nobody's scope but their own: looked up, so that the library
-// also loads beside a CPU torch.
+// Only a CUDA torch has this function, and PyTorch loads its libraries into a local scope; looked up at run time, so
+// that this library also loads beside a CPU torch.
 void* current_stream(int32_t device) {
   using Function = AOTITorchError (*)(int32_t, void**);
   static const Function function = [] {
@@ -43,7 +43,7 @@ void* current_stream(int32_t device) {
   return stream;
 }
 
-// A tensor's device is the current one as long as this lives.
+// Makes a tensor's device the current one as long as this object lives.
 struct OnDevice {
   std::optional<torch::stable::accelerator::DeviceGuard> guard;
   Launch launch{nullptr, 0};
@@ -74,8 +74,8 @@ Matrix matrix_of(const Tensor& tensor, int64_t row_stride, int64_t column_stride
 
 Matrix matrix_of(const Tensor& tensor) { return matrix_of(tensor, tensor.stride(0), tensor.stride(1)); }
 
-// How the kernels see a weight: (N, K) as it is, or where it is column-major and seen `transposed`, as (K, N) in
-// rows; (N, K, R) as (N, K * R), or of one output as (K, R), which a Conv1D's weight that is mixed alone is.
+// How the kernels see a weight: (N, K) as it is or, where it is column-major and seen `transposed`, as row-major
+// (K, N); (N, K, R) as (N, K * R) or, with one output, as (K, R), which is how a Conv1D's weight is mixed on its own.
 struct View {
   bool transposed;
   int64_t rows, columns, in_features;
@@ -96,7 +96,7 @@ struct View {
     if (transposed) return matrix_of(tensor, tensor.stride(1), tensor.stride(0));
     if (tensor.dim() == 2) return matrix_of(tensor);
     if (neurons_are_rows) return matrix_of(tensor, tensor.stride(1), tensor.stride(2));
-    // Its stride may be any: channels_last has 1.
+    // With R = 1 the last stride can be anything: in channels_last it is K.
     if (tensor.size(2) == 1) return matrix_of(tensor);
     STD_TORCH_CHECK(tensor.stride(1) == tensor.size(2) * tensor.stride(2) || tensor.size(1) <= 1,
                     "the last two of three dimensions must be laid out as one");
@@ -113,7 +113,7 @@ struct View {
             neurons_are_rows || in_features == 0 ? 1 : columns / in_features};
   }
 
-  // A result, in the dimensions of the weight it is for, of the memory that the kernels have written in rows.
+  // A new tensor with the weight's dimensions, whose memory holds the view's rows, as the kernels write them.
   Tensor result(const Tensor& weight, ScalarType dtype) const {
     if (transposed) return torch::stable::transpose(allocate(weight, {rows, columns}, dtype), 0, 1);
     return weight.dim() == 2 ? allocate(weight, {rows, columns}, dtype)
@@ -121,7 +121,7 @@ struct View {
   }
 };
 
-// One pass takes matrices whose columns are neighbours in memory; others are mixed first.
+// One pass needs matrices whose columns are neighbours in memory; otherwise W' is mixed first.
 bool is_row_major(const Matrix& matrix, int64_t columns) {
   return !matrix.data || matrix.column_stride == 1 || columns <= 1;
 }
@@ -137,12 +137,12 @@ Mixing mixing_of(const View& view, const Tensor& weight, const std::optional<Ten
           view.mask(seed, p, per_column)};
 }
 
-// That of a layer's (N, K).
+// The view of a layer's weight (N, K).
 View view_of(const Tensor& weight, const std::optional<Tensor>& target, bool per_column) {
   return View(weight, per_column && is_column_major(weight, target));
 }
 
-// The kept columns of rows, as tensors and as what the kernels take.
+// The kept columns of `rows`, as tensors and as the kernels' argument.
 struct Gathered {
   Tensor index, columns;
   Gather gather;
@@ -158,7 +158,7 @@ struct Gathered {
                columns.mutable_data_ptr()} {}
 };
 
-// The sums of rows' columns, as what the kernels take, and the memory of their parts.
+// The sums of the columns of `rows`, as a tensor and as the kernels' argument, and the memory for their parts.
 struct Summed {
   Tensor out, parts;
   ColumnSums sums;
@@ -170,13 +170,13 @@ struct Summed {
         sums{matrix_of(rows), rows.size(0), rows.size(1), parts.mutable_data_ptr(), out.mutable_data_ptr()} {}
 };
 
-// Nothing, or why the current device cannot run the kernels.
+// Empty, or why the current device cannot run the kernels.
 std::string why_no_kernels_here() {
   const char* reason = why_no_kernels();
   return reason ? reason : "";
 }
 
-// W', and in the same launch the gather and the sums' parts.
+// W'. The same launch gathers, and computes the parts of the column sums.
 Tensor mixed(const View& view, const Tensor& weight, const Mixing& mixing, ScalarType dtype, const Gather& gather,
              const ColumnSums& sums, Launch launch) {
   Tensor out = view.result(weight, dtype);
@@ -191,7 +191,7 @@ Tensor mix(const Tensor& weight, const std::optional<Tensor>& target, const Tens
   return mixed(view, weight, mixing_of(view, weight, target, seed, p, per_column), dtype, {}, {}, device.launch);
 }
 
-// mask * grad * factor, and in the same launch the sums of their parts.
+// mask * grad * factor. The same launch adds up the parts of the column sums.
 Tensor masked(const View& view, const Tensor& grad, const Mask& mask, double factor, ScalarType dtype,
               const ColumnSums& sums, Launch launch) {
   Tensor out = view.result(grad, dtype);
@@ -230,8 +230,8 @@ Output linear(const Tensor& input, const Tensor& weight, const std::optional<Ten
   return {shaped_as(input, output), index, columns};
 }
 
-// Of an input mask: the product of the kept columns of x with dY by the library, then spread into the dense dW; in the
-// same launch the sums of their parts.
+// dW under an input mask: the library's product of the kept columns of x with dY, spread into the dense dW. The launch
+// that spreads it adds up the parts of the column sums.
 Tensor expanded(const View& view, const Tensor& columns, const Tensor& grad, const Tensor& index, const Tensor& weight,
                 double factor, const ColumnSums& sums, Launch launch) {
   const Tensor compact = library_mm(torch::stable::transpose(columns, 0, 1), grad);
@@ -242,7 +242,7 @@ Tensor expanded(const View& view, const Tensor& columns, const Tensor& grad, con
   return out;
 }
 
-// dYᵀ X (N, K), lying as the view wants it.
+// dYᵀ X (N, K), laid out in memory as the view has it.
 Tensor full_product(const View& view, const Tensor& grad, const Tensor& x) {
   const auto product = [](const Tensor& a, const Tensor& b) {
     return library_mm(torch::stable::transpose(a, 0, 1), b);
@@ -271,7 +271,7 @@ Gradients linear_backward(const Tensor& grad_output, const std::optional<Tensor>
   const Matrix dy = matrix_of(grad);
   const bool input_in_one_pass = one_pass && takes_one_pass(mixing, dy, weight.size(0));
   const bool mixes = needs_input && !input_in_one_pass;
-  // db is summed in two of the other launches where there are two for it; the library's sum is one more.
+  // db is summed within two of the other launches where there are two; the library's sum is one launch more.
   std::optional<Summed> summed;
   if (needs_bias && needs_weight && (mixes || gathered)) summed.emplace(grad);
   const ColumnSums sums = summed ? summed->sums : ColumnSums{};

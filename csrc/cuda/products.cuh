@@ -7,21 +7,21 @@
 namespace mixout_fast::cuda {
 namespace {
 
-// A warp of a product has 8 * outputs outputs, weights' rows or, transposed, their columns. A lane, with g = lane / 4
-// and t = lane % 4, has `outputs` of them, g's own, at `depth` places of the sum, t's own: of 2 weight rows 8
-// neighbouring entries each, or transposed of 4 rows 4.
+// A warp of a product has 8 * outputs outputs: rows of W' or, transposed, its columns. With g = lane / 4 and
+// t = lane % 4, a lane has the `outputs` outputs of its g at the `depth` places of the sum of its t: 8 neighbouring
+// entries of each of 2 rows of W' or, transposed, 4 of each of 4 rows.
 template <bool transposed>
 struct Share {
   static constexpr int outputs = transposed ? 4 : 2;
   static constexpr int depth = transposed ? 4 : 8;
 };
 
-// Which row of x and which of its g's outputs one of a lane's sums belongs to.
+// The row of x, and the output among its g's, to which one of a lane's sums belongs.
 struct Place {
   int row, output;
 };
 
-// How a warp multiplies up to max_rows rows of x.
+// How a warp multiplies up to max_rows rows of x on tensor cores.
 template <typename Value, typename Multiply, bool transposed>
 struct TensorCores : Share<transposed> {
   using Result = Value;
@@ -42,14 +42,14 @@ struct TensorCores : Share<transposed> {
       }
   }
 
-  // load_x(row, values): the lane's places of that row.
+  // load_x(row, values) loads the lane's places of a row of x.
   template <typename LoadX>
   static __device__ __forceinline__ void multiply(const Value (&weights)[outputs][depth], int rows, LoadX load_x,
                                                   Sum (&sum)[sums]) {
     uint32_t a[outputs][registers];
 #pragma unroll
     for (int o = 0; o < outputs; ++o) pack(weights[o], a[o]);
-    // Their loads wait for memory together; of all 8 tiles, y's kernel spills.
+    // The loads of `loaded` tiles wait for memory together; with all 8 tiles, y's kernel spills.
     constexpr int loaded = 4;
 #pragma unroll
     for (int first = 0; first < max_rows / 8; first += loaded) {
@@ -76,20 +76,20 @@ struct TensorCores : Share<transposed> {
   }
 };
 
-// IEEE fp32 and fp64.
+// The same by fused multiply-adds in IEEE fp32 and fp64.
 template <typename Value, bool transposed>
 struct FusedMultiplyAdd : Share<transposed> {
   using Result = Value;
   using Sum = Value;
   using Share<transposed>::outputs, Share<transposed>::depth;
   static constexpr int max_rows = 16;
-  static constexpr int lanes_a_sum = 4; // the lanes of a g, each over its own places
+  static constexpr int lanes_a_sum = 4; // the lanes of a g each sum over their own places
   static constexpr int sums = max_rows * outputs;
 
   template <typename LoadX>
   static __device__ __forceinline__ void multiply(const Value (&weights)[outputs][depth], int rows, LoadX load_x,
                                                   Sum (&sum)[sums]) {
-    // Their loads wait for memory together. Of 2 rows of fp64 y's kernel spills on sm_100.
+    // The loads of `loaded` rows wait for memory together; with 2 rows of fp64, y's kernel spills on sm_100.
     constexpr int loaded = sizeof(Value) == 4 ? 4 : 1;
 #pragma unroll
     for (int first = 0; first < max_rows; first += loaded) {
@@ -121,8 +121,8 @@ struct Product {
   int64_t chunks; // of x's rows
 };
 
-// x W'^T, or x W' where transposed, W' mixed in registers. A block has a tile of the outputs and a chunk of x's rows;
-// its warps share out the depth of the sum, and add up in a fixed order.
+// x W'^T, or x W' where transposed, with W' mixed in registers. A block has a tile of the outputs and a chunk of x's
+// rows; its warps divide up the terms of the sums, whose parts are then added in a fixed order.
 template <typename Operand, typename Engine, bool transposed>
 __global__ void __launch_bounds__(threads, sizeof(Operand) == 2 && !transposed ? 2 : 1)
     product_kernel(Product product, Gather gather) {
@@ -145,7 +145,8 @@ __global__ void __launch_bounds__(threads, sizeof(Operand) == 2 && !transposed ?
   const int64_t length = transposed ? mixing.rows : mixing.columns;
   uint32_t keep = 0;
   if (!mask.per_element) {
-    // The seed stays in memory: held in registers, mixing fp32 into 16 bits takes 154 on sm_80, not 122.
+    // The seed is read wherever it is used: kept in registers, it makes mixing fp32 into 16 bits take 154 of them on
+    // sm_80, not 122.
     draw(mask, *mask.seed, transposed ? first_output : 0, transposed ? 8 * outputs : mixing.columns, scratch.mask);
     if (transposed) keep = scratch.mask.keep[0] >> 4 * g;
   }
@@ -185,7 +186,7 @@ __global__ void __launch_bounds__(threads, sizeof(Operand) == 2 && !transposed ?
         sum);
   }
 
-  // As many of every thread's sums at a time as shared memory holds.
+  // In rounds, each with as many of every thread's sums as shared memory holds.
   constexpr int fitting = sizeof(scratch.partial) / (sizeof(Sum) * threads);
   constexpr int round = sums < fitting ? sums : fitting;
   constexpr int lanes = 32 / Engine::lanes_a_sum;

@@ -1,7 +1,7 @@
-// A GPU on the CPU, for tests: what csrc/cuda/kernels.cu takes from CUDA, so that the kernels' index arithmetic, masks
-// and barriers can be checked where there is no GPU. Blocks run one after the other, in a random order, and find huge
-// numbers in shared memory; a thread is a fibre that runs until it waits. Threads take turns in a random order. So what
-// reads memory that nothing was written to yet, by a barrier that is missing too, shows as a wrong result.
+// Emulates a GPU on the CPU, for tests: what csrc/cuda/kernels.cu uses of CUDA, so that the kernels' index arithmetic,
+// masks and barriers can be checked where there is no GPU. Blocks run one after the other, in a random order, and find
+// huge numbers in shared memory. A thread is a fibre that runs until it waits; threads take turns in a random order. So
+// a read of shared memory before it is written, for instance because a barrier is missing, shows as a wrong result.
 #pragma once
 
 #include <dlfcn.h>
@@ -26,12 +26,12 @@
 #define __device__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
-// One block at a time. As thread-local memory, of which this library has no other, it is found as a whole.
+// One block runs at a time. The library has no other thread-local memory, so that fill_shared_memory finds all of it.
 #define __shared__ static thread_local
 
-// What tests set and read, through tests/cuda_emulation.py.
+// Set and read by tests, through tests/cuda_emulation.py.
 extern "C" {
-__attribute__((visibility("default"))) int64_t capacity_limit = INT64_MAX; // of csrc/library.h
+__attribute__((visibility("default"))) int64_t capacity_limit = INT64_MAX; // see csrc/library.h
 __attribute__((visibility("default"))) int64_t launches = 0;
 }
 
@@ -55,7 +55,7 @@ namespace emulation {
 constexpr int block_threads = 256;
 constexpr size_t stack_bytes = 256 * 1024;
 
-// Those that wait for each other; the last to come acts for all, with what each came with.
+// Threads that wait for each other; the last to arrive acts for all, on what each of them brought.
 struct Meeting {
   int size = 0, arrived = 0;
   uint64_t met = 0;
@@ -114,7 +114,7 @@ private:
     std::abort();
   }
 
-  // Lets thread i run until it waits or ends; whether it ended.
+  // Lets thread i run until it waits or ends; returns whether it ended.
   bool turn(int i) {
     current = i;
     threadIdx.x = i;
@@ -142,7 +142,7 @@ private:
   std::mt19937 random{0};
 };
 
-// The thread-local memory of the one of all libraries that is this one, with numbers that are huge in any dtype.
+// Called for each loaded library: fills this one's thread-local memory with numbers that are huge, or NaN in fp16.
 inline int fill_shared_memory(dl_phdr_info* library, size_t, void*) {
   Dl_info own;
   dladdr(&launches, &own);
@@ -174,7 +174,7 @@ void meet_warp(void* brought, const Act& act) {
   the_block().meet(the_block().warps[thread / 32], thread % 32, brought, act);
 }
 
-// Every lane gets the value of the lane that source names.
+// Every lane gets the value of lane source(lane).
 template <typename T, typename Source>
 T exchange(T value, const Source& source) {
   struct {
@@ -231,8 +231,8 @@ struct FragmentB {
 
 namespace emulation {
 
-// mma.m16n8k16, or k8 for tf32, by the layout that the PTX manual gives: element i of a register stands at
-// k = per_register * t + i, of the upper half of the registers at 4 * per_register more.
+// mma.m16n8k16, or k8 for tf32, in the layout of the PTX manual: element i of a register is at k =
+// per_register * t + i, and 4 * per_register further for the upper half of the registers.
 template <typename Element>
 void multiply(float* c, const FragmentA& a, const FragmentB& b) {
   constexpr int per_register = 4 / sizeof(Element), depth = 8 * per_register;

@@ -1,4 +1,4 @@
-// Philox and the mixing arithmetic against published vectors and oracles in double; needs neither torch nor a
+// Philox and the mixing arithmetic against published vectors and oracles in double; needs neither torch nor a test
 // framework.
 #include <algorithm>
 #include <cmath>
@@ -104,8 +104,8 @@ void check_every_pattern(const Format& format) {
   }
 }
 
-// Every midpoint of neighbouring values and the floats around it, the one between the largest value and the next power
-// of two, where overflow begins, included.
+// Every midpoint of neighbouring values and the floats around it, including the midpoint between the largest value and
+// the next power of two, where overflow begins.
 template <typename Half>
 void check_ties(const Format& format) {
   for (uint32_t bits = 0; bits < format.special(); ++bits) {
@@ -184,7 +184,7 @@ void special_values() {
   CHECK(std::isnan(widen(narrow<bfloat16>(bit_cast<float>(0x7FFFFFFFu)))), "bf16 NaN that rounding would overflow");
 }
 
-// GCC has the macro before it has the type in C++: on AArch64 up to 12.
+// On AArch64, GCC up to 12 defines the macro without having the type in C++.
 #if defined(__FLT16_MANT_DIG__) && (defined(__clang__) || defined(__x86_64__) || __GNUC__ >= 13)
 #define MIXOUT_HAS_FLOAT16
 void fp16_compiler_agrees() {
