@@ -65,6 +65,17 @@ def test_error_of_many_rows(shape, p, dtype, name, seed):
 
 
 @pytest.mark.parametrize("dtype", dict.fromkeys((*OWN_PRODUCTS, torch.bfloat16)), ids=str)
+def test_error_of_many_equal_rows(dtype, seed):
+    """As the gradient of a mean has: once a sum in fp32 is large enough, each addition rounds in the same direction."""
+    cases = [testing.random_case(300_000, 8, 16, p=0.5, dtype=dtype, seed=seed + i) for i in range(2)]
+    for case in cases:
+        case.grad_output.fill_(1 + 2**-7)
+        case.input.detach().fill_(1 + 2**-6)
+    testing.check_error(cases, "cpu")
+    testing.check_error(map(testing.column_major, cases), "cpu")
+
+
+@pytest.mark.parametrize("dtype", dict.fromkeys((*OWN_PRODUCTS, torch.bfloat16)), ids=str)
 @pytest.mark.parametrize("rows", (1, 40))
 def test_error_beside_a_large_bias(rows, dtype, seed):
     """If the bias were added first, every partial sum of y would be rounded to the bias's precision."""
@@ -128,19 +139,35 @@ def test_backward_refuses_to_make_dw_of_nothing(index, seed):
         torch.ops.mixout_fast.linear_backward(*operands, True, True, True, 0.5, True, 2.0, True, False, False)
 
 
-@pytest.mark.skipif(not STATM.exists(), reason="reads this process's memory from /proc")
+def process_bytes(field):
+    """The size of this process's address space (field 0), or of what is resident (1)."""
+    return int(STATM.read_text().split()[field]) * os.sysconf("SC_PAGE_SIZE")
+
+
+reads_statm = pytest.mark.skipif(not STATM.exists(), reason="reads this process's memory from /proc")
+
+
+@reads_statm
 def test_one_column_of_any_stride_is_not_copied(seed):
     """A transposed row has such strides; copying it would take a vector or more per row."""
-
-    def resident():
-        return int(STATM.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
     x = torch.randn(1, 2**20).t()
     weight = torch.ones(1, 1)
     mix_linear(x[:300], weight, None, None, 0.5, seed=seed, backend="cpu")
-    before = resident()
+    before = process_bytes(1)
     output = mix_linear(x, weight, None, None, 0.5, seed=seed, backend="cpu")
-    assert resident() - before < 4 * (x.nbytes + output.nbytes)
+    assert process_bytes(1) - before < 4 * (x.nbytes + output.nbytes)
+
+
+@reads_statm
+def test_memory_kept_for_sums_does_not_grow_with_the_outputs(seed):
+    """Threads keep memory for 16-bit results that they sum in fp32."""
+    x, weight = torch.randn(256, 16, dtype=torch.float16), torch.randn(2**17, 16, dtype=torch.float16)
+    mix_linear(x, weight[:4096], None, None, 0.5, seed=seed, backend="cpu")
+    before = process_bytes(1)
+    output = mix_linear(x, weight, None, None, 0.5, seed=seed, backend="cpu")
+    size = output.nbytes
+    del output
+    assert process_bytes(1) - before < size / 2
 
 
 NARROWER = {
@@ -153,7 +180,13 @@ NARROWER = {
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="others have one instruction set")
 @pytest.mark.skipif(not CPUINFO.exists(), reason="reads this processor's flags from /proc")
-def test_instruction_set_is_the_widest():
+@pytest.mark.parametrize(
+    "ignored",
+    ({}, {"ATEN_CPU_CAPABILITY": ""}, {"ATEN_CPU_CAPABILITY": "AVX2"}, {"ONEDNN_MAX_CPU_ISA": "WIDEST"}),
+    ids=str,
+)
+def test_instruction_set_is_the_widest(ignored):
+    """Whatever PyTorch and oneDNN ignore in the variables that limit them."""
     flags = set(re.search(r"^flags\s*:(.*)", CPUINFO.read_text(), re.MULTILINE)[1].split())
     needs = {
         "amx": {"avx512f", "avx512_bf16", "avx512_vbmi2", "amx_tile", "amx_bf16"},
@@ -165,7 +198,7 @@ def test_instruction_set_is_the_widest():
     script = "import torch; from mixout_fast.backends import cpu; print(cpu.instruction_set(), "
     script += "*map(cpu.multiplies_in_fp32, (torch.bfloat16, torch.float16)))"
     limits = {"ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"}
-    environment = {name: value for name, value in os.environ.items() if name not in limits}
+    environment = {name: value for name, value in os.environ.items() if name not in limits} | ignored
     run = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
     widest = next(name for name, needed in needs.items() if needed <= flags)
     in_fp32 = [str(flag not in flags) for flag in ("avx512_bf16", "avx512_fp16")]

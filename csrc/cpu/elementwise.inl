@@ -53,6 +53,7 @@ MIXOUT_INLINE const uint32_t* mask_segment(const Mask& mask, int64_t columns, in
   return keep;
 }
 
+// Stores entries of W' rounded to Result, which a product reads widened again.
 template <typename Operand, typename Result, typename Stored>
 MIXOUT_INLINE void mix_segment(const Mixing& mixing, int64_t row, int64_t column, int64_t count,
                                Stored* __restrict out) {
@@ -63,8 +64,9 @@ MIXOUT_INLINE void mix_segment(const Mixing& mixing, int64_t row, int64_t column
   auto mix_all = [&](auto target_at) {
     for (int64_t i = 0; i < count; ++i) {
       const C mixed = mix_entry<C>(widen(weight[i]), target_at(i), scale, keep[i] != 0);
-      if constexpr (std::is_same_v<Stored, Result>) put<Result>(mixed, out + i);
-      else put_rounded<Result>(mixed, out + i);
+      const Result rounded = narrow<Result>(mixed);
+      if constexpr (std::is_same_v<Stored, Result>) out[i] = rounded;
+      else out[i] = widen(rounded);
     }
   };
   if (mixing.target.data) {
@@ -90,7 +92,7 @@ void mask_grad(Matrix grad, int64_t columns, const Mask& mask, double factor, in
     Result* __restrict destination = static_cast<Result*>(out) + row * columns;
     for (int64_t i = 0; i < columns; ++i) {
       const C scaled = multiply(widen(source[i]), static_cast<C>(factor));
-      put<Result>(keep[i] ? scaled : C{0}, destination + i);
+      destination[i] = narrow<Result>(keep[i] ? scaled : C{0});
     }
   }
 }

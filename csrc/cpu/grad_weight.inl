@@ -254,7 +254,9 @@ void grad_weight(const KeptX& kept_x, const void* staged_x, Matrix dy, int64_t o
     }
     if (writes_behind) {
       finished.put(sums, row_size, first, rows);
-      std::swap(totals, other_sums);
+      T* const written_next = totals;
+      totals = other_sums;
+      other_sums = written_next;
     }
     if (column_major) {
       put_transposed<T>({totals, block_rows}, rows, index, count, columns, factor, outputs,

@@ -179,7 +179,7 @@ void expand_rows(Matrix compact, const int32_t* index, int64_t count, int64_t co
   const auto kept_row = [=](int64_t j) {
     const Operand* __restrict source = static_cast<const Operand*>(compact.data) + j * compact.row_stride;
     for (int64_t k = 0; k < columns; ++k)
-      put<Result>(multiply(widen(source[k * compact.column_stride]), static_cast<T>(factor)), kept + k);
+      kept[k] = narrow<Result>(multiply(widen(source[k * compact.column_stride]), static_cast<T>(factor)));
     return kept;
   };
   put_between_zeros(index, kept_count(index, count), begin, end, columns, columns, static_cast<Result*>(out), kept_row);

@@ -2,7 +2,14 @@
 // rows or columns; ops.cpp checks tensors, allocates, and spreads the ranges over PyTorch's threads.
 #pragma once
 
+// What kernels.inl needs of the standard library. It must not be included in a region for an instruction set: its
+// inline functions would be compiled for that set, and the linker could keep these for all.
 #include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+#include <type_traits>
+#include <utility>
 
 namespace mixout_fast::cpu {
 
@@ -40,17 +47,17 @@ struct KeptX {
   int64_t count;
 };
 
-// Kernels for a pair of dtypes, the operands' and the result's; in linear and grad_input x and dy have the latter.
+// Kernels for a pair of dtypes, the operands' and the result's. A product's left operand has the result's.
 struct Kernels {
   // Rows [begin, end) of W' into out (rows, columns).
   void (*mix)(const Mixing& mixing, int64_t begin, int64_t end, void* out);
 
-  // Columns [begin, end) of y (m, rows) = x W'^T + bias, or of dx (m, columns) = dy W', from the rows or columns
-  // [begin, end) of W and U, read once. bias may be null. The whole product has all_rows rows, this call m.
-  void (*linear)(const Mixing& mixing, Matrix x, int64_t m, int64_t all_rows, int64_t begin, int64_t end,
-                 const void* bias, void* y);
-  void (*grad_input)(const Mixing& mixing, Matrix dy, int64_t m, int64_t all_rows, int64_t begin, int64_t end,
-                     const void* bias, void* dx);
+  // Columns [begin, end) of out (m, rows) = left W'^T + bias, or of out (m, columns) = left W' + bias, from the rows or
+  // columns [begin, end) of W and U, read once. bias may be null. The whole product has all_rows rows, this call m.
+  void (*times_transposed)(const Mixing& mixing, Matrix left, int64_t m, int64_t all_rows, int64_t begin, int64_t end,
+                           const void* bias, void* out);
+  void (*times)(const Mixing& mixing, Matrix left, int64_t m, int64_t all_rows, int64_t begin, int64_t end,
+                const void* bias, void* out);
 
   // Rows [begin, end) of mask * grad * factor into out (rows, columns).
   void (*mask_grad)(Matrix grad, int64_t columns, const Mask& mask, double factor, int64_t begin, int64_t end,

@@ -1,11 +1,5 @@
 #include "kernels.h"
 
-#include <cstdlib>
-#include <cstring>
-#include <new>
-#include <type_traits>
-#include <utility>
-
 #if defined(__x86_64__)
 #if !defined(__clang__)
 // GCC 12's own headers cause two dozen false warnings (GCC bug 105593).

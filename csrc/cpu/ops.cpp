@@ -13,10 +13,12 @@
 #endif
 
 #include <algorithm>
+#include <atomic>
 #include <cctype>
 #include <cstdlib>
 #include <optional>
 #include <string>
+#include <string_view>
 #include <tuple>
 #include <vector>
 
@@ -30,32 +32,40 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 #if defined(__x86_64__)
-// Whether oneDNN's environment variable allows an instruction set whose name contains one of `parts_of_names`.
-bool onednn_may_use(std::initializer_list<const char*> parts_of_names) {
+// What oneDNN's environment variable may forbid, and with it PyTorch's products in 16 bits.
+enum class Products { bf16, fp16, amx };
+
+// The variable names the widest instruction set that oneDNN may use; it ignores names that it does not know.
+bool onednn_may_use(Products products) {
+  constexpr std::string_view without_bf16[] = {
+      "SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI"};
+  constexpr std::string_view without_fp16[] = {"AVX512_CORE_BF16"};
+  constexpr std::string_view without_amx[] = {"AVX512_CORE_FP16", "AVX10_1_512", "AVX10_2"};
   const char* variable = std::getenv("ONEDNN_MAX_CPU_ISA");
   if (!variable || !*variable) variable = std::getenv("DNNL_MAX_CPU_ISA"); // its older name
   std::string limit = variable ? variable : "";
   for (char& letter : limit) letter = static_cast<char>(std::toupper(static_cast<unsigned char>(letter)));
-  return limit.empty() || limit == "DEFAULT" || limit == "ALL" ||
-         std::any_of(parts_of_names.begin(), parts_of_names.end(),
-                     [&](const char* part) { return limit.find(part) != std::string::npos; });
+  const auto is_one_of = [&](const auto& names) { return std::ranges::find(names, limit) != std::end(names); };
+  return !(is_one_of(without_bf16) || (products != Products::bf16 && is_one_of(without_fp16)) ||
+           (products == Products::amx && is_one_of(without_amx)));
 }
 
-// For features of the processor that GCC 11 has no names for.
+// For features of the processor that some compilers' __builtin_cpu_supports has no names for.
 bool has_feature(int bit) {
   uint32_t eax, ebx, ecx, edx;
   return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && edx >> bit & 1;
 }
 constexpr int amx_bf16 = 22, avx512_fp16 = 23, amx_tile = 24;
 
+bool has_bf16_products() { return __builtin_cpu_supports("avx512bf16") && onednn_may_use(Products::bf16); }
+
 // AVX-512, with the instructions that this processor has for bf16 products.
 const InstructionSet& choose_avx512() {
-  const bool has_bf16 = __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi2");
-  if (!has_bf16 || !onednn_may_use({"BF16", "FP16", "AMX", "AVX10"})) return avx512::instruction_set;
+  if (!has_bf16_products() || !__builtin_cpu_supports("avx512vbmi2")) return avx512::instruction_set;
 #if defined(__linux__)
   // Linux lets a process use the tile registers once it has asked for them.
   constexpr int request = 0x1023, tile_data = 18; // ARCH_REQ_XCOMP_PERM, which headers older than Linux 5.16 lack
-  if (has_feature(amx_bf16) && has_feature(amx_tile) && onednn_may_use({"AMX"}) &&
+  if (has_feature(amx_bf16) && has_feature(amx_tile) && onednn_may_use(Products::amx) &&
       syscall(SYS_arch_prctl, request, tile_data) == 0)
     return avx512::with_amx;
 #endif
@@ -63,15 +73,16 @@ const InstructionSet& choose_avx512() {
 }
 #endif
 
-// The widest instruction set of this processor, or a narrower one where ATen's environment variable asks for it.
+// The widest instruction set of this processor, or a narrower one where ATen's environment variable asks for it; ATen
+// ignores other values.
 const InstructionSet& choose_instruction_set() {
 #if defined(__x86_64__)
   const char* variable = std::getenv("ATEN_CPU_CAPABILITY");
-  const std::string limit = variable ? variable : "avx512";
+  const std::string_view limit = variable ? variable : "";
   const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (has_avx512 && limit == "avx512") return choose_avx512();
+  if (has_avx512 && limit != "avx2" && limit != "default") return choose_avx512();
   if (has_avx2 && limit != "default") return avx2::instruction_set;
 #endif
   return baseline::instruction_set;
@@ -85,8 +96,8 @@ const InstructionSet& instruction_set() {
 // Whether the library lacks instructions for products of a 16-bit dtype, which then take many times as long as in fp32.
 bool multiplies_in_fp32([[maybe_unused]] ScalarType dtype) {
 #if defined(__x86_64__)
-  static const bool has_bf16 = __builtin_cpu_supports("avx512bf16") && onednn_may_use({"BF16", "FP16", "AMX", "AVX10"});
-  static const bool has_fp16 = has_feature(avx512_fp16) && onednn_may_use({"FP16", "AMX", "AVX10"});
+  static const bool has_bf16 = has_bf16_products();
+  static const bool has_fp16 = has_feature(avx512_fp16) && onednn_may_use(Products::fp16);
   return (dtype == ScalarType::BFloat16 && !has_bf16) || (dtype == ScalarType::Half && !has_fp16);
 #else
   return false;
@@ -99,28 +110,27 @@ Tensor allocate(std::initializer_list<int64_t> sizes, ScalarType type) {
 
 Tensor transposed(const Tensor& matrix) { return torch::stable::transpose(matrix, 0, 1); }
 
-// a b + bias, computed in fp32 and rounded once to the matrices' own dtype. Calls linear.out: for the plain linear,
-// autocast would narrow the operands again.
-Tensor product_in_fp32(const Tensor& a, const Tensor& b, const std::optional<Tensor>& bias) {
+// rows weight^T + bias, computed in fp32 and rounded once to the matrices' own dtype. Calls linear.out: for the plain
+// linear, autocast would narrow the operands again.
+Tensor linear_in_fp32(const Tensor& rows, const Tensor& weight, const std::optional<Tensor>& bias) {
   using torch::stable::detail::from;
   const auto widened = [](const Tensor& tensor) { return torch::stable::to(tensor, ScalarType::Float); };
   std::optional<Tensor> wide_bias;
   if (bias) wide_bias = widened(*bias);
-  std::array<StableIValue, 4> stack{from(widened(a)), from(transposed(widened(b))), from(wide_bias),
-                                    from(allocate({a.size(0), b.size(1)}, ScalarType::Float))};
+  std::array<StableIValue, 4> stack{from(widened(rows)), from(widened(weight)), from(wide_bias),
+                                    from(allocate({rows.size(0), weight.size(0)}, ScalarType::Float))};
   TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "out", stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::to(torch::stable::detail::to<Tensor>(stack[0]), a.scalar_type());
+  return torch::stable::to(torch::stable::detail::to<Tensor>(stack[0]), rows.scalar_type());
 }
 
 // The library's product, in whichever dtype is faster.
 Tensor product(const Tensor& a, const Tensor& b) {
-  return multiplies_in_fp32(a.scalar_type()) ? product_in_fp32(a, b, std::nullopt) : library_mm(a, b);
+  return multiplies_in_fp32(a.scalar_type()) ? linear_in_fp32(a, transposed(b), std::nullopt) : library_mm(a, b);
 }
 
 Tensor linear_product(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias) {
   if (!multiplies_in_fp32(input.scalar_type())) return library_linear(input, weight, bias);
-  const Tensor by_outputs = transposed(weight);
-  return shaped_as(input, product_in_fp32(rows_of(input, weight.size(1)), by_outputs, bias));
+  return shaped_as(input, linear_in_fp32(rows_of(input, weight.size(1)), weight, bias));
 }
 
 const Kernels& kernels_of(ScalarType operand, ScalarType result) {
@@ -148,6 +158,7 @@ struct DrawnMask {
   Mask mask;
   int64_t kept = 0;
 
+  DrawnMask(const DrawnMask&) = delete; // `mask` points into `keep`
   DrawnMask(const Tensor& seed, double p, bool per_column, int64_t columns, int64_t repeats = 1) {
     const uint64_t key = *static_cast<const uint64_t*>(seed.const_data_ptr());
     mask = {nullptr, nullptr, key, threshold_of(p)};
@@ -244,14 +255,22 @@ int64_t rows_split(int64_t slices, int64_t rows, int64_t outputs, int64_t entry_
   return parts;
 }
 
-// Each thread gets at least this much memory traffic: less is faster (about 3 us at 20 GB/s) than waking a thread.
-constexpr int64_t bytes_per_thread = 64 * 1024;
+// Each slice gets at least this much memory traffic: moving it (about 3 us at 20 GB/s) is faster than waking a thread.
+constexpr int64_t bytes_per_slice = 64 * 1024;
 
 template <typename Function>
 void in_slices(int64_t bytes, const Function& function) {
   const int64_t threads = torch::stable::get_num_threads();
-  const int64_t slices = std::clamp<int64_t>(bytes / bytes_per_thread, 1, threads);
-  torch::stable::parallel_for(0, slices, 1, [&](int64_t begin, int64_t end) { function(Slice{begin, end, slices}); });
+  const int64_t slices = std::clamp<int64_t>(bytes / bytes_per_slice, 1, threads);
+  std::atomic<bool> out_of_memory = false; // parallel_for would report an exception as one of its own
+  torch::stable::parallel_for(0, slices, 1, [&](int64_t begin, int64_t end) {
+    try {
+      function(Slice{begin, end, slices});
+    } catch (const std::bad_alloc&) {
+      out_of_memory = true;
+    }
+  });
+  STD_TORCH_CHECK(!out_of_memory, "out of memory: no room for a thread's copies of operands and sums");
 }
 
 int64_t bytes_of(const Tensor& tensor) { return tensor.numel() * static_cast<int64_t>(tensor.element_size()); }
@@ -305,7 +324,7 @@ Tensor mix(const Tensor& weight, const std::optional<Tensor>& target, const Tens
 }
 
 // The product of rows (m, terms) with W'^T or W', plus `bias`, reading W and U once and writing no W'. `kernel` is
-// Kernels::linear or Kernels::grad_input; `beside`, which moves bytes_beside bytes, runs in the same slices.
+// Kernels::times_transposed or Kernels::times; `beside`, which moves bytes_beside bytes, runs in the same slices.
 template <typename Kernel, typename Function>
 Tensor one_pass(const Tensor& rows, const Mixing& mixing, int64_t outputs, const std::optional<Tensor>& bias,
                 Kernel kernel, int64_t bytes_beside, const Function& beside) {
@@ -320,8 +339,10 @@ Tensor one_pass(const Tensor& rows, const Mixing& mixing, int64_t outputs, const
   const Tensor left = rows.stride(1) == 1 || m <= few_rows ? rows : torch::stable::contiguous(rows);
   const Matrix x = matrix_of(left);
   const int64_t bytes = 2 * mixing.rows * mixing.columns * size + bytes_of(rows) + bytes_of(out);
-  // 16-bit rows that are multiplied in fp32 are processed in groups: they and their sums are held in fp32.
-  const int64_t rows_at_once = multiplies_in_fp32(rows.scalar_type()) ? 512 : m;
+  // 16-bit rows that are multiplied in fp32 are processed in groups of rows and outputs: each thread keeps a group's
+  // copy and sums in fp32.
+  const bool in_groups = multiplies_in_fp32(rows.scalar_type());
+  const int64_t rows_at_once = in_groups ? 512 : m, outputs_at_once = in_groups ? 4096 : outputs;
   in_slices(bytes + bytes_beside, [&](Slice slice) {
     beside(slice);
     if (m == 0) return;
@@ -330,12 +351,12 @@ Tensor one_pass(const Tensor& rows, const Mixing& mixing, int64_t outputs, const
     for (int64_t i = slice.begin; i < slice.end; ++i) {
       const Slice of_rows{i % row_parts, i % row_parts + 1, row_parts};
       const Slice of_outputs{i / row_parts, i / row_parts + 1, slice.slices / row_parts};
-      const int64_t last = of_rows.last(m);
+      const int64_t last = of_rows.last(m), last_output = of_outputs.last_output(outputs);
       for (int64_t first = of_rows.first(m); first < last; first += rows_at_once) {
         const char* row = static_cast<const char*>(x.data) + first * x.row_stride * size;
-        kernel(mixing, {row, x.row_stride, x.column_stride}, std::min(rows_at_once, last - first), m,
-               of_outputs.first_output(outputs), of_outputs.last_output(outputs), bias_data,
-               data + first * outputs * size);
+        for (int64_t output = of_outputs.first_output(outputs); output < last_output; output += outputs_at_once)
+          kernel(mixing, {row, x.row_stride, x.column_stride}, std::min(rows_at_once, last - first), m, output,
+                 std::min(output + outputs_at_once, last_output), bias_data, data + first * outputs * size);
       }
     }
   });
@@ -362,7 +383,7 @@ Output linear(const Tensor& input, const Tensor& weight, const std::optional<Ten
 
   if (in_one_pass) {
     const Kernels& kernels = kernels_of(weight.scalar_type(), dtype);
-    const auto kernel = layer.is_transposed ? kernels.grad_input : kernels.linear;
+    const auto kernel = layer.is_transposed ? kernels.times : kernels.times_transposed;
     const Tensor output = one_pass(rows, layer.mixing, layer.outputs, bias, kernel, gathered_bytes, gather);
     return {shaped_as(input, output), index, columns};
   }
@@ -453,7 +474,7 @@ Gradients linear_backward(const Tensor& grad_output, const std::optional<Tensor>
   std::optional<Tensor> grad_input, grad_weight, grad_bias;
   if (needs_input) {
     const Kernels& kernels = kernels_of(weight.scalar_type(), dtype);
-    const auto kernel = layer.is_transposed ? kernels.linear : kernels.grad_input;
+    const auto kernel = layer.is_transposed ? kernels.times_transposed : kernels.times;
     const Tensor matrix =
         in_one_pass ? one_pass(grad, layer.mixing, in_features, std::nullopt, kernel, bytes_beside, beside)
                     : product(grad, layer.by_outputs(mixed(layer.weight, layer.mixing, dtype, bytes_beside, beside)));

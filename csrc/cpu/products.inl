@@ -242,8 +242,8 @@ void multiply(const Mixing& mixing, Matrix x, int64_t m, int64_t all_rows, int64
   if constexpr (narrows)
     for (int64_t row = 0; row < m; ++row)
       for (int64_t output = begin; output < end; ++output)
-        put<Result>(sums[row * sums_stride + output - begin],
-                    static_cast<Result*>(result) + row * result_stride + output);
+        static_cast<Result*>(result)[row * result_stride + output] =
+            narrow<Result>(sums[row * sums_stride + output - begin]);
 }
 
 } // namespace

@@ -98,16 +98,6 @@ MIXOUT_INLINE void stream_vector(const void* source, void* destination) {
 #endif
 #endif
 
-// put rounds to the result dtype. put_rounded also widens the number again, into what a product reads.
-template <typename Result, typename T>
-MIXOUT_INLINE void put(T value, Result* out) {
-  *out = narrow<Result>(value);
-}
-template <typename Result, typename Stored, typename T>
-MIXOUT_INLINE void put_rounded(T value, Stored* out) {
-  *out = static_cast<Stored>(widen(narrow<Result>(value)));
-}
-
 // A vector of `count` widened elements, the rest 0. The full, contiguous case has a constant trip count and vectorises.
 template <typename T, typename Element>
 MIXOUT_INLINE Vector<T> load_widened(const Element* source, int64_t stride, int64_t count) {
@@ -142,7 +132,7 @@ MIXOUT_INLINE void transpose(Vector<T>* rows) {
 }
 
 // A thread's memory per type and slot, which only grows: blocks of a product, or whole operands of few rows.
-enum class Slot { mask, weight, target, rows, block };
+enum class Slot { mask, weight, target, rows, block, count };
 template <typename T>
 T* scratch(Slot slot, int64_t count) {
   struct Buffer {
@@ -150,7 +140,7 @@ T* scratch(Slot slot, int64_t count) {
     int64_t bytes = 0;
     ~Buffer() { free(data); }
   };
-  static thread_local Buffer buffers[5];
+  static thread_local Buffer buffers[static_cast<int>(Slot::count)];
   Buffer& buffer = buffers[static_cast<int>(slot)];
   const int64_t bytes = round_up(count * static_cast<int64_t>(sizeof(T)) + 1, 64); // + 1: memset takes no null
   if (buffer.bytes < bytes) {
@@ -163,6 +153,7 @@ T* scratch(Slot slot, int64_t count) {
   return static_cast<T*>(buffer.data);
 }
 
+// The address of an element of a matrix whose columns are adjacent.
 template <typename T>
 const char* address(const Matrix& matrix, int64_t row, int64_t column) {
   return static_cast<const char*>(matrix.data) + (row * matrix.row_stride + column) * static_cast<int64_t>(sizeof(T));
