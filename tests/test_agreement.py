@@ -137,7 +137,9 @@ def test_weight_equal_to_target_changes_nothing(make, shape, backend, path):
 COLUMN_SHAPES = ((12, 70, 300), (130, 520, 72), (33, 1100, 17), (255, 33, 257))
 """With whole vectors and parts of them, with one block of outputs or of in_features and with several."""
 if triton.INTERPRETS:
-    COLUMN_SHAPES = ((5, 17, 259),)
+    # W is mixed first there, and y is the library's product. With 5, 9 or 11 rows and two threads MKL's has up to 2.6
+    # times the error from a column-major weight that it has from a row-major one, with 13 the same.
+    COLUMN_SHAPES = ((13, 17, 259),)
 
 column_shapes = pytest.mark.parametrize("shape", COLUMN_SHAPES, ids=lambda shape: "x".join(map(str, shape)))
 
