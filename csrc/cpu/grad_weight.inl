@@ -17,7 +17,7 @@ namespace {
 constexpr int64_t block_rows_of_x = 128;
 constexpr int64_t block_sums = 256 * 1024;
 constexpr int64_t least_block_rows = 192;
-constexpr int64_t tile_size = block_rows_of_x * tile_rows + 16; // off the power of two, as in products.inl
+constexpr int64_t tile_stride = block_rows_of_x * tile_rows + 16; // off the power of two, as in products.inl
 // The sums over every summed_rows rows of x are added up on their own, and then added to the totals. Adding the sums of
 // blocks, or of their pieces, one by one gives 3 times the library's error at 20000 rows.
 constexpr int64_t summed_rows = 16 * block_rows_of_x;
@@ -61,27 +61,19 @@ void stage_kept(const KeptX& kept_x, int64_t begin, int64_t end, void* out) {
   }
 }
 
-template <typename T, typename Sum>
-MIXOUT_INLINE void add_and_clear(T* __restrict from, int64_t count, Sum* __restrict to) {
-  for (int64_t i = 0; i < count; ++i) {
-    to[i] += from[i];
-    from[i] = T{0};
-  }
-}
-
 // Stages columns [first, first + columns) of rows [term, term + terms) of dy as broadcast operands, one per tile of
-// columns: [tiles][tile_size], each tile [terms][tile_rows], padded with zeros. Adds the rows to `sums`, which is
+// columns: [tiles][tile_stride], each tile [terms][tile_rows], padded with zeros. Adds the rows to `sums`, which is
 // padded to whole vectors: in groups of four within groups of sixteen, for an error like that of the library's sum, and
 // after the copies, when the rows are in L1.
 template <typename T>
-void stage_tiles(Matrix dy, int64_t term, int64_t terms, int64_t first, int64_t columns, T* staged, T* sums) {
+void stage_tiles(Matrix dy, int64_t term, int64_t terms, int64_t first, int64_t columns, T* tiles, T* sums) {
   const T* source = static_cast<const T*>(dy.data) + term * dy.row_stride + first * dy.column_stride;
   for (int64_t start = 0; start < terms; start += 16) {
     const int64_t end = start + 16 < terms ? start + 16 : terms;
     for (int64_t k = start; k < end; ++k) {
       const T* row = source + k * dy.row_stride;
       for (int64_t column = 0; column < columns; column += tile_rows) {
-        T* out = staged + column / tile_rows * tile_size + k * tile_rows;
+        T* out = tiles + column / tile_rows * tile_stride + k * tile_rows;
         if (columns - column >= tile_rows && dy.column_stride == 1) memcpy(out, row + column, tile_rows * sizeof(T));
         else
           for (int64_t i = 0; i < tile_rows; ++i)
@@ -102,14 +94,86 @@ void stage_tiles(Matrix dy, int64_t term, int64_t terms, int64_t first, int64_t 
   }
 }
 
-// Writes finished rows of dW to memory, a vector a step, past the caches as stream_row does.
+// Prefetches what stage_tiles reads of the block of dy that begins with row `term`.
+template <typename T>
+Prefetch prefetch_of_dy(Matrix dy, int64_t m, int64_t term, int64_t first, int64_t columns) {
+  if (dy.column_stride != 1) return {};
+  constexpr int64_t size = sizeof(T);
+  const int64_t terms = m - term < block_rows_of_x ? m - term : block_rows_of_x;
+  return {address<T>(dy, term, first), nullptr, dy.row_stride * size, 0, terms, (columns * size + 63) / 64};
+}
+
+// The sums of columns of dy, for db. dy is summed in blocks of block_rows_of_x rows, and the blocks' sums are added up
+// in fp64. In fp32 db has 0.3 to 0.4 of the library's error (1.1 to 1.3 times it with the blocks' sums added up in
+// fp32). In fp64 they are added up in three levels: 16 blocks, 16 of those, and the rest; with two levels the error is
+// 3 times the library's at 200000 rows.
+template <typename T>
+class BiasSums {
+public:
+  explicit BiasSums(int64_t columns)
+      : columns_(columns), block_(scratch<T>(Slot::bias_block, round_up(columns, lanes<T>))),
+        totals_(scratch<double>(Slot::bias_totals, levels * columns)), last_(totals_ + (levels - 1) * columns) {
+    memset(block_, 0, columns * sizeof(T));
+    memset(totals_, 0, levels * columns * sizeof(double));
+  }
+
+  // The present block's sums, to which its rows are added. Padded to whole vectors.
+  T* block() { return block_; }
+
+  void end_block() {
+    add_and_clear(block_, totals_);
+    int64_t ended = ++blocks_;
+    for (double* level = totals_; level < last_ && ended % 16 == 0; level += columns_, ended /= 16)
+      add_and_clear(level, level + columns_);
+  }
+
+  void put(T* db) {
+    for (double* level = totals_; level < last_; level += columns_) add_and_clear(level, level + columns_);
+    for (int64_t i = 0; i < columns_; ++i) db[i] = static_cast<T>(last_[i]);
+  }
+
+private:
+  template <typename Sum>
+  MIXOUT_INLINE void add_and_clear(Sum* __restrict from, double* __restrict to) const {
+    for (int64_t i = 0; i < columns_; ++i) {
+      to[i] += from[i];
+      from[i] = 0;
+    }
+  }
+
+  static constexpr int levels = sizeof(T) < sizeof(double) ? 1 : 3;
+  int64_t columns_, blocks_ = 0;
+  T* block_;
+  double *totals_, *last_; // [levels][columns], and the last level
+};
+
+// The operands of dW: x's staged kept columns, padded to whole vectors, and dy. `piece` of their m rows are summed one
+// by one.
+template <typename T>
+struct Operands {
+  const T* x;
+  Matrix dy;
+  int64_t m, padded, piece;
+};
+
+// dW (outputs, columns), in which the `count` columns numbered `index` are sums times factor, and db, which may be
+// null.
+template <typename T>
+struct Gradients {
+  T *dw, *db;
+  const int32_t* index;
+  int64_t count, columns, outputs;
+  T factor;
+  bool column_major;
+};
+
+// Writes finished rows of a row-major dW to memory, a vector a step, past the caches as stream_row does.
 template <typename T>
 class FinishedRows {
 public:
-  FinishedRows(const KeptX& kept_x, const int32_t* index, int64_t columns, double factor, void* dw)
-      : kept_(index, kept_x.count), columns_(columns), factor_(broadcast(static_cast<T>(factor))),
-        dw_(static_cast<T*>(dw)),
-        streams_(columns % lanes<T> == 0 && reinterpret_cast<uintptr_t>(dw) % MIXOUT_VECTOR_BYTES == 0) {}
+  explicit FinishedRows(const Gradients<T>& out)
+      : kept_(out.index, out.count), columns_(out.columns), factor_(broadcast(out.factor)), dw_(out.dw),
+        streams_(columns_ % lanes<T> == 0 && reinterpret_cast<uintptr_t>(dw_) % MIXOUT_VECTOR_BYTES == 0) {}
   ~FinishedRows() { _mm_sfence(); }
 
   // Takes rows [first, first + rows): `sums` holds their kept columns before the factor, rows `stride` apart, with room
@@ -151,134 +215,151 @@ private:
   int64_t stride_ = 0, rows_left_ = 0, column_ = 0;
 };
 
-// Writes a block's outputs of a column-major dW from their sums, which are in panels; dw points to the first output.
+// Writes rows [first, first + rows) of a row-major dW, a tile of rows at once, so that each row is loaded, across the
+// stored vectors, well after it was stored.
 template <typename T>
-void put_transposed(Panels<const T> sums, int64_t rows, const int32_t* index, int64_t count, int64_t columns,
-                    double factor, int64_t outputs, T* dw) {
-  const int64_t padded = round_up(count, lanes<T>), width = round_up(rows, lanes<T>);
+void put_row_major(Panels<T> sums, int64_t padded, int64_t first, int64_t rows, FinishedRows<T>& finished) {
+  const int64_t stride = padded + lanes<T>;
+  T* tile = scratch<T>(Slot::rows, tile_rows * stride);
+  for (int64_t row = 0; row < rows; row += tile_rows) {
+    const int64_t height = rows - row < tile_rows ? rows - row : tile_rows;
+    for (int64_t i = 0; i < height; ++i)
+      for (int64_t column = 0; column < padded; column += panel<T>) {
+        const int64_t width = sums.width(column, padded);
+        memcpy(tile + i * stride + column, sums.at(column) + (row + i) * width, width * sizeof(T));
+      }
+    finished.put(tile, stride, first + row, height);
+    finished.finish();
+  }
+}
+
+// Writes rows [first, first + rows) of a column-major dW.
+template <typename T>
+void put_column_major(Panels<T> sums, int64_t padded, int64_t first, int64_t rows, const Gradients<T>& out) {
+  const int64_t width = round_up(rows, lanes<T>);
+  const Vector<T> factor = broadcast(out.factor);
   T* block = scratch<T>(Slot::rows, lanes<T> * width);
-  put_between_zeros(index, count, 0, columns, rows, outputs, dw, [=](int64_t j) {
+  put_between_zeros(out.index, out.count, 0, out.columns, rows, out.outputs, out.dw + first, [=](int64_t j) {
     const int64_t lane = j % lanes<T>, panel_start = j / panel<T> * panel<T>;
     if (lane == 0) {
-      const T* first = sums.at(panel_start) + (j - panel_start);
+      const T* sum = sums.at(panel_start) + (j - panel_start);
       for (int64_t row = 0; row < width; row += lanes<T>) {
         Vector<T> tile[lanes<T>];
-        for (int64_t i = 0; i < lanes<T>; ++i) tile[i] = load(first + (row + i) * sums.width(panel_start, padded));
+        for (int64_t i = 0; i < lanes<T>; ++i) tile[i] = load(sum + (row + i) * sums.width(panel_start, padded));
         transpose<T>(tile);
-        for (int64_t i = 0; i < lanes<T>; ++i)
-          store(block + i * width + row, tile[i] * broadcast(static_cast<T>(factor)));
+        for (int64_t i = 0; i < lanes<T>; ++i) store(block + i * width + row, tile[i] * factor);
       }
     }
     return block + lane * width;
   });
 }
 
-// Rows [begin, end) of dW (outputs, columns) = (x^T dy)^T * factor and of db, the sums of dy (m, outputs). A block's
-// sums are panels, [block_rows][panel]. Where x is one block and dW is row-major, the sums are rows instead, and are
-// written while the next block of dW's rows is multiplied: a step at 128x768x768 takes 3 to 5 % less. With more blocks
-// of x, sums in rows make dW 3 to 5 % slower.
+// Calls multiply(row, column, width) for each tile of a block of dW's rows and a panel of a block of x. With `fetches`,
+// a tile's share of the next panel is prefetched before it.
+template <typename T, typename Function>
+MIXOUT_INLINE void for_each_tile(Panels<const T> x, int64_t padded, int64_t rows, bool fetches,
+                                 const Function& multiply) {
+  for (int64_t column = 0; column < padded; column += panel<T>) {
+    const int64_t width = x.width(column, padded), size = width * x.terms;
+    for (int64_t row = 0; row < rows; row += tile_rows) {
+      for (int64_t i = size * row / rows; fetches && i < size * (row + tile_rows) / rows; i += lanes<T>)
+        __builtin_prefetch(x.at(column) + size + i, 0, 2);
+      multiply(row, column, width);
+    }
+  }
+}
+
+// Rows [begin, end) of a row-major dW, and of db, where x is one block. The sums lie in rows, and are written while the
+// next block of dW's rows is multiplied: a step at 128x768x768 takes 3 to 5 % less. With more blocks of x, sums in rows
+// make dW 3 to 5 % slower. Flattened, as grad_weight_in_panels is: with a call per tile, dW of 16 rows takes 10 %
+// longer.
+template <typename T>
+__attribute__((flatten)) void grad_weight_in_rows(const Operands<T>& in, const Gradients<T>& out, int64_t begin,
+                                                  int64_t end) {
+  constexpr int64_t block_rows = panel_outputs;
+  const Panels<const T> x{in.x, in.m};
+  const int64_t stride = in.padded + lanes<T>; // off the power of two, and with room for a vector
+  T* sums_in_turn = scratch<T>(Slot::block, 2 * block_rows * stride);
+  T* tiles = scratch<T>(Slot::tiles, block_rows / tile_rows * tile_stride);
+  static constexpr T zeros[panel<T>] = {};
+  FinishedRows<T> finished(out);
+  int turn = 0;
+  for (int64_t first = begin; first < end; first += block_rows) {
+    const int64_t rows = end - first < block_rows ? end - first : block_rows;
+    T* sums = sums_in_turn + turn * block_rows * stride;
+    turn ^= 1;
+    BiasSums<T> bias_sums(rows);
+    stage_tiles(in.dy, 0, in.m, first, rows, tiles, bias_sums.block());
+    bias_sums.end_block();
+    if (out.db) bias_sums.put(out.db + first);
+    const bool fetches = first == begin; // x stays in L2
+    for_each_tile(x, in.padded, rows, fetches, [&](int64_t row, int64_t column, int64_t width) {
+      multiply_panel(TransposedTiles{}, width, in.piece, in.m, tiles + row / tile_rows * tile_stride, x.at(column),
+                     zeros, 0, sums + row * stride + column, stride, finished);
+    });
+    finished.put(sums, stride, first, rows);
+  }
+  finished.finish();
+}
+
+// Rows [begin, end) of dW and of db, with any number of rows of x. The sums of a block of dW's rows lie in panels,
+// [block_rows][panel].
+template <typename T>
+__attribute__((flatten)) void grad_weight_in_panels(const Operands<T>& in, const Gradients<T>& out, int64_t begin,
+                                                    int64_t end) {
+  const int64_t m = in.m, padded = in.padded;
+  const int64_t in_l2 = block_sums / (padded + tile_stride / tile_rows);
+  const int64_t most_rows = in_l2 > least_block_rows ? in_l2 : least_block_rows;
+  const int64_t blocks = (end - begin + most_rows - 1) / most_rows;
+  const int64_t block_rows = round_up((end - begin + blocks - 1) / blocks, output_unit);
+  const int64_t sums_size = block_rows * padded;
+  const bool has_totals = m > summed_rows;
+  const Panels<T> sums{scratch<T>(Slot::block, sums_size), block_rows};
+  const Panels<T> totals{has_totals ? scratch<T>(Slot::totals, sums_size) : sums.data, block_rows};
+  T* tiles = scratch<T>(Slot::tiles, block_rows / tile_rows * tile_stride);
+  static constexpr T zeros[panel<T>] = {};
+  FinishedRows<T> finished(out);
+  for (int64_t first = begin; first < end; first += block_rows) {
+    const int64_t rows = end - first < block_rows ? end - first : block_rows;
+    if (m == 0 || has_totals) memset(totals.data, 0, sums_size * sizeof(T));
+    BiasSums<T> bias_sums(rows);
+    for (int64_t term = 0; term < m; term += block_rows_of_x) {
+      const Panels<const T> x = kept_panels(in.x, m, padded, term);
+      const int64_t next_term = term + x.terms;
+      stage_tiles(in.dy, term, x.terms, first, rows, tiles, bias_sums.block());
+      bias_sums.end_block();
+      Prefetch next;
+      if (next_term < m) next = prefetch_of_dy<T>(in.dy, m, next_term, first, rows);
+      else if (first + rows < end) next = prefetch_of_dy<T>(in.dy, m, 0, first + rows, rows);
+      const bool begins = term % summed_rows == 0;
+      const bool adds_to_totals = has_totals && (next_term % summed_rows == 0 || next_term == m);
+      for_each_tile(x, padded, rows, true, [&](int64_t row, int64_t column, int64_t width) {
+        T* c = sums.at(column) + row * width;
+        multiply_panel(TransposedTiles{}, width, in.piece, x.terms, tiles + row / tile_rows * tile_stride, x.at(column),
+                       begins ? zeros : c, begins ? 0 : width, c, width, next);
+        T* total = totals.at(column) + row * width;
+        for (int64_t i = 0; adds_to_totals && i < tile_rows * width; i += lanes<T>)
+          store(total + i, load(total + i) + load(c + i));
+      });
+    }
+    if (out.db) bias_sums.put(out.db + first);
+    if (out.column_major) put_column_major(totals, padded, first, rows, out);
+    else put_row_major(totals, padded, first, rows, finished);
+  }
+}
+
+// Rows [begin, end) of dW (outputs, columns) = (x^T dy)^T * factor and of db, the sums of dy (m, outputs).
 template <typename T>
 void grad_weight(const KeptX& kept_x, const void* staged_x, Matrix dy, int64_t outputs, const int32_t* index,
                  int64_t columns, double factor, int64_t begin, int64_t end, bool column_major, void* dw, void* db) {
   static_assert(lanes<T> % tile_rows == 0 && output_unit % lanes<T> == 0);
-  const int64_t m = kept_x.rows, count = kept_x.count, padded = round_up(count, lanes<T>);
-  const int64_t piece = summed_at_once(count, outputs);
-  const int64_t in_l2 = block_sums / (padded + tile_size / tile_rows);
-  const int64_t most_rows = in_l2 > least_block_rows ? in_l2 : least_block_rows;
-  const int64_t blocks = (end - begin + most_rows - 1) / most_rows;
-  const bool writes_behind = m <= block_rows_of_x && !column_major;
-  const int64_t block_rows = writes_behind ? panel_outputs
-                             : blocks      ? round_up((end - begin + blocks - 1) / blocks, output_unit)
-                                           : 0;
-  const int64_t staged_size = block_rows / tile_rows * tile_size;
-  const int64_t row_size = padded + lanes<T>; // off the power of two, and with room for a vector
-  const int64_t sums_size = block_rows * row_size;
-  const bool has_totals = m > summed_rows;
-  // dy is summed in blocks for db, and the blocks' sums are added up in fp64. In fp32 db has 0.3 to 0.4 of the
-  // library's error (1.1 to 1.3 times it with the blocks' sums added up in fp32). In fp64 they are added up in three
-  // levels: 16 blocks, 16 of those, and the rest; with two levels the error is 3 times the library's at 200000 rows.
-  constexpr int levels = sizeof(T) < sizeof(double) ? 1 : 3;
-  constexpr int64_t dy_sums_size = 1 + levels * sizeof(double) / sizeof(T);
-  T* totals = scratch<T>(Slot::block, (1 + (writes_behind || has_totals)) * sums_size + staged_size + panel<T> +
-                                          dy_sums_size * block_rows);
-  T* other_sums = totals + sums_size; // those of the previous block, or since the last addition to totals
-  T* staged = totals + (1 + (writes_behind || has_totals)) * sums_size;
-  T* zeros = staged + staged_size;
-  T* x_panels = const_cast<T*>(static_cast<const T*>(staged_x));
-  T* dy_sums = zeros + panel<T>;
-  double* dy_totals[levels];
-  for (int level = 0; level < levels; ++level)
-    dy_totals[level] = reinterpret_cast<double*>(dy_sums + block_rows) + level * block_rows;
-  memset(zeros, 0, (panel<T> + dy_sums_size * block_rows) * sizeof(T));
-  FinishedRows<T> finished(kept_x, index, columns, factor, dw);
-  for (int64_t first = begin; first < end; first += block_rows) {
-    const int64_t rows = end - first < block_rows ? end - first : block_rows;
-    if (m == 0 || has_totals) memset(totals, 0, sums_size * sizeof(T));
-    T* sums = has_totals ? other_sums : totals;
-    for (int64_t term = 0; term < m; term += block_rows_of_x) {
-      const Panels<T> panels = kept_panels(x_panels, m, padded, term);
-      stage_tiles(dy, term, panels.terms, first, rows, staged, dy_sums);
-      const int64_t next_term = term + panels.terms;
-      const bool begins = term % summed_rows == 0, ends = next_term % summed_rows == 0 || next_term == m;
-      add_and_clear(dy_sums, rows, dy_totals[0]);
-      int64_t level_rows = 16 * block_rows_of_x;
-      for (int level = 0; level < levels - 1; ++level, level_rows *= 16)
-        if (next_term % level_rows == 0 || next_term == m) add_and_clear(dy_totals[level], rows, dy_totals[level + 1]);
-
-      Prefetch prefetch;
-      if (dy.column_stride == 1 && (next_term < m || first + rows < end)) {
-        prefetch.first = next_term < m ? address<T>(dy, next_term, first) : address<T>(dy, 0, first + rows);
-        prefetch.first_stride = dy.row_stride * static_cast<int64_t>(sizeof(T));
-        prefetch.rows = m - next_term < block_rows_of_x ? m - next_term : block_rows_of_x;
-        if (next_term == m) prefetch.rows = m < block_rows_of_x ? m : block_rows_of_x;
-        prefetch.lines = (rows * static_cast<int64_t>(sizeof(T)) + 63) / 64;
-      }
-      const auto multiply_block = [&](auto& beside) {
-        for (int64_t column = 0; column < padded; column += panel<T>) {
-          const int64_t width = panels.width(column, padded), size = width * panels.terms;
-          const T* right = panels.at(column);
-          for (int64_t row = 0; row < rows; row += tile_rows) {
-            if (first == begin || !writes_behind) // a tile's share of the next panel; x of one block stays in L2
-              for (int64_t i = size * row / rows; i < size * (row + tile_rows) / rows; i += lanes<T>)
-                __builtin_prefetch(right + size + i, 0, 2);
-            T* c = writes_behind ? sums + row * row_size + column : sums + column * block_rows + row * width;
-            const int64_t c_stride = writes_behind ? row_size : width;
-            multiply_panel(TransposedTiles{}, width, piece, panels.terms, staged + row / tile_rows * tile_size, right,
-                           begins ? zeros : c, begins ? 0 : c_stride, c, c_stride, beside);
-            if (has_totals && ends) add_and_clear(c, tile_rows * width, totals + (c - sums));
-          }
-        }
-      };
-      if (writes_behind) multiply_block(finished);
-      else multiply_block(prefetch);
-    }
-    if (writes_behind) {
-      finished.put(sums, row_size, first, rows);
-      T* const written_next = totals;
-      totals = other_sums;
-      other_sums = written_next;
-    }
-    if (column_major) {
-      put_transposed<T>({totals, block_rows}, rows, index, count, columns, factor, outputs,
-                        static_cast<T*>(dw) + first);
-    } else if (!writes_behind) {
-      // A tile of rows at once, so that each row is loaded, across the stored vectors, well after it was stored.
-      T* tile = scratch<T>(Slot::rows, tile_rows * row_size);
-      for (int64_t row = 0; row < rows; row += tile_rows) {
-        const int64_t height = rows - row < tile_rows ? rows - row : tile_rows;
-        for (int64_t i = 0; i < height; ++i)
-          for (int64_t column = 0; column < padded; column += panel<T>) {
-            const int64_t width = Panels<T>::width(column, padded);
-            memcpy(tile + i * row_size + column, totals + column * block_rows + (row + i) * width, width * sizeof(T));
-          }
-        finished.put(tile, row_size, first + row, height);
-        finished.finish();
-      }
-    }
-    for (int64_t i = 0; db && i < rows; ++i) static_cast<T*>(db)[first + i] = static_cast<T>(dy_totals[levels - 1][i]);
-    memset(dy_totals[levels - 1], 0, rows * sizeof(double));
-  }
-  finished.finish();
+  if (begin == end) return;
+  const int64_t m = kept_x.rows, count = kept_x.count, piece = summed_at_once(count, outputs);
+  const Operands<T> in{static_cast<const T*>(staged_x), dy, m, round_up(count, lanes<T>), piece};
+  const Gradients<T> out{static_cast<T*>(dw),    static_cast<T*>(db), index, count, columns, outputs,
+                         static_cast<T>(factor), column_major};
+  if (m > 0 && m <= block_rows_of_x && !column_major) grad_weight_in_rows(in, out, begin, end);
+  else grad_weight_in_panels(in, out, begin, end);
 }
 #endif
 

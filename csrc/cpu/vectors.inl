@@ -132,7 +132,7 @@ MIXOUT_INLINE void transpose(Vector<T>* rows) {
 }
 
 // A thread's memory per type and slot, which only grows: blocks of a product, or whole operands of few rows.
-enum class Slot { mask, weight, target, rows, block, count };
+enum class Slot { mask, weight, target, rows, block, totals, tiles, bias_block, bias_totals, count };
 template <typename T>
 T* scratch(Slot slot, int64_t count) {
   struct Buffer {
