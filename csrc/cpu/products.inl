@@ -124,20 +124,91 @@ void stage_rows(Matrix x, int64_t first, int64_t m, int64_t term, int64_t terms,
 // from memory once per block of terms. With few rows, mixing takes a larger share of the time: the part is smaller, and
 // the next part of W and U is prefetched meanwhile. A block for dx has long parts of W's rows.
 struct BlockShape {
-  int64_t terms, panels;
+  int64_t terms, outputs;
   bool fetches_next;
 };
 
 template <bool forward, typename T>
 constexpr BlockShape block_shape(int64_t rows, int64_t terms) {
   constexpr int64_t wide = sizeof(T) / sizeof(float);
-  if (rows <= few_rows) return forward ? BlockShape{384 / wide, 1, true} : BlockShape{128, 8, true};
+  if (rows <= few_rows) return forward ? BlockShape{384 / wide, panel<T>, true} : BlockShape{128, 8 * panel<T>, true};
   const int64_t most = (forward ? 3072 : 768) / wide;
   const int64_t block = terms < most ? terms : most;
-  return {most, 4096 / block > 1 ? 4096 / block : 1, false};
+  return {most, (4096 / block > 1 ? 4096 / block : 1) * panel<T>, false};
+}
+
+// A block of terms of the left operand: rows before in_place lie in x or dy, from `term` on; the others are staged.
+template <typename T>
+struct LeftBlock {
+  Matrix x;
+  int64_t term, in_place;
+  const T* staged;
+  Rows staged_layout;
+
+  MIXOUT_INLINE Rows layout(int64_t row) const { return row < in_place ? Rows{x.row_stride} : staged_layout; }
+  MIXOUT_INLINE const T* tile(int64_t row) const {
+    return row < in_place ? reinterpret_cast<const T*>(address<T>(x, row, term))
+                          : staged + (row - in_place) * staged_layout.row_stride;
+  }
+};
+
+// Sums of the result or of a tile, in rows that are `stride` apart.
+template <typename T>
+struct Sums {
+  T* data;
+  int64_t stride;
+};
+
+// The product of a tile of the left operand with a panel, `width` outputs wide.
+template <typename T>
+struct TileProduct {
+  Rows layout;
+  const T *left, *right;
+  int64_t width, terms, piece;
+
+  // sums = base + product.
+  template <typename Fetch>
+  MIXOUT_INLINE void add(Sums<const T> base, Sums<T> sums, Fetch& prefetch) const {
+    multiply_panel(layout, width, piece, terms, left, right, base.data, base.stride, sums.data, sums.stride, prefetch);
+  }
+};
+
+// sums = base + product + bias (null: none), for a tile that lies wholly in the result.
+template <typename T, typename Fetch>
+MIXOUT_INLINE void sum_in_place(const TileProduct<T>& product, Sums<const T> base, const T* bias, Sums<T> sums,
+                                Fetch& prefetch) {
+  product.add(base, sums, prefetch);
+  for (int64_t i = 0; i < tile_rows && bias; ++i)
+    for (int64_t v = 0; v < product.width; v += lanes<T>) {
+      T* sum = sums.data + i * sums.stride + v;
+      store(sum, load(sum) + load(bias + v));
+    }
+}
+
+// The same in a tile of its own, from which `rows` x `outputs` sums are copied: where a tile extends past the result,
+// in the same order of additions; and with short pieces, where a block's pieces are added up before they are added to
+// those of other blocks.
+template <typename T, typename Fetch>
+MIXOUT_INLINE void sum_aside(const TileProduct<T>& product, Sums<const T> base, const T* bias, Sums<T> sums,
+                             int64_t rows, int64_t outputs, Fetch& prefetch) {
+  const bool adds_base_last = product.piece == short_piece;
+  T tile[tile_rows * panel<T>] = {};
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t j = 0; j < outputs && !adds_base_last; ++j) tile[i * panel<T> + j] = base.data[i * base.stride + j];
+  product.add({tile, panel<T>}, {tile, panel<T>}, prefetch);
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t j = 0; j < outputs; ++j) {
+      T sum = tile[i * panel<T> + j];
+      if (adds_base_last) sum += base.data[i * base.stride + j];
+      if (bias) sum += bias[j];
+      sums.data[i * sums.stride + j] = sum;
+    }
 }
 
 // Columns [begin, end) of x W'^T + bias (forward) or dy W', for m of the `all_rows` rows of the whole product.
+//
+// Blocks of terms are outermost, and each is added to all outputs. So x or dy is staged once, a block at a time, but
+// the sums pass through memory once per block.
 template <bool forward, typename Operand, typename Result>
 void multiply(const Mixing& mixing, Matrix x, int64_t m, int64_t all_rows, int64_t begin, int64_t end, const void* bias,
               void* result) {
@@ -146,104 +217,75 @@ void multiply(const Mixing& mixing, Matrix x, int64_t m, int64_t all_rows, int64
   const int64_t terms = forward ? mixing.columns : mixing.rows;
   const int64_t result_stride = forward ? mixing.rows : mixing.columns;
   const int64_t piece = summed_at_once(all_rows, result_stride);
-  const bool in_short_pieces = piece == short_piece;
   const BlockShape shape = block_shape<forward, T>(all_rows, terms);
   const int64_t block_terms = shape.terms < terms ? shape.terms : round_up(terms, lanes<T>);
-  const int64_t all_outputs = round_up(end - begin, panel<T>), most_outputs = shape.panels * panel<T>;
-  const int64_t block_outputs = all_outputs < most_outputs ? all_outputs : most_outputs;
-  // Whole tiles of rows are multiplied in place; other rows are copied first, with a stride that is no power of two, so
+  const int64_t all_outputs = round_up(end - begin, panel<T>);
+  const int64_t block_outputs = all_outputs < shape.outputs ? all_outputs : shape.outputs;
+
+  // Whole tiles of rows are multiplied in place; other rows are staged first, with a stride that is no power of two, so
   // that they do not share one L1 set.
   const bool lies_in_rows = x.column_stride == 1 || terms == 1;
   const int64_t in_place = !narrows && lies_in_rows ? m / tile_rows * tile_rows : 0;
-  const Rows staged_rows{block_terms + 16};
-  const int64_t staged_size = round_up(m - in_place, tile_rows) * staged_rows.row_stride;
+  const Rows staged_layout{block_terms + 16};
+  const int64_t staged_size = round_up(m - in_place, tile_rows) * staged_layout.row_stride;
   T* staged =
       scratch<T>(Slot::block, staged_size + (block_terms + 1) * block_outputs + (narrows ? m * (end - begin) : 0));
   T* mixed = staged + staged_size;
   T* widened_bias = mixed + block_terms * block_outputs;
-  static constexpr T zeros[panel<T>] = {};
   // The sums are kept in the result itself where it has their dtype.
-  T* sums;
-  int64_t sums_stride;
-  if constexpr (narrows) {
-    sums_stride = end - begin;
-    sums = widened_bias + block_outputs;
-  } else {
-    sums_stride = result_stride;
-    sums = static_cast<Result*>(result) + begin;
-  }
+  Sums<T> sums{widened_bias + block_outputs, end - begin};
+  if constexpr (!narrows) sums = {static_cast<Result*>(result) + begin, result_stride};
+  static constexpr T zeros[panel<T>] = {};
 
   const auto part_at = [=](int64_t output, int64_t term) -> Part {
     const int64_t outputs_left = end - output, terms_left = terms - term;
     return {output, outputs_left < block_outputs ? outputs_left : block_outputs, term,
             terms_left < block_terms ? terms_left : block_terms};
   };
-  for (int64_t term = 0; term < terms; term += block_terms)
+  for (int64_t term = 0; term < terms; term += block_terms) {
+    const LeftBlock<T> left{x, term, in_place, staged, staged_layout};
     for (int64_t first = begin; first < end; first += block_outputs) {
       const Part part = part_at(first, term);
       const Panels<T> panels{mixed, part.terms};
-      if (first == begin) stage_rows<T, Result>(x, in_place, m, term, part.terms, staged_rows.row_stride, staged);
+      // Staged in the loop over terms, GCC 12 compiles mix_panels' loop worse: y of 8 and 16 rows takes 2 % more time.
+      if (first == begin) stage_rows<T, Result>(x, in_place, m, term, part.terms, staged_layout.row_stride, staged);
       mix_panels<forward, Operand, Result>(mixing, part, panels);
       // The bias is added last. Added first, it made each of several sums round at its size: a large bias gave y of one
       // row and 8192 terms 10 times the error of the library, which adds it once.
-      const bool adds_bias = bias && term + block_terms >= terms;
-      if (adds_bias)
-        for (int64_t j = 0; j < part.outputs; ++j) widened_bias[j] = widen(static_cast<const Result*>(bias)[first + j]);
-      const bool is_last = first + block_outputs >= end;
-      Prefetch next = prefetch_of<forward, Operand>(mixing, is_last ? part_at(begin, term + block_terms)
-                                                                    : part_at(first + block_outputs, term));
-      const auto multiply_tile_of_rows = [&](int64_t row, int64_t output, auto& prefetch) {
-        const bool is_staged = row >= in_place;
-        const Rows layout = is_staged ? staged_rows : Rows{x.row_stride};
-        const T* left = is_staged ? staged + (row - in_place) * staged_rows.row_stride
-                                  : reinterpret_cast<const T*>(address<T>(x, row, term));
+      const T* added_bias = bias && term + block_terms >= terms ? widened_bias : nullptr;
+      for (int64_t j = 0; j < part.outputs && added_bias; ++j)
+        widened_bias[j] = widen(static_cast<const Result*>(bias)[first + j]);
+
+      const auto multiply_tile_at = [&](int64_t row, int64_t output, auto& prefetch) {
         const int64_t width = panels.width(output, part.outputs);
-        T* out = sums + row * sums_stride + (first - begin) + output;
-        const T* base = term ? out : zeros;
-        const int64_t base_stride = term ? sums_stride : 0;
-        if (row + tile_rows <= m && output + width <= part.outputs && !in_short_pieces) {
-          multiply_panel(layout, width, piece, part.terms, left, panels.at(output), base, base_stride, out, sums_stride,
-                         prefetch);
-          for (int64_t i = 0; i < tile_rows && adds_bias; ++i)
-            for (int64_t v = 0; v < width; v += lanes<T>) {
-              T* sum = out + i * sums_stride + v;
-              store(sum, load(sum) + load(widened_bias + output + v));
-            }
-          return;
-        }
-        // Otherwise summed in `edge`: where the tile extends past the result, in the same order of additions; and with
-        // short pieces, where a block's pieces are added up before they are added to those of other blocks.
-        T edge[tile_rows * panel<T>] = {};
-        const int64_t rows_left = m - row < tile_rows ? m - row : tile_rows;
-        const int64_t outputs_left = part.outputs - output < width ? part.outputs - output : width;
-        for (int64_t i = 0; i < rows_left; ++i)
-          for (int64_t j = 0; j < outputs_left && !in_short_pieces; ++j)
-            edge[i * panel<T> + j] = base[i * base_stride + j];
-        multiply_panel(layout, width, piece, part.terms, left, panels.at(output), edge, panel<T>, edge, panel<T>,
-                       prefetch);
-        for (int64_t i = 0; i < rows_left; ++i)
-          for (int64_t j = 0; j < outputs_left; ++j) {
-            T sum = edge[i * panel<T> + j];
-            if (in_short_pieces) sum += base[i * base_stride + j];
-            if (adds_bias) sum += widened_bias[output + j];
-            out[i * sums_stride + j] = sum;
-          }
+        const int64_t rows = m - row < tile_rows ? m - row : tile_rows;
+        const int64_t outputs = part.outputs - output < width ? part.outputs - output : width;
+        const TileProduct<T> product{left.layout(row), left.tile(row), panels.at(output), width, part.terms, piece};
+        const Sums<T> tile{sums.data + row * sums.stride + (first - begin) + output, sums.stride};
+        const Sums<const T> base = term ? Sums<const T>{tile.data, tile.stride} : Sums<const T>{zeros, 0};
+        const T* tile_bias = added_bias ? added_bias + output : nullptr;
+        if (rows == tile_rows && outputs == width && piece != short_piece)
+          sum_in_place(product, base, tile_bias, tile, prefetch);
+        else sum_aside(product, base, tile_bias, tile, rows, outputs, prefetch);
       };
-      NoPrefetch nothing;
       if (shape.fetches_next) {
+        const bool is_last = first + block_outputs >= end;
+        Prefetch next = prefetch_of<forward, Operand>(mixing, is_last ? part_at(begin, term + block_terms)
+                                                                      : part_at(first + block_outputs, term));
         for (int64_t output = 0; output < part.outputs; output += panel<T>)
-          for (int64_t row = 0; row < m; row += tile_rows) multiply_tile_of_rows(row, output, next);
+          for (int64_t row = 0; row < m; row += tile_rows) multiply_tile_at(row, output, next);
       } else {
+        NoPrefetch nothing;
         for (int64_t row = 0; row < m; row += tile_rows)
-          for (int64_t output = 0; output < part.outputs; output += panel<T>)
-            multiply_tile_of_rows(row, output, nothing);
+          for (int64_t output = 0; output < part.outputs; output += panel<T>) multiply_tile_at(row, output, nothing);
       }
     }
+  }
   if constexpr (narrows)
     for (int64_t row = 0; row < m; ++row)
       for (int64_t output = begin; output < end; ++output)
         static_cast<Result*>(result)[row * result_stride + output] =
-            narrow<Result>(sums[row * sums_stride + output - begin]);
+            narrow<Result>(sums.data[row * sums.stride + output - begin]);
 }
 
 } // namespace
