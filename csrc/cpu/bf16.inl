@@ -3,16 +3,45 @@
 // kernels of products.inl. Otherwise W' is mixed first and multiplied by the library, beyond 16 rows
 // (mixout_fast/backends/cpu.py).
 //
-// A step adds 32 terms of a product to 32 x 32 sums in fp32. Its left operand is 32 rows of 32 terms; its right operand
-// is rows that hold a pair of terms for each of 16 outputs. A unit multiplies: AMX tiles, or vectors with AVX512_BF16.
-// Like the library's products with these instructions, and unlike its sum for db, both units treat subnormals as 0.
+// A step adds 32 terms of a product to a tile of 32 x 32 sums in fp32. Its left operand is 32 rows of 32 terms. The
+// right operand, W' or dy, is arranged for it in panels of 32 outputs, each with all its steps:
+//
+//   [panel][step][half][pair][16 outputs][2 terms]
+//                      `-- 64 bytes: a vector or a row of an AMX tile
+//                `-- 16 pairs, 1 KB: an AMX tile
+//
+// A unit multiplies: AMX tiles (Tiles), or vectors with AVX512_BF16 (Vectors). Like the library's products with these
+// instructions, and unlike its sum for db, both units treat subnormals as 0. A unit's
+//
+//   multiply(rows, height, right, steps, adds, sums, stride, beside)
+//
+// computes a tile of sums, whose rows are `stride` floats apart, from the left operand's `rows` and `steps` steps of a
+// panel of the right operand; with `adds` it adds to the sums there. It computes at least the first `height` rows, and
+// calls beside.step() at least once a step.
 
 namespace mixout_fast::cpu::avx512 {
 namespace {
 
+// Sizes and strides are in elements, except those named bytes.
 constexpr int64_t step_terms = 32;
 constexpr int64_t step_outputs = 32;
-constexpr int64_t step_size = step_terms * step_outputs; // elements: two halves of 16 outputs (left: rows), 1 KB each
+constexpr int64_t step_rows = 32;
+constexpr int64_t step_size = step_terms * step_outputs, half_size = step_size / 2;
+constexpr int64_t step_sums = step_rows * step_outputs;
+
+// The right operand, or room for it: panels of `steps` steps each.
+struct Steps {
+  bfloat16* data;
+  int64_t steps;
+
+  // The pairs of `term` and the next for 16 outputs from `output` on; those of the other 16 are half_size further on.
+  // Unsigned, because dividing a signed number by a power of two takes several instructions.
+  MIXOUT_INLINE bfloat16* at(uint64_t output, uint64_t term) const {
+    const uint64_t panel = output / step_outputs, step = term / step_terms;
+    const uint64_t half = output % step_outputs / 16, pair = term % step_terms / 2;
+    return data + (panel * steps + step) * step_size + half * half_size + pair * 32;
+  }
+};
 
 struct TileLayout {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
@@ -22,14 +51,10 @@ struct TileLayout {
 // Not on the stack: GCC 12's _tile_loadconfig does not declare that it reads more than 8 bytes.
 alignas(64) constexpr TileLayout tile_layout;
 
-// A left operand: two halves of 16 rows, half_bytes apart. Rows are row_bytes apart, steps step_bytes.
-//
-// A unit's multiply(rows, height, right, steps, adds, sums, stride, beside) computes sums (32, 32), whose rows are
-// `stride` floats apart, from the left operand's `rows` and the right operand's `steps` steps; with `adds` it adds to
-// them. It computes at least the first `height` rows, and calls beside.step() at least once a step.
+// A left operand: two halves of 16 rows.
 struct LeftRows {
-  const char* data;
-  int64_t row_bytes, half_bytes, step_bytes;
+  const bfloat16* data;
+  int64_t row_stride, half_stride, step_stride;
 };
 
 // A tile has 16 rows of 64 bytes: a step needs two left and two right tiles.
@@ -41,8 +66,8 @@ struct Tiles {
   MIXOUT_INLINE void multiply(LeftRows rows, int64_t /*height*/, const bfloat16* right, int64_t steps, bool adds,
                               float* sums, int64_t stride, Beside& beside) const {
     __asm__ volatile("" ::: "memory"); // GCC 12's _tile_loadd does not declare that it reads memory
-    const char* left = rows.data;
-    const int64_t sums_bytes = stride * sizeof(float);
+    const bfloat16* left = rows.data;
+    const int64_t row_bytes = rows.row_stride * sizeof(bfloat16), sums_bytes = stride * sizeof(float);
     float* lower = sums + 16 * stride;
     if (adds) {
       _tile_loadd(0, sums, sums_bytes);
@@ -55,14 +80,14 @@ struct Tiles {
       _tile_zero(2);
       _tile_zero(3);
     }
-    for (int64_t step = 0; step < steps; ++step, left += rows.step_bytes, right += step_size) {
+    for (int64_t step = 0; step < steps; ++step, left += rows.step_stride, right += step_size) {
       beside.step();
       _tile_loadd(6, right, 64);
-      _tile_loadd(4, left, rows.row_bytes);
+      _tile_loadd(4, left, row_bytes);
       _tile_dpbf16ps(0, 4, 6);
-      _tile_loadd(7, right + step_size / 2, 64);
+      _tile_loadd(7, right + half_size, 64);
       _tile_dpbf16ps(1, 4, 7);
-      _tile_loadd(5, left + rows.half_bytes, rows.row_bytes);
+      _tile_loadd(5, left + rows.half_stride, row_bytes);
       _tile_dpbf16ps(2, 5, 6);
       _tile_dpbf16ps(3, 5, 7);
     }
@@ -79,9 +104,10 @@ struct Vectors {
   template <typename Beside>
   MIXOUT_INLINE void multiply(LeftRows rows, int64_t height, const bfloat16* right, int64_t steps, bool adds,
                               float* sums, int64_t stride, Beside& beside) const {
-    for (int64_t row = 0; row < 32 && row < height; row += 8)
-      multiply_rows(rows.data + row / 16 * rows.half_bytes + row % 16 * rows.row_bytes, rows.row_bytes, rows.step_bytes,
-                    right, steps, adds, sums + row * stride, stride, beside);
+    for (int64_t row = 0; row < step_rows && row < height; row += 8)
+      multiply_rows(reinterpret_cast<const char*>(rows.data + row / 16 * rows.half_stride + row % 16 * rows.row_stride),
+                    rows.row_stride * sizeof(bfloat16), rows.step_stride * sizeof(bfloat16), right, steps, adds,
+                    sums + row * stride, stride, beside);
   }
 
 private:
@@ -99,7 +125,7 @@ private:
 #pragma GCC unroll 4
       for (int pair = 0; pair < 16; ++pair) {
         const auto first = (__m512bh)_mm512_loadu_si512(right + 32 * pair);
-        const auto second = (__m512bh)_mm512_loadu_si512(right + step_size / 2 + 32 * pair);
+        const auto second = (__m512bh)_mm512_loadu_si512(right + half_size + 32 * pair);
 #pragma GCC unroll 8
         for (int i = 0; i < 8; ++i) {
           int32_t terms;
@@ -147,18 +173,40 @@ MIXOUT_INLINE __m512i rounded_in_order(Wide wide) {
 }
 
 // Which entries of a Wide are kept.
-struct KeptBits {
+struct Kept {
   uint16_t first, second;
 };
+
+// The mask of columns [begin, end), where it is drawn already. A row that Mask::keep_row drops keeps no column.
 template <typename Operand>
-KeptBits kept_bits(const uint32_t* keep) {
-  uint32_t bits[2] = {};
-  for (int i = 0; i < 32; ++i) {
-    const int half = in_turn<Operand> ? i % 2 : i / 16, place = in_turn<Operand> ? i / 2 : i % 16;
-    bits[half] |= (keep[i] & 1) << place;
+class KeptBits {
+public:
+  KeptBits(const Mixing& mixing, int64_t begin, int64_t end)
+      : keep_row_(mixing.mask.keep_row), begin_(begin), count_((end - begin) / 32) {
+    kept_ = scratch<Kept>(Slot::target, 2 * count_);
+    for (int64_t i = 0; i < count_ && mixing.mask.keep; ++i) kept_[i] = kept_of(mixing.mask.keep + begin + 32 * i);
+    if (keep_row_) memset(kept_ + count_, 0, count_ * sizeof(Kept));
   }
-  return {static_cast<uint16_t>(bits[0]), static_cast<uint16_t>(bits[1])};
-}
+
+  // A row's, from `column` on, which is begin plus a multiple of 32.
+  const Kept* row(int64_t row, int64_t column) const {
+    return kept_ + (keep_row_ && !keep_row_[row] ? count_ : 0) + (column - begin_) / 32;
+  }
+
+private:
+  static Kept kept_of(const uint32_t* keep) {
+    uint32_t bits[2] = {};
+    for (int i = 0; i < 32; ++i) {
+      const int half = in_turn<Operand> ? i % 2 : i / 16, place = in_turn<Operand> ? i / 2 : i % 16;
+      bits[half] |= (keep[i] & 1) << place;
+    }
+    return {static_cast<uint16_t>(bits[0]), static_cast<uint16_t>(bits[1])};
+  }
+
+  const uint32_t* keep_row_;
+  int64_t begin_, count_;
+  Kept* kept_; // count_ for kept rows, then as many for dropped ones
+};
 
 MIXOUT_INLINE Vector<float> mix_kept(Vector<float> w, Vector<float> u, Vector<float> scale, __mmask16 keep) {
   const Vector<float> difference = w - u, scaled = difference * scale;
@@ -170,13 +218,11 @@ MIXOUT_INLINE Vector<float> mix_kept(Vector<float> w, Vector<float> u, Vector<fl
 constexpr int64_t bytes_ahead = 4096;
 
 // Columns [column, column + count) of a row of W', as mix_entry computes them, followed by zeros up to a multiple of
-// 32. `kept` holds these columns' mask where it is drawn already, and mixing.columns / 32 further on, as in Mask::keep,
-// that of dropped rows.
+// 32. `kept` is these columns' mask where it is drawn already.
 template <typename Operand>
-void mix_row(const Mixing& mixing, const KeptBits* kept, int64_t row, int64_t column, int64_t count, bfloat16* out) {
+void mix_row(const Mixing& mixing, const Kept* kept, int64_t row, int64_t column, int64_t count, bfloat16* out) {
   const Vector<float> scale = broadcast(static_cast<float>(mixing.scale));
   const int64_t by_vectors = takes_vectors(mixing) ? count / 32 * 32 : 0;
-  if (mixing.mask.keep_row && !mixing.mask.keep_row[row]) kept += mixing.columns / 32;
   constexpr int64_t size = sizeof(Operand);
   const int64_t rows_ahead = (bytes_ahead - 1) / (count * size) + 1;
   const auto read = [=](const Matrix& matrix, int64_t k) __attribute__((always_inline)) {
@@ -199,89 +245,125 @@ void mix_row(const Mixing& mixing, const KeptBits* kept, int64_t row, int64_t co
   memset(out + count, 0, (round_up(count, 32) - count) * sizeof(bfloat16));
 }
 
-// Stores 32 outputs' numbers of two terms as pairs: the first 16 outputs' to `lower`, the others' to `upper`.
-MIXOUT_INLINE void store_pairs(__m512i even, __m512i odd, bfloat16* lower, bfloat16* upper) {
-  _mm512_store_si512(lower, paired(_mm512_inserti64x4(even, _mm512_castsi512_si256(odd), 1)));
-  _mm512_store_si512(upper, paired(_mm512_inserti64x4(odd, _mm512_extracti64x4_epi64(even, 1), 0)));
+// Stores two terms of 32 outputs as pairs, at Steps::at of the first output.
+MIXOUT_INLINE void store_pairs(__m512i even, __m512i odd, bfloat16* pairs) {
+  _mm512_store_si512(pairs, paired(_mm512_inserti64x4(even, _mm512_castsi512_si256(odd), 1)));
+  _mm512_store_si512(pairs + half_size, paired(_mm512_inserti64x4(odd, _mm512_extracti64x4_epi64(even, 1), 0)));
 }
 
-// mix_steps mixes a part of W' into right steps: panels of 32 outputs, one behind the other. Forward, a row of W' holds
-// the terms of one output, so that pairs are adjacent, and 16 rows at a time are transposed. For dX, two rows hold a
-// pair of terms of every output. `rows` has room for rows_at_once rows.
-constexpr int64_t rows_stride(int64_t columns) { return round_up(columns, 64) + 32; } // rows do not share one L1 set
-template <bool forward>
-constexpr int64_t rows_at_once = forward ? 16 : 2;
+// Stores 16 vectors, each with the pairs of a step's terms for one output, as a half of the step.
+MIXOUT_INLINE void store_half(Vector<float>* vectors, bfloat16* half) {
+  transpose<float>(vectors);
+#pragma GCC unroll 16
+  for (int64_t i = 0; i < 16; ++i) store(reinterpret_cast<float*>(half + 32 * i), vectors[i]);
+}
 
+// How many rows of W' are mixed before they are arranged in steps. Forward, a row holds the terms of one output, so
+// that pairs are adjacent, and 16 rows are transposed. For dX, two rows hold a pair of terms for every output.
+template <bool forward>
+constexpr int64_t arranged_rows = forward ? 16 : 2;
+constexpr int64_t arranged_stride(int64_t columns) { return round_up(columns, 64) + 32; } // rows share no L1 set
+
+// Mixes a part of W' into steps; `rows` has room for arranged_rows rows.
 template <bool forward, typename Operand>
-void mix_steps(const Mixing& mixing, const KeptBits* kept, Part part, bfloat16* rows, bfloat16* out) {
+void mix_steps(const Mixing& mixing, const KeptBits<Operand>& kept, Part part, bfloat16* rows, Steps out) {
   const int64_t first_row = forward ? part.output : part.term, height = forward ? part.outputs : part.terms;
   const int64_t first_column = forward ? part.term : part.output, columns = forward ? part.terms : part.outputs;
-  const int64_t stride = rows_stride(columns), panel_size = round_up(part.terms, step_terms) * step_outputs;
-  for (int64_t row = 0; row < round_up(height, 32); row += rows_at_once<forward>) {
-    for (int64_t i = 0; i < rows_at_once<forward>; ++i)
+  const int64_t stride = arranged_stride(columns);
+  for (int64_t row = 0; row < round_up(height, 32); row += arranged_rows<forward>) {
+    for (int64_t i = 0; i < arranged_rows<forward>; ++i)
       if (row + i < height)
-        mix_row<Operand>(mixing, kept, first_row + row + i, first_column, columns, rows + i * stride);
+        mix_row<Operand>(mixing, kept.row(first_row + row + i, first_column), first_row + row + i, first_column,
+                         columns, rows + i * stride);
       else memset(rows + i * stride, 0, round_up(columns, 32) * sizeof(bfloat16));
     for (int64_t column = 0; column < columns; column += 32) {
-      const int64_t output = forward ? row : column, term = forward ? column : row;
-      bfloat16* step = out + output / step_outputs * panel_size + term / step_terms * step_size;
       if constexpr (forward) {
-        step += output % step_outputs / 16 * (step_size / 2);
-        Vector<float> tile[16];
+        Vector<float> outputs[16];
 #pragma GCC unroll 16
-        for (int64_t i = 0; i < 16; ++i) tile[i] = (Vector<float>)_mm512_load_si512(rows + i * stride + column);
-        transpose<float>(tile);
-#pragma GCC unroll 16
-        for (int64_t i = 0; i < 16; ++i) _mm512_store_ps(step + 32 * i, (__m512)tile[i]);
+        for (int64_t i = 0; i < 16; ++i) outputs[i] = (Vector<float>)_mm512_load_si512(rows + i * stride + column);
+        store_half(outputs, out.at(row, column));
       } else {
-        step += term % step_terms * 16;
-        store_pairs(_mm512_load_si512(rows + column), _mm512_load_si512(rows + stride + column), step,
-                    step + step_size / 2);
+        store_pairs(_mm512_load_si512(rows + column), _mm512_load_si512(rows + stride + column), out.at(column, row));
       }
     }
   }
 }
 
-// Copies terms [term, term + terms) of rows [row, row + 32) of x or dy, padded with zeros.
-void copy_rows(Matrix x, int64_t row, int64_t m, int64_t term, int64_t terms, int64_t padded, bfloat16* out) {
-  for (int64_t i = 0; i < 32; ++i, out += padded) {
-    const int64_t there = row + i < m ? terms : 0;
-    const bfloat16* source = static_cast<const bfloat16*>(x.data) + (row + i) * x.row_stride + term * x.column_stride;
+// The left operand for a part's terms and rows [row, row + step_rows) of x or dy: where they lie, or, where these are
+// not whole steps of adjacent terms, copied and padded with zeros.
+LeftRows left_rows(Matrix x, int64_t row, int64_t m, Part part, bfloat16* copied) {
+  const int64_t padded = round_up(part.terms, step_terms);
+  const bfloat16* first = static_cast<const bfloat16*>(x.data) + row * x.row_stride + part.term * x.column_stride;
+  if (row + step_rows <= m && padded == part.terms && x.column_stride == 1)
+    return {first, x.row_stride, 16 * x.row_stride, step_terms};
+  for (int64_t i = 0; i < step_rows; ++i) {
+    const int64_t there = row + i < m ? part.terms : 0;
+    const bfloat16* source = first + i * x.row_stride;
+    bfloat16* out = copied + i * padded;
     if (x.column_stride == 1) memcpy(out, source, there * sizeof(bfloat16));
     else
       for (int64_t k = 0; k < there; ++k) out[k] = source[k * x.column_stride];
     memset(out + there, 0, (padded - there) * sizeof(bfloat16));
   }
+  return {copied, padded, 16 * padded, step_terms};
 }
 
-// Rounds a tile's sums and writes them to y or dx, up to two rows a step, while the next tile is multiplied.
-struct Finishing {
-  const float* sums = nullptr;
-  bfloat16* out = nullptr;
-  int64_t stride = 0, rows = 0;
-  __mmask32 inside = 0;
-  Wide offset{};
+// A product's tiles of sums. A finished tile is rounded and written to y or dx, up to two rows a step, while the next
+// one is multiplied. That one is never the tile being written: either_of_two returns the other, and numbered, for sums
+// that all have a tile of their own, first finishes writing it.
+class SumTiles {
+public:
+  explicit SumTiles(int64_t count) : tiles_(scratch<float>(Slot::rows, count * step_sums)) {}
 
-  MIXOUT_INLINE void row() {
-    const __m512i values = rounded(load(sums) + offset.first, load(sums + 16) + offset.second);
-    _mm512_mask_storeu_epi16(out, inside, values);
-    sums += step_outputs;
-    out += stride;
-    --rows;
+  float* either_of_two() const { return written_ == tiles_ ? tiles_ + step_sums : tiles_; }
+  float* numbered(int64_t number) {
+    float* tile = tiles_ + number * step_sums;
+    if (tile == written_) finish();
+    return tile;
   }
+
+  // Begins to write a tile, plus `bias` unless it is null, to `out`, which has `rows` rows and `outputs` columns there.
+  void write(const float* tile, int64_t rows, int64_t outputs, const bfloat16* bias, bfloat16* out, int64_t stride) {
+    finish();
+    written_ = sums_ = tile;
+    rows_ = rows;
+    inside_ = outputs < step_outputs ? (1u << outputs) - 1 : ~0u;
+    out_ = out;
+    stride_ = stride;
+    alignas(64) float values[step_outputs] = {};
+    for (int64_t j = 0; j < outputs && j < step_outputs && bias; ++j) values[j] = widen(bias[j]);
+    bias_ = load_wide(values);
+  }
+
   MIXOUT_INLINE void step() {
-    for (int i = 0; i < 2 && rows; ++i) row();
+    for (int i = 0; i < 2 && rows_; ++i) write_row();
   }
   void finish() {
-    while (rows) row();
+    while (rows_) write_row();
   }
+
+private:
+  MIXOUT_INLINE void write_row() {
+    const __m512i values = rounded(load(sums_) + bias_.first, load(sums_ + 16) + bias_.second);
+    _mm512_mask_storeu_epi16(out_, inside_, values);
+    sums_ += step_outputs;
+    out_ += stride_;
+    --rows_;
+  }
+
+  const float* sums_ = nullptr; // of the next row
+  bfloat16* out_ = nullptr;
+  int64_t stride_ = 0, rows_ = 0; // rows left to write
+  __mmask32 inside_ = 0;
+  Wide bias_{};
+  float* tiles_;
+  const float* written_ = nullptr;
 };
 
 // How many elements of W' are mixed at once. With few rows, y uses smaller parts, so that x stays in L2 beside them,
 // and dx is summed in parts of few_rows_terms terms, so that W and U are read in long parts of their rows.
 constexpr int64_t few_rows_block = 64 * 1024, block_size = 256 * 1024;
 constexpr int64_t few_rows_terms = 256;
-static_assert(block_size / few_rows_terms > step_outputs); // else a block's first sums would overwrite unfinished ones
 
 // The product of `multiply` in products.inl, with W' mixed in parts that stay in L2 while x or dy streams past.
 template <typename Unit, bool forward, typename Operand>
@@ -296,60 +378,39 @@ void multiply_in_steps(const Mixing& mixing, Matrix x, int64_t m, int64_t all_ro
   const int64_t in_l2 = (forward && has_few_rows ? few_rows_block : block_size) / block_terms;
   const int64_t most_outputs = in_l2 > step_outputs ? in_l2 / step_outputs * step_outputs : step_outputs;
   const int64_t block_outputs = all_outputs < most_outputs ? all_outputs : most_outputs;
+
+  const int64_t rows_size = arranged_rows<forward> * arranged_stride(forward ? block_terms : block_outputs);
+  bfloat16* mixed = scratch<bfloat16>(Slot::block, block_terms * block_outputs + step_rows * block_terms + rows_size);
+  bfloat16* copied = mixed + block_terms * block_outputs;
+  bfloat16* mixed_rows = copied + step_rows * block_terms;
+  const KeptBits<Operand> kept(mixing, forward ? 0 : begin, forward ? terms : end);
   // A split sum keeps all tiles of a block; otherwise two tiles alternate.
-  const int64_t tile_size = 32 * step_outputs, panels = block_outputs / step_outputs;
-  float* tiles = scratch<float>(Slot::rows, (is_split ? (m + 31) / 32 * panels : 2) * tile_size);
-  const int64_t rows_size = rows_at_once<forward> * rows_stride(forward ? block_terms : block_outputs);
-  bfloat16* right = scratch<bfloat16>(Slot::block, block_terms * block_outputs + 32 * block_terms + rows_size);
-  bfloat16* copied = right + block_terms * block_outputs;
-  bfloat16* mixed_rows = copied + 32 * block_terms;
-  const int64_t first_column = forward ? 0 : begin, columns = forward ? terms : end - begin;
-  KeptBits* kept = scratch<KeptBits>(Slot::target, 2 * (mixing.columns / 32));
-  for (int64_t i = 0; i < columns / 32 && mixing.mask.keep; ++i)
-    kept[i] = kept_bits<Operand>(mixing.mask.keep + first_column + 32 * i);
-  if (mixing.mask.keep_row) memset(kept + mixing.columns / 32, 0, mixing.columns / 32 * sizeof(KeptBits));
+  const int64_t block_panels = block_outputs / step_outputs;
+  SumTiles tiles(is_split ? round_up(m, step_rows) / step_rows * block_panels : 2);
 
   const Unit unit;
-  Finishing finishing;
-  int turn = 0;
   for (int64_t first = begin; first < end; first += block_outputs)
     for (int64_t term = 0; term < terms; term += block_terms) {
       const int64_t outputs_left = end - first, terms_left = terms - term;
       const Part part = {first, outputs_left < block_outputs ? outputs_left : block_outputs, term,
                          terms_left < block_terms ? terms_left : block_terms};
-      const int64_t padded = round_up(part.terms, step_terms);
-      mix_steps<forward, Operand>(mixing, forward ? kept : kept + (first - begin) / 32, part, mixed_rows, right);
-      for (int64_t row = 0; row < m; row += 32) {
-        const bool is_copied = row + 32 > m || padded != part.terms || x.column_stride != 1;
-        if (is_copied) copy_rows(x, row, m, term, part.terms, padded, copied);
-        const char* left = is_copied ? reinterpret_cast<const char*>(copied) : address<bfloat16>(x, row, term);
-        const int64_t row_bytes = 2 * (is_copied ? padded : x.row_stride);
-        const LeftRows rows{left, row_bytes, 16 * row_bytes, 64};
-        const int64_t height = m - row < 32 ? m - row : 32;
-        for (int64_t output = first; output < first + part.outputs; output += step_outputs) {
-          const int64_t tile = row / 32 * panels + (output - first) / step_outputs;
-          float* sums = tiles + (is_split ? tile : turn) * tile_size;
-          turn ^= 1;
-          unit.multiply(rows, height, right + (output - first) * padded, padded / step_terms, term > 0, sums,
-                        step_outputs, finishing);
-          finishing.finish();
+      const Steps right{mixed, round_up(part.terms, step_terms) / step_terms};
+      mix_steps<forward, Operand>(mixing, kept, part, mixed_rows, right);
+      for (int64_t row = 0; row < m; row += step_rows) {
+        const LeftRows left = left_rows(x, row, m, part, copied);
+        const int64_t height = m - row < step_rows ? m - row : step_rows;
+        for (int64_t output = 0; output < part.outputs; output += step_outputs) {
+          float* sums =
+              is_split ? tiles.numbered(row / step_rows * block_panels + output / step_outputs) : tiles.either_of_two();
+          unit.multiply(left, height, right.at(output, 0), right.steps, term > 0, sums, step_outputs, tiles);
           if (term + block_terms < terms) continue;
-          const __mmask32 inside = end - output < 32 ? (1u << (end - output)) - 1 : ~0u;
-          if (bias) {
-            alignas(64) float offset[32] = {};
-            for (int64_t j = 0; j < 32 && output + j < end; ++j)
-              offset[j] = widen(static_cast<const bfloat16*>(bias)[output + j]);
-            finishing.offset = load_wide(offset);
-          }
-          finishing.inside = inside;
-          finishing.sums = sums;
-          finishing.out = static_cast<bfloat16*>(result) + row * result_stride + output;
-          finishing.stride = result_stride;
-          finishing.rows = height;
+          const int64_t column = first + output;
+          tiles.write(sums, height, end - column, bias ? static_cast<const bfloat16*>(bias) + column : nullptr,
+                      static_cast<bfloat16*>(result) + row * result_stride + column, result_stride);
         }
       }
     }
-  finishing.finish();
+  tiles.finish();
 }
 
 // `columns` and `out` have room for one vector more than the kept columns; `take` reads nothing of a row past the last
@@ -404,7 +465,8 @@ int64_t staged_columns(int64_t count) { return round_up(count + 1, step_outputs)
 
 void stage_kept_steps(const KeptX& kept_x, int64_t begin, int64_t end, void* out) {
   const auto [x, m, index, count] = kept_x;
-  const int64_t width = staged_columns(count), all_rows = round_up(m, step_terms);
+  const int64_t width = staged_columns(count);
+  const Steps steps{static_cast<bfloat16*>(out), round_up(m, step_terms) / step_terms};
   const KeptColumns<bfloat16> kept(index, index ? count : 0);
   const bfloat16 one{0x3F80};
   bfloat16* rows = scratch<bfloat16>(Slot::rows, step_terms * (width + 32));
@@ -430,17 +492,13 @@ void stage_kept_steps(const KeptX& kept_x, int64_t begin, int64_t end, void* out
         const __m256i odd = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row + width + 32));
         tile[i] = (Vector<float>)paired(_mm512_inserti64x4(_mm512_castsi256_si512(even), odd, 1));
       }
-      transpose<float>(tile);
-      bfloat16* to = static_cast<bfloat16*>(out) + column / 32 * 32 * all_rows + first * step_outputs +
-                     column % 32 / 16 * (step_size / 2);
-#pragma GCC unroll 16
-      for (int64_t i = 0; i < 16; ++i) _mm512_storeu_ps(to + 32 * i, (__m512)tile[i]);
+      store_half(tile, steps.at(column, first));
     }
   }
 }
 
-// Columns [first, first + columns) of rows [row, row + 32 * steps) of dy as right steps, [columns / 32][steps].
-void stage_pairs(Matrix dy, int64_t m, int64_t row, int64_t steps, int64_t first, int64_t columns, bfloat16* out) {
+// Columns [first, first + columns) of dy as `out`, whose terms are the rows from `row` on.
+void stage_pairs(Matrix dy, int64_t m, int64_t row, int64_t first, int64_t columns, Steps out) {
   const auto load_part = [&](int64_t k, int64_t column) __attribute__((always_inline)) {
     const int64_t width = k < m ? columns - column : 0;
     const bfloat16* source =
@@ -450,11 +508,10 @@ void stage_pairs(Matrix dy, int64_t m, int64_t row, int64_t steps, int64_t first
     for (int64_t j = 0; j < width && j < 32; ++j) values[j] = source[j * dy.column_stride];
     return _mm512_load_si512(values);
   };
-  for (int64_t k = 0; k < 32 * steps; k += 2)
+  for (int64_t k = 0; k < step_terms * out.steps; k += 2)
     for (int64_t column = 0; column < columns; column += step_outputs) {
       const __m512i even = load_part(row + k, column), odd = load_part(row + k + 1, column);
-      bfloat16* to = out + (column / step_outputs * steps + k / 32) * step_size + k % 32 * 16;
-      store_pairs(even, odd, to, to + step_size / 2);
+      store_pairs(even, odd, out.at(column, k));
     }
 }
 
@@ -519,10 +576,9 @@ void grad_weight_in_steps(const KeptX& kept_x, const void* staged_x, Matrix dy, 
   constexpr int64_t block = 128, most_steps = 64;
   const int64_t steps = round_up(kept_x.rows, step_terms) / step_terms, width = staged_columns(kept_x.count);
   const int64_t block_steps = steps < most_steps ? steps : most_steps;
-  const bfloat16* left = static_cast<const bfloat16*>(staged_x);
-  bfloat16* right =
-      scratch<bfloat16>(Slot::rows, block * block_steps * step_terms + 2 * (width * block + 32 * step_outputs));
-  float* sums = reinterpret_cast<float*>(right + block * block_steps * step_terms);
+  const Steps left{const_cast<bfloat16*>(static_cast<const bfloat16*>(staged_x)), steps};
+  bfloat16* pairs = scratch<bfloat16>(Slot::rows, block * block_steps * step_terms + 2 * (width * block + step_sums));
+  float* sums = reinterpret_cast<float*>(pairs + block * block_steps * step_terms);
   float* tile = sums + width * block;
   NoPrefetch nothing;
   for (int64_t first = begin; first < end; first += block) {
@@ -531,17 +587,15 @@ void grad_weight_in_steps(const KeptX& kept_x, const void* staged_x, Matrix dy, 
     {
       const Unit unit;
       for (int64_t step = 0; step < steps; step += block_steps) {
-        const int64_t count = steps - step < block_steps ? steps - step : block_steps;
-        stage_pairs(dy, kept_x.rows, step * step_terms, count, first, rows, right);
+        const Steps right{pairs, steps - step < block_steps ? steps - step : block_steps};
+        stage_pairs(dy, kept_x.rows, step * step_terms, first, rows, right);
         for (int64_t column = 0; column < width; column += step_outputs) {
-          const bfloat16* panel = left + (column / step_outputs * steps + step) * step_size;
-          const LeftRows columns_of_x{reinterpret_cast<const char*>(panel), 64, step_size, 2 * step_size};
+          const LeftRows columns_of_x{left.at(column, step * step_terms), step_terms, half_size, step_size};
           const int64_t height = kept_x.count + 1 - column;
           for (int64_t row = 0; row < rows; row += step_outputs) {
-            const bfloat16* pairs = right + row / step_outputs * count * step_size;
             float* out = sums + column * block + row;
-            unit.multiply(columns_of_x, height, pairs, count, false, step ? tile : out, step ? step_outputs : block,
-                          nothing);
+            unit.multiply(columns_of_x, height, right.at(row, 0), right.steps, false, step ? tile : out,
+                          step ? step_outputs : block, nothing);
             if (step) add_tile(tile, height, out, block);
           }
         }

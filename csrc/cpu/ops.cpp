@@ -342,7 +342,7 @@ Tensor one_pass(const Tensor& rows, const Mixing& mixing, int64_t outputs, const
   // 16-bit rows that are multiplied in fp32 are processed in groups of rows and outputs: each thread keeps a group's
   // copy and sums in fp32.
   const bool in_groups = multiplies_in_fp32(rows.scalar_type());
-  const int64_t rows_at_once = in_groups ? 512 : m, outputs_at_once = in_groups ? 4096 : outputs;
+  const int64_t group_rows = in_groups ? 512 : m, group_outputs = in_groups ? 4096 : outputs;
   in_slices(bytes + bytes_beside, [&](Slice slice) {
     beside(slice);
     if (m == 0) return;
@@ -352,11 +352,11 @@ Tensor one_pass(const Tensor& rows, const Mixing& mixing, int64_t outputs, const
       const Slice of_rows{i % row_parts, i % row_parts + 1, row_parts};
       const Slice of_outputs{i / row_parts, i / row_parts + 1, slice.slices / row_parts};
       const int64_t last = of_rows.last(m), last_output = of_outputs.last_output(outputs);
-      for (int64_t first = of_rows.first(m); first < last; first += rows_at_once) {
+      for (int64_t first = of_rows.first(m); first < last; first += group_rows) {
         const char* row = static_cast<const char*>(x.data) + first * x.row_stride * size;
-        for (int64_t output = of_outputs.first_output(outputs); output < last_output; output += outputs_at_once)
-          kernel(mixing, {row, x.row_stride, x.column_stride}, std::min(rows_at_once, last - first), m, output,
-                 std::min(output + outputs_at_once, last_output), bias_data, data + first * outputs * size);
+        for (int64_t output = of_outputs.first_output(outputs); output < last_output; output += group_outputs)
+          kernel(mixing, {row, x.row_stride, x.column_stride}, std::min(group_rows, last - first), m, output,
+                 std::min(output + group_outputs, last_output), bias_data, data + first * outputs * size);
       }
     }
   });
