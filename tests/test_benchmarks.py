@@ -419,7 +419,7 @@ def test_a_layer_slowed_since_an_older_run_is_named(tmp_path):
     older, newer = layers("older", 0.4, 0.5, 0.6), layers("newer", 0.41, 1.0, 0.6)
     text = report.compared(newer, older)
     assert "median 1.02 of 3" in text
-    assert "1 of them above 1.1\n    2.00: 512x8x8 p=0.7 fp32" in text
+    assert "1 of them above 1.2\n    2.00: 512x8x8 p=0.7 fp32" in text
     assert "0 of them" in report.compared(older, newer)
 
 
