@@ -46,7 +46,7 @@ def print_backends() -> int:
             print(f"  {name:<10} {served if reason is None else f'cannot serve: {reason}'}")
         if autograd.is_in_cpp(chosen):
             print("  autograd in C++")
-        elif hasattr(chosen, "mix_linear"):
+        elif hasattr(chosen, "checked_mix_linear"):
             print(f"  autograd in Python, which takes the host longer: {operators.AUTOGRAD_ERROR}")
     return status
 

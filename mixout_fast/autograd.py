@@ -27,14 +27,17 @@ DIFFERENTIATES_ONCE = (
 )
 
 
-def keeps_compact_copy(out_features: int, in_features: int, p: float) -> bool:
-    """Whether forward saves X[:, kept] (a copy) rather than x (a reference).
+def keeps_compact_copy(weight: Tensor, p: float, mask: str) -> bool:
+    """Whether forward saves X[:, kept] (a copy) for dW, rather than x (a reference).
 
     A reference costs nothing where x is alive for another reason, and siblings that read the same x share it; a copy of
     at most half of x is smaller even when two siblings hold one each. The time is the same: the gather moves from
     backward to forward. With few outputs (reference.THIN_OUTPUT) dW is computed from all of x.
     """
-    if out_features < reference.THIN_OUTPUT:
+    out_features, in_features = weight.shape
+    if mask != "input" or out_features < reference.THIN_OUTPUT:
+        return False
+    if not (weight.requires_grad and torch.is_grad_enabled()):
         return False
     # At p <= 0.5 the capacity is more than half of x; computing it takes 14 us from cold caches.
     return p > 0.5 and 2 * reference.capacity(in_features, p) <= in_features
@@ -73,29 +76,22 @@ class MaskGrad(torch.autograd.Function):
         return MaskGrad.apply(grad, *ctx.saved_tensors, *ctx.arguments), None, None, None, None, None
 
 
+def is_in_cpp(backend: ModuleType) -> bool:
+    """Whether eager calls of the backend's layer go through csrc/autograd."""
+    return operators.AUTOGRAD_ERROR is None and hasattr(backend, "checked_mix_linear")
+
+
 def mix_linear(
     input: Tensor, weight: Tensor, target: Tensor | None, bias: Tensor | None, seed: Tensor, p: float, mask: str,
     factor: float, backend: ModuleType,
 ) -> Tensor:  # fmt: skip
-    """(input (…, K), weight (N, K), target, bias) -> x W'ᵀ + b, in the input's dtype. Once differentiable.
-
-    Eager calls of a C++ backend use the autograd function in C++, which saves the host 10 us a step in a loop, and 45
-    to 65 us from cold caches (docs/performance.md).
-    """
-    trains_weight = weight.requires_grad and torch.is_grad_enabled()
-    gathers = trains_weight and mask == "input" and keeps_compact_copy(*weight.shape, p)
-    if is_in_cpp(backend) and not torch.compiler.is_compiling():
-        return backend.mix_linear(input, weight, target, bias, seed, p, mask, factor, gathers)
+    """(input (…, K), weight (N, K), target, bias) -> x W'ᵀ + b, in the input's dtype. Once differentiable."""
+    gathers = keeps_compact_copy(weight, p, mask)
     return MixLinear.apply(input, weight, target, bias, seed, p, mask, factor, gathers, backend)
 
 
-def is_in_cpp(backend: ModuleType) -> bool:
-    """Whether eager calls of the backend go through the autograd function in C++."""
-    return operators.AUTOGRAD_ERROR is None and hasattr(backend, "mix_linear")
-
-
 class MixLinear(torch.autograd.Function):
-    """`mix_linear` of any backend, eager or traced."""
+    """`mix_linear` of any backend, traced or where csrc/autograd does not serve."""
 
     @staticmethod
     def forward(ctx, input, weight, target, bias, seed, p, mask, factor, gathers, backend):

@@ -1,6 +1,6 @@
 """Mixout as functions: argument checks, the seed draw and the choice of backend."""
 
-from types import ModuleType
+from types import ModuleType, NoneType
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ MASKS = ("input", "element")
 GRAD_SCALES = ("exact", "paper")
 DISTRIBUTIONS = ("bernoulli", "gaussian")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+OPTIONAL_TENSOR = (Tensor, NoneType)
 
 
 def mixout(
@@ -110,14 +111,17 @@ def mix_linear(
     Raises:
         TypeError, ValueError: naming the argument, what it got and what it takes.
     """
-    # After a large product Python runs from cold caches, at five times its usual cost: so no look-up is done twice, and
-    # the checks call no function per operand, which would cost 8 us.
     check_options(p, mask, grad_scale, distribution)
+    mixes, factor = training and p != 0.0, _factor(p, grad_scale)
+    if mixes and distribution == "bernoulli" and not torch.compiler.is_compiling():
+        output = _mix_linear_in_cpp(input, weight, target, bias, p, mask, factor, seed, backend)
+        if output is not None:
+            return output
     dtype, device, shape = _check_weight("weight", weight, target)
-    device_type = "cpu" if weight.is_cpu else device.type  # device.type costs 13 us there
-    autocast = device_type != "meta" and dtype != torch.float64 and torch.is_autocast_enabled(device_type)
-    _check_linear(input, bias, dtype, device, shape, autocast)
-    if p == 0.0 or not training or 0 in shape:
+    device_type = _device_type(weight)
+    autocast = _autocast_dtype(dtype, device_type)
+    _check_linear(input, bias, dtype, device, shape, autocast is not None)
+    if not mixes or 0 in shape:
         return F.linear(input, weight, bias)
     if input.layout is not torch.strided:
         raise TypeError(
@@ -128,14 +132,38 @@ def mix_linear(
     seed = seed_tensor(seed, device)
     if distribution == "gaussian":
         return F.linear(input, reference.mix_gaussian(weight, target, seed, p, mask), bias)
-    if autocast:
-        compute_dtype = torch.get_autocast_dtype(device_type)
-        input = input.to(compute_dtype)
-        bias = None if bias is None else bias.to(compute_dtype)
+    if autocast is not None:
+        input = input.to(autocast)
+        bias = None if bias is None else bias.to(autocast)
         if dtype != torch.float32:
-            weight = weight.to(compute_dtype)
-            target = None if target is None else target.to(compute_dtype)
-    return autograd.mix_linear(input, weight, target, bias, seed, p, mask, _factor(p, grad_scale), chosen)
+            weight = weight.to(autocast)
+            target = None if target is None else target.to(autocast)
+    return autograd.mix_linear(input, weight, target, bias, seed, p, mask, factor, chosen)
+
+
+def _mix_linear_in_cpp(
+    input: Tensor, weight: Tensor, target: Tensor | None, bias: Tensor | None, p: float, mask: str, factor: float,
+    seed: int | Tensor | None, backend: str | None,
+) -> Tensor | None:  # fmt: skip
+    """The rest of mix_linear in C++, or None: the backend has none, or the operands are not the usual ones.
+
+    After a large product Python runs from cold caches, at five times its usual cost (docs/performance.md, "The host's
+    time").
+    """
+    if not (isinstance(input, Tensor) and isinstance(weight, Tensor)):
+        return None
+    if not (isinstance(target, OPTIONAL_TENSOR) and isinstance(bias, OPTIONAL_TENSOR)):
+        return None
+    dtype, shape, device_type = weight.dtype, weight.shape, _device_type(weight)
+    if dtype not in DTYPES or len(shape) != 2 or 0 in shape:
+        return None
+    chosen = backends.select(backend, device_type)
+    if not autograd.is_in_cpp(chosen):
+        return None
+    seed = None if seed is None else seed_tensor(seed, weight.device)
+    gathers = autograd.keeps_compact_copy(weight, p, mask)
+    autocast = _autocast_dtype(dtype, device_type)
+    return chosen.checked_mix_linear(input, weight, target, bias, seed, p, mask, factor, gathers, autocast)
 
 
 def check_options(p: float, mask: str, grad_scale: str, distribution: str = "bernoulli") -> None:
@@ -198,6 +226,17 @@ def _check_weight(name: str, weight: Tensor, target: Tensor | None) -> tuple[tor
         if target.requires_grad:
             raise ValueError("target: it requires grad; it is a constant: pass target.detach()")
     return dtype, device, shape
+
+
+def _device_type(tensor: Tensor) -> str:
+    return "cpu" if tensor.is_cpu else tensor.device.type  # which takes 13 us from cold caches
+
+
+def _autocast_dtype(dtype: torch.dtype, device_type: str) -> torch.dtype | None:
+    """The dtype to compute in under autocast, None without: for fp64 weights and meta tensors there is none."""
+    if device_type == "meta" or dtype == torch.float64 or not torch.is_autocast_enabled(device_type):
+        return None
+    return torch.get_autocast_dtype(device_type)
 
 
 def _wrong_device(name: str, tensor: Tensor, other_name: str, device: torch.device) -> ValueError:

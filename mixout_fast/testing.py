@@ -620,9 +620,10 @@ def _assert_likely(what, how, probability, where):
 def is_one_pass(case: Case, backend: str | None) -> tuple[bool, bool]:
     """Whether the backend computes y, and whether dX, in one pass, whose summation order is its own."""
     module = _module(backend, case)
-    if not hasattr(module, "is_one_pass"):
+    if not hasattr(module, "one_pass_rows"):
         return False, False
-    return module.is_one_pass(case.compute, len(case.rows), len(case.weight))
+    forward, backward = module.one_pass_rows(case.compute, len(case.weight))
+    return len(case.rows) <= forward, len(case.rows) <= backward
 
 
 def _module(backend: str | None, case: Case) -> ModuleType:

@@ -7,12 +7,13 @@ from functools import partial
 import pytest
 import torch
 from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
-from mixout_fast import backends, mix_linear, mixout, reference, testing
+from mixout_fast import autograd, backends, mix_linear, mixout, reference, testing
 from mixout_fast.autograd import is_in_cpp
 from mixout_fast.backends import cpu, operators
 from mixout_fast.functional import DTYPES, MASKS
@@ -185,7 +186,8 @@ def test_torch_counts_the_operations(p, mask, device, backend, seed, mixes_first
         assert width == in_features
     else:  # the number of kept columns, its mean or its bound
         kept = int(reference.keep_mask(case.seed, case.weight.shape, p, mask).sum())
-        known = max(kept, reference.THIN_OUTPUT), (1 - p) * in_features, reference.capacity(in_features, p)
+        bound = reference.capacity(in_features, p)
+        known = kept, max(kept, reference.THIN_OUTPUT), (1 - p) * in_features, bound
         assert min(abs(width - count) for count in known) < 0.6
 
 
@@ -299,6 +301,32 @@ def test_autograd_function_in_python_is_the_same(trained, p, mask, device, backe
             testing.assert_same_bits(name, result, want, case)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_usual_calls_go_through_cpp(dtype, device, backend, seed, monkeypatch):
+    """From the checks on: what C++ leaves to Python takes the host longer, and no other test would notice."""
+    skip_without_cpp(backend)
+    monkeypatch.setattr(autograd, "mix_linear", None)
+    case = testing.random_case((2, 3), 40, 17, p=0.9, dtype=dtype, compute=dtype, device=device, seed=seed)
+    operands = {"input": case.input, "weight": case.weight, "target": case.target, "bias": case.bias}
+    operands |= {"p": 0.9, "backend": backend}
+    usual = (
+        {},
+        {"target": None, "bias": None},
+        {"target": case.target.to(torch.float16 if dtype.itemsize > 2 else dtype)},
+        {"seed": 3},
+        {"seed": case.seed},
+        {"input": case.input[0, 0]},
+        {"input": case.input.mT.contiguous().mT, "bias": torch.stack((case.bias, case.bias), 1)[:, 0]},
+    )
+    for changed in usual:
+        assert mix_linear(**operands | changed).dtype == dtype
+    of_other_dtypes = {"input": case.input.double(), "bias": case.bias.half()}
+    for changed in (*usual, *([] if dtype == torch.float64 else [of_other_dtypes])):
+        with torch.autocast(device, torch.bfloat16):
+            output = mix_linear(**operands | changed)
+        assert output.dtype == (dtype if dtype == torch.float64 else torch.bfloat16)
+
+
 def saved_bytes(function, held):
     """Bytes saved for backward, each storage once, without those of `held` and of 0-d tensors (the seed)."""
     seen = {tensor.untyped_storage().data_ptr() for tensor in held if tensor is not None}
@@ -400,6 +428,63 @@ def test_vmap_is_refused_or_right(mask, device, backend):
         assert torch.equal(mapped, torch.stack([calls(one) for one in x]))
 
 
+@pytest.mark.parametrize("mapped", (False, True))
+def test_vmap_sees_the_seed_drawn(mapped, device, backend):
+    """With randomness="different" each entry has a mask of its own, also where no operand is mapped over."""
+    skip_without_cpp(backend)
+    x, weight = torch.eye(64, device=device), torch.ones(64, 64, device=device)
+
+    def result(entry):
+        return mix_linear(entry if mapped else x, weight, p=0.5, backend=backend)
+
+    entries = x.expand(2, 64, 64)
+    with pytest.raises(RuntimeError, match="randomness"):
+        torch.vmap(result)(entries)
+    assert not torch.equal(*torch.vmap(result, randomness="different")(entries))
+    assert torch.equal(*torch.vmap(result, randomness="same")(entries))
+
+
+class DrawsSeen(TorchDispatchMode):
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten.randint.low
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("mode", (torch.enable_grad, torch.no_grad, torch.inference_mode))
+def test_dispatch_modes_see_the_seed_drawn(mode, device, backend):
+    x, weight = torch.eye(64, device=device), torch.ones(64, 64, device=device, requires_grad=True)
+    with mode(), DrawsSeen() as seen:
+        mix_linear(x, weight, p=0.5, backend=backend)
+    assert seen.count == 1
+
+
+@pytest.mark.parametrize("tracer", ("jit", "make_fx"))
+def test_a_trace_draws_a_seed_each_run(tracer, device, backend):
+    """A trace of the eager call in C++: that in Python, whose operators may return None, torch.jit.trace refuses."""
+    skip_without_cpp(backend)
+    x, weight = torch.eye(64, device=device), torch.ones(64, 64, device=device)
+
+    def output(input):
+        return mix_linear(input, weight, p=0.5, backend=backend)
+
+    def gradient(input):
+        leaf = input.detach().requires_grad_()
+        return torch.autograd.grad(output(leaf).sum(), leaf)[0]
+
+    if tracer == "jit":
+        function, traced = output, torch.jit.trace(output, (x,), check_trace=False)
+    else:
+        function, traced = gradient, make_fx(gradient, pre_dispatch=True)(x)
+    runs = []
+    for run in (traced, function):
+        torch.manual_seed(0)
+        runs.append([run(x) for _ in range(2)])
+    assert torch.equal(runs[0][0], runs[1][0]) and torch.equal(runs[0][1], runs[1][1])
+    assert not torch.equal(*runs[0])
+
+
 def test_forward_mode_is_refused(device, backend):
     operands = {"input": torch.eye(64), "weight": torch.ones(64, 64), "bias": torch.ones(64)}
     operands |= {"target": torch.zeros(64, 64)}
@@ -433,13 +518,13 @@ class OperatorCalls(TorchDispatchMode):
 
 @masks
 @pytest.mark.parametrize("p", (0.3, 0.9))
-@pytest.mark.parametrize("ways", tuple(itertools.product((False, True), repeat=4)), ids=str)
+@pytest.mark.parametrize("ways", tuple(itertools.product((39, 40), (39, 40), (False, True), (False, True))), ids=str)
 def test_both_autograd_functions_call_the_operators_alike(ways, p, mask, device, backend, seed, monkeypatch):
-    """For all combinations of `ways`, such as one pass for y and not for dX."""
+    """For all combinations of `ways`, such as one pass for y and not for dX, with 40 rows."""
     skip_without_cpp(backend)
     module = backends.BACKENDS[backend]
-    monkeypatch.setattr(module.mix_linear.__self__, "ways", lambda *_: ways)
-    case = testing.random_case(40, 95, 33, p=p, mask=mask, device=device, seed=seed)
+    monkeypatch.setattr(module.checked_mix_linear.__self__, "ways", lambda *_: ways)
+    case = testing.random_case((8, 5), 95, 33, p=p, mask=mask, device=device, seed=seed)
     calls = []
     for error in (None, "left out"):
         monkeypatch.setattr(operators, "AUTOGRAD_ERROR", error)

@@ -203,15 +203,9 @@ def test_columns_are_found_in_the_index(column_major, kept, padding, seed):
 @pytest.mark.parametrize("module", (cuda, backends.BACKENDS["triton"]), ids=("cuda", "triton"))
 def test_one_pass_is_for_few_rows_or_a_large_grid(module):
     few, many = gpu.MANY_OUTPUTS - 1, gpu.MANY_OUTPUTS
-    for rows, outputs, ways in (
-        (16, few, (True, True)),
-        (17, few, (False, False)),
-        (16, many, (True, False)),
-        (64, many, (True, False)),
-        (65, many, (False, False)),
-    ):
-        assert module.is_one_pass(torch.bfloat16, rows, outputs) == ways
-    assert module.is_one_pass(torch.float32, 17, many) == (False, False)
+    assert module.one_pass_rows(torch.bfloat16, few) == (16, 16)
+    assert module.one_pass_rows(torch.bfloat16, many) == (64, -1)
+    assert module.one_pass_rows(torch.float32, many) == (16, -1)
 
 
 def test_dW_is_a_full_product_where_the_compact_one_saves_less_than_a_quarter():

@@ -1,10 +1,13 @@
-// The mix_linear operators, over those of csrc/cpu and csrc/cuda: the autograd function of mixout_fast/autograd.py in
-// C++, for eager calls. The stable ABI has no autograd, so this library works only with the torch version that it was
-// built for; with any other, the function in Python does the same at a greater cost to the host.
+// The mix_linear operators, over those of csrc/cpu and csrc/cuda: what mixout_fast/functional.py and autograd.py do in
+// an eager call once it has a seed, in C++: the checks of the operands, autocast's casts, the autograd function. The
+// stable ABI has no autograd, so this library works only with the torch version that it was built for; with any other,
+// the functions in Python do the same at a greater cost to the host.
+#include <ATen/ATen.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include <limits>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -13,7 +16,7 @@
 namespace mixout_fast {
 namespace {
 
-using at::Tensor;
+using at::ScalarType, at::Tensor;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 using MaybeTensor = std::optional<Tensor>;
@@ -93,6 +96,37 @@ struct MixLinear : torch::autograd::Function<MixLinear<library>> {
   }
 };
 
+bool has_kernels(ScalarType dtype) {
+  return dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half ||
+         dtype == ScalarType::Double;
+}
+
+// Whether the operands are ones that mix_linear in functional.py multiplies, if the weight is a matrix of a dtype that
+// has kernels. Python says what is wrong with the others, and serves the few that are refused here for simplicity.
+bool are_usual(const Tensor& input, const Tensor& weight, const MaybeTensor& target, const MaybeTensor& bias,
+               bool autocast) {
+  const auto is_dense = [&](const Tensor& tensor) {
+    return tensor.layout() == at::kStrided && tensor.device() == weight.device() &&
+           !tensor.unsafeGetTensorImpl()->has_symbolic_sizes_strides();
+  };
+  const auto is_multiplied = [&](const Tensor& tensor) {
+    return is_dense(tensor) &&
+           (autocast ? has_kernels(tensor.scalar_type()) : tensor.scalar_type() == weight.scalar_type());
+  };
+  if (!is_dense(weight) || weight.numel() == 0) return false;
+  if (!is_multiplied(input) || input.dim() == 0 || input.size(-1) != weight.size(1)) return false;
+  if (bias && !(is_multiplied(*bias) && bias->dim() == 1 && bias->size(0) == weight.size(0))) return false;
+  if (!target) return true;
+  const bool fits = target->scalar_type() == weight.scalar_type() ||
+                    (has_kernels(target->scalar_type()) && target->element_size() < weight.element_size());
+  return is_dense(*target) && fits && target->sizes() == weight.sizes() && !target->requires_grad();
+}
+
+Tensor drawn_seed(const Tensor& weight) {
+  using Limits = std::numeric_limits<int64_t>;
+  return at::randint(Limits::min(), Limits::max(), {}, at::TensorOptions(weight.device()).dtype(at::kLong));
+}
+
 template <const char* library>
 Tensor mix_linear(const Tensor& input, const Tensor& weight, const MaybeTensor& target, const MaybeTensor& bias,
                   const Tensor& seed, double p, bool per_column, double factor, bool gathers, bool one_pass,
@@ -102,17 +136,53 @@ Tensor mix_linear(const Tensor& input, const Tensor& weight, const MaybeTensor& 
       Constants{seed, p, per_column, factor, gathers, one_pass, one_pass_backward, tf32, full_product});
 }
 
+// What mix_linear in functional.py and autograd.py do from the checks of the operands on; an undefined tensor, which is
+// None in Python, where they are not the usual ones. `autocast` is the dtype that autocast asks for, one_pass_rows and
+// one_pass_rows_backward are the most rows for which y and dX are computed in one pass.
+template <const char* library>
+Tensor checked_mix_linear(Tensor input, Tensor weight, MaybeTensor target, MaybeTensor bias, const MaybeTensor& seed,
+                          const std::optional<ScalarType> autocast, double p, bool per_column, double factor,
+                          bool gathers, int64_t one_pass_rows, int64_t one_pass_rows_backward, bool tf32,
+                          bool full_product) {
+  if (!are_usual(input, weight, target, bias, autocast.has_value())) return {};
+  static const auto function = find<decltype(mix_linear<library>)>(library, "mix_linear");
+  if (autocast) {
+    input = input.to(*autocast);
+    if (bias) bias = bias->to(*autocast);
+    if (weight.scalar_type() != ScalarType::Float) {
+      weight = weight.to(*autocast);
+      if (target) target = target->to(*autocast);
+    }
+  }
+  if (bias) bias = bias->contiguous();
+  const int64_t rows = input.numel() / weight.size(1);
+  return function.call(input, weight, target, bias, seed ? *seed : drawn_seed(weight), p, per_column, factor, gathers,
+                       rows <= one_pass_rows, rows <= one_pass_rows_backward, tf32, full_product);
+}
+
 constexpr const char* schema =
     "mix_linear(Tensor input, Tensor weight, Tensor? target, Tensor? bias, Tensor seed, float p, bool per_column,"
     " float factor, bool gathers, bool one_pass, bool one_pass_backward, bool tf32, bool full_product) -> Tensor";
+constexpr const char* checked_schema =
+    "checked_mix_linear(Tensor input, Tensor weight, Tensor? target, Tensor? bias, Tensor? seed, ScalarType? autocast, "
+    "float p,"
+    " bool per_column, float factor, bool gathers, int one_pass_rows, int one_pass_rows_backward, bool tf32,"
+    " bool full_product) -> Tensor";
 
-TORCH_LIBRARY_FRAGMENT(mixout_fast, m) {
-  m.def(schema, torch::dispatch(c10::DispatchKey::CompositeImplicitAutograd, TORCH_FN(mix_linear<cpu>)));
+template <const char* library>
+void define(torch::Library& m) {
+  using c10::DispatchKey;
+  m.def(schema, torch::dispatch(DispatchKey::CompositeImplicitAutograd, TORCH_FN(mix_linear<library>)));
+  m.def(checked_schema, torch::dispatch(DispatchKey::CompositeImplicitAutograd, TORCH_FN(checked_mix_linear<library>)));
+  // vmap, tracers and dispatch modes are to see the draw of the seed and what follows, not this function as a whole.
+  for (const auto key : {DispatchKey::FuncTorchDynamicLayerFrontMode, DispatchKey::FuncTorchBatched,
+                         DispatchKey::PreDispatch, DispatchKey::Python})
+    m.impl("checked_mix_linear", torch::dispatch(key, torch::CppFunction::makeFallthrough()));
 }
 
-TORCH_LIBRARY_FRAGMENT(mixout_fast_cuda, m) {
-  m.def(schema, torch::dispatch(c10::DispatchKey::CompositeImplicitAutograd, TORCH_FN(mix_linear<cuda>)));
-}
+TORCH_LIBRARY_FRAGMENT(mixout_fast, m) { define<cpu>(m); }
+
+TORCH_LIBRARY_FRAGMENT(mixout_fast_cuda, m) { define<cuda>(m); }
 
 } // namespace
 } // namespace mixout_fast

@@ -339,9 +339,9 @@ Tensor one_pass(const Tensor& rows, const Mixing& mixing, int64_t outputs, const
   const Tensor left = rows.stride(1) == 1 || m <= few_rows ? rows : torch::stable::contiguous(rows);
   const Matrix x = matrix_of(left);
   const int64_t bytes = 2 * mixing.rows * mixing.columns * size + bytes_of(rows) + bytes_of(out);
-  // 16-bit rows that are multiplied in fp32 are processed in groups of rows and outputs: each thread keeps a group's
-  // copy and sums in fp32.
-  const bool in_groups = multiplies_in_fp32(rows.scalar_type());
+  // 16-bit rows that our kernels multiply in fp32 (fp16 always, bf16 where the processor has no products of it) are
+  // processed in groups of rows and outputs: each thread keeps a group's copy and sums in fp32.
+  const bool in_groups = rows.scalar_type() == ScalarType::Half || multiplies_in_fp32(rows.scalar_type());
   const int64_t group_rows = in_groups ? 512 : m, group_outputs = in_groups ? 4096 : outputs;
   in_slices(bytes + bytes_beside, [&](Slice slice) {
     beside(slice);

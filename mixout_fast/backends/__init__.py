@@ -2,9 +2,9 @@
 
 A backend is a module with `unavailable(device_type)` and the functions of `mixout_fast.reference` that the autograd
 functions call: mix, mask_grad, linear and gradients, with the same arguments. A backend with one-pass products also has
-`is_one_pass(dtype, rows, out_features)`, which tells whether y and dX are computed so. A backend in C++ also has
-mix_linear, the whole autograd function. How a backend divides the work between its kernels and the library's matrix
-products is its own affair.
+`one_pass_rows(dtype, out_features)`, the most rows for which y and dX are computed so. A backend in C++ also has
+checked_mix_linear, the layer's eager call as a whole. How a backend divides the work between its kernels and the
+library's matrix products is its own affair.
 """
 
 import os

@@ -75,14 +75,14 @@ def _thin_rows() -> dict[torch.dtype, tuple[int, int]]:
     return rows | {torch.bfloat16: (sys.maxsize, sys.maxsize) if multiplies_in_fp32(torch.bfloat16) else (256, 256)}
 
 
-def is_one_pass(dtype: torch.dtype, rows: int, out_features: int) -> tuple[bool, bool]:
-    """Whether y, and whether dX, is computed in one pass."""
+def one_pass_rows(dtype: torch.dtype, out_features: int) -> tuple[int, int]:
+    """The most rows for which y, and those for which dX, is computed in one pass."""
     forward, backward = ONE_PASS_ROWS[dtype]
     if out_features < 16:
         forward = min(forward, THIN_ROWS[dtype][0])
     if out_features < 32:
         backward = min(backward, THIN_ROWS[dtype][1])
-    return rows <= forward, rows <= backward
+    return forward, backward
 
 
 def takes_full_product(p: float, out_features: int) -> bool:
@@ -98,13 +98,13 @@ def takes_full_product(p: float, out_features: int) -> bool:
     return out_features < reference.THIN_OUTPUT or p <= 0.15
 
 
-def _ways(dtype: torch.dtype, rows: int, shape: torch.Size, p: float, mask: str) -> tuple[bool, bool, bool, bool]:
-    return *is_one_pass(dtype, rows, shape[0]), False, mask == "element" or takes_full_product(p, shape[0])
+def _ways(dtype: torch.dtype, shape: torch.Size, p: float, mask: str) -> tuple[int, int, bool, bool]:
+    return *one_pass_rows(dtype, shape[0]), False, mask == "element" or takes_full_product(p, shape[0])
 
 
 _functions = operators.Functions("mixout_fast", _ways)
 mix, mask_grad, linear, gradients = _functions.mix, _functions.mask_grad, _functions.linear, _functions.gradients
-mix_linear = _functions.mix_linear
+checked_mix_linear = _functions.checked_mix_linear
 
 # At import and not at first use: torch.compile traces `unavailable`, and cannot trace a search of the file system.
 LOAD_ERROR = _load_error()

@@ -64,19 +64,19 @@ def _asked_of_the_gpu() -> str | None:
     return f"this GPU and driver do not run its CUDA library: {reason}" if reason else None
 
 
-def is_one_pass(dtype: torch.dtype, rows: int, out_features: int) -> tuple[bool, bool]:
-    """Whether y, and whether dX, is computed in one pass.
+def one_pass_rows(dtype: torch.dtype, out_features: int) -> tuple[int, int]:
+    """The most rows for which y, and those for which dX, is computed in one pass.
 
     The operators mix first all the same where an operand's columns are not neighbours in memory, or in_features is more
     than 2^18.
     """
-    return gpu.is_one_pass(ONE_PASS_ROWS, MANY_OUTPUTS_ROWS, dtype, rows, out_features)
+    return gpu.one_pass_rows(ONE_PASS_ROWS, MANY_OUTPUTS_ROWS, dtype, out_features)
 
 
-def _ways(dtype: torch.dtype, rows: int, shape: torch.Size, p: float, mask: str) -> tuple[bool, bool, bool, bool]:
-    one_pass = is_one_pass(dtype, rows, shape[0])
-    tf32 = dtype == torch.float32 and any(one_pass) and _allows_tf32()
-    return *one_pass, tf32, mask == "element" or gpu.takes_full_product(p, *shape)
+def _ways(dtype: torch.dtype, shape: torch.Size, p: float, mask: str) -> tuple[int, int, bool, bool]:
+    tf32 = dtype == torch.float32 and _allows_tf32()
+    in_full = mask == "element" or gpu.takes_full_product(p, *shape)
+    return *one_pass_rows(dtype, shape[0]), tf32, in_full
 
 
 def _allows_tf32() -> bool:
@@ -86,7 +86,7 @@ def _allows_tf32() -> bool:
 
 _functions = operators.Functions("mixout_fast_cuda", _ways)
 mix, mask_grad, linear, gradients = _functions.mix, _functions.mask_grad, _functions.linear, _functions.gradients
-mix_linear = _functions.mix_linear
+checked_mix_linear = _functions.checked_mix_linear
 
 # At import and not at first use: torch.compile traces `unavailable`, and cannot trace a search of the file system.
 LOAD_ERROR = _load_error()

@@ -11,10 +11,9 @@ Rows = dict[torch.dtype, tuple[int, int]]
 """dtype -> the rows up to which y, and those up to which dX, is computed in one pass."""
 
 
-def is_one_pass(few: Rows, many: Rows, dtype: torch.dtype, rows: int, out_features: int) -> tuple[bool, bool]:
-    """Whether y, and whether dX, is computed in one pass, by a table for few outputs and one for many."""
-    forward, backward = (few if out_features < MANY_OUTPUTS else many)[dtype]
-    return rows <= forward, rows <= backward
+def one_pass_rows(few: Rows, many: Rows, dtype: torch.dtype, out_features: int) -> tuple[int, int]:
+    """The most rows for which y, and those for which dX, is computed in one pass: `few` is for few outputs."""
+    return (few if out_features < MANY_OUTPUTS else many)[dtype]
 
 
 def takes_full_product(p: float, out_features: int, in_features: int) -> bool:

@@ -20,11 +20,12 @@ REGISTRATIONS: list[torch.library.Library] = []
 class Functions:
     """A backend's functions, which call the operators in a namespace of torch.ops.
 
-    `ways(dtype, rows, weight's shape, p, mask)` chooses how they compute: whether y is computed in one pass, whether dX
-    is, whether fp32 products may round to TF32, and whether dW from a saved x is one full product.
+    `ways(dtype, weight's shape, p, mask)` chooses how they compute: the most rows for which y is computed in one pass,
+    the most for which dX is, whether fp32 products may round to TF32, and whether dW from a saved x is one full
+    product.
     """
 
-    def __init__(self, namespace: str, ways: Callable[..., tuple[bool, bool, bool, bool]]) -> None:
+    def __init__(self, namespace: str, ways: Callable[..., tuple[int, int, bool, bool]]) -> None:
         self.operators = getattr(torch.ops, namespace)
         self.ways = ways
 
@@ -44,7 +45,8 @@ class Functions:
         mask: str, gathers: bool, static: bool,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
         shape = weight.shape
-        one_pass, _, tf32, _ = self.ways(input.dtype, input.numel() // shape[1], shape, p, mask)
+        one_pass_rows, _, tf32, _ = self.ways(input.dtype, shape, p, mask)
+        one_pass = input.numel() // shape[1] <= one_pass_rows
         bias = None if bias is None else bias.contiguous()
         return self.operators.linear.default(
             input, weight, target, bias, seed, p, mask == "input", one_pass, tf32, gathers, static
@@ -56,22 +58,24 @@ class Functions:
         static: bool,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
         shape = weight.shape
-        _, one_pass, tf32, in_full = self.ways(grad.dtype, grad.numel() // shape[0], shape, p, mask)
+        _, one_pass_rows, tf32, in_full = self.ways(grad.dtype, shape, p, mask)
+        one_pass = grad.numel() // shape[0] <= one_pass_rows
         return self.operators.linear_backward.default(
             grad, input, index, columns, weight, target, seed, *needs,
             p, mask == "input", factor, one_pass, tf32, in_full,
         )  # fmt: skip
 
-    def mix_linear(
-        self, input: Tensor, weight: Tensor, target: Tensor | None, bias: Tensor | None, seed: Tensor, p: float,
-        mask: str, factor: float, gathers: bool,
-    ) -> Tensor:  # fmt: skip
-        """autograd.MixLinear with these functions, in C++ (csrc/autograd); exists where AUTOGRAD_ERROR is None."""
-        shape = weight.shape
-        ways = self.ways(input.dtype, input.numel() // shape[1], shape, p, mask)
-        bias = None if bias is None else bias.contiguous()
-        return self.operators.mix_linear.default(
-            input, weight, target, bias, seed, p, mask == "input", factor, gathers, *ways
+    def checked_mix_linear(
+        self, input: Tensor, weight: Tensor, target: Tensor | None, bias: Tensor | None, seed: Tensor | None, p: float,
+        mask: str, factor: float, gathers: bool, autocast: torch.dtype | None,
+    ) -> Tensor | None:  # fmt: skip
+        """functional.mix_linear in C++ (csrc/autograd): the checks of the operands and what follows them.
+
+        None where the operands are not the usual ones. Exists where AUTOGRAD_ERROR is None.
+        """
+        ways = self.ways(autocast or weight.dtype, weight.shape, p, mask)
+        return self.operators.checked_mix_linear.default(
+            input, weight, target, bias, seed, autocast, p, mask == "input", factor, gathers, *ways
         )
 
 
@@ -92,7 +96,7 @@ def _load_autograd() -> str | None:
 
 
 AUTOGRAD_ERROR = _load_autograd()
-"""Why there is no autograd function in C++; None: there is."""
+"""Why eager calls have no autograd function in C++ (csrc/autograd); None: they have."""
 
 
 def register(namespace: str, on_gpu: bool) -> None:

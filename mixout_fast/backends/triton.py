@@ -93,9 +93,9 @@ def unavailable(device_type: str) -> str | None:
     return "it serves CUDA and ROCm devices (and CPUs through Triton's interpreter, under TRITON_INTERPRET=1)"
 
 
-def is_one_pass(dtype: torch.dtype, rows: int, out_features: int) -> tuple[bool, bool]:
-    """Whether y, and whether dX, is computed in one pass, by its sizes alone; `ways` has the exceptions."""
-    return gpu.is_one_pass(ONE_PASS_ROWS, MANY_OUTPUTS_ROWS, dtype, rows, out_features)
+def one_pass_rows(dtype: torch.dtype, out_features: int) -> tuple[int, int]:
+    """The most rows for which y, and those for which dX, is computed in one pass; `ways` has the exceptions."""
+    return gpu.one_pass_rows(ONE_PASS_ROWS, MANY_OUTPUTS_ROWS, dtype, out_features)
 
 
 def ways(dtype: torch.dtype, rows: int, weight: Tensor, target: Tensor | None, mask: str) -> tuple[bool, bool, bool]:
@@ -106,8 +106,8 @@ def ways(dtype: torch.dtype, rows: int, weight: Tensor, target: Tensor | None, m
     """
     column_major = mask == "input" and is_column_major(weight, target)
     mixed_first = column_major or (mask == "element" and weight.shape[1] % 4 != 0)
-    forward, backward = is_one_pass(dtype, rows, weight.shape[0])
-    return column_major, forward and not mixed_first, backward and not mixed_first
+    forward, backward = one_pass_rows(dtype, weight.shape[0])
+    return column_major, rows <= forward and not mixed_first, rows <= backward and not mixed_first
 
 
 def mix(weight: Tensor, target: Tensor | None, seed: Tensor, p: float, mask: str, dtype: torch.dtype) -> Tensor:
