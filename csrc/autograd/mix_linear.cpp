@@ -1,7 +1,7 @@
-// The mix_linear operators, over those of csrc/cpu and csrc/cuda: what mixout_fast/functional.py and autograd.py do in
-// an eager call once it has a seed, in C++: the checks of the operands, autocast's casts, the autograd function. The
-// stable ABI has no autograd, so this library works only with the torch version that it was built for; with any other,
-// the functions in Python do the same at a greater cost to the host.
+// The mix_linear operators, over those of csrc/cpu and csrc/cuda: in C++ what mixout_fast/functional.py and autograd.py
+// do in an eager call, from the checks of the operands to the autograd function. The stable ABI has no autograd, so
+// this library works only with the torch version that it was built for; with any other, the functions in Python do the
+// same at a greater cost to the host.
 #include <ATen/ATen.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -136,8 +136,8 @@ Tensor mix_linear(const Tensor& input, const Tensor& weight, const MaybeTensor& 
       Constants{seed, p, per_column, factor, gathers, one_pass, one_pass_backward, tf32, full_product});
 }
 
-// What mix_linear in functional.py and autograd.py do from the checks of the operands on; an undefined tensor, which is
-// None in Python, where they are not the usual ones. `autocast` is the dtype that autocast asks for, one_pass_rows and
+// The checks, autocast's casts and the draw of a seed, then mix_linear. An undefined tensor, which is None in Python,
+// where the operands are not the usual ones. `autocast` is the dtype that autocast asks for, one_pass_rows and
 // one_pass_rows_backward are the most rows for which y and dX are computed in one pass.
 template <const char* library>
 Tensor checked_mix_linear(Tensor input, Tensor weight, MaybeTensor target, MaybeTensor bias, const MaybeTensor& seed,
@@ -164,9 +164,8 @@ constexpr const char* schema =
     "mix_linear(Tensor input, Tensor weight, Tensor? target, Tensor? bias, Tensor seed, float p, bool per_column,"
     " float factor, bool gathers, bool one_pass, bool one_pass_backward, bool tf32, bool full_product) -> Tensor";
 constexpr const char* checked_schema =
-    "checked_mix_linear(Tensor input, Tensor weight, Tensor? target, Tensor? bias, Tensor? seed, ScalarType? autocast, "
-    "float p,"
-    " bool per_column, float factor, bool gathers, int one_pass_rows, int one_pass_rows_backward, bool tf32,"
+    "checked_mix_linear(Tensor input, Tensor weight, Tensor? target, Tensor? bias, Tensor? seed, ScalarType? autocast,"
+    " float p, bool per_column, float factor, bool gathers, int one_pass_rows, int one_pass_rows_backward, bool tf32,"
     " bool full_product) -> Tensor";
 
 template <const char* library>
