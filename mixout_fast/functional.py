@@ -136,8 +136,7 @@ def mix_linear(
         input = input.to(autocast)
         bias = None if bias is None else bias.to(autocast)
         if dtype != torch.float32:
-            weight = weight.to(autocast)
-            target = None if target is None else target.to(autocast)
+            weight = weight.to(autocast)  # the target follows the weight
     return autograd.mix_linear(input, weight, target, bias, seed, p, mask, factor, chosen)
 
 

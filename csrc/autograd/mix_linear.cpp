@@ -140,19 +140,16 @@ Tensor mix_linear(const Tensor& input, const Tensor& weight, const MaybeTensor& 
 // where the operands are not the usual ones. `autocast` is the dtype that autocast asks for, one_pass_rows and
 // one_pass_rows_backward are the most rows for which y and dX are computed in one pass.
 template <const char* library>
-Tensor checked_mix_linear(Tensor input, Tensor weight, MaybeTensor target, MaybeTensor bias, const MaybeTensor& seed,
-                          const std::optional<ScalarType> autocast, double p, bool per_column, double factor,
-                          bool gathers, int64_t one_pass_rows, int64_t one_pass_rows_backward, bool tf32,
+Tensor checked_mix_linear(Tensor input, Tensor weight, const MaybeTensor& target, MaybeTensor bias,
+                          const MaybeTensor& seed, const std::optional<ScalarType> autocast, double p, bool per_column,
+                          double factor, bool gathers, int64_t one_pass_rows, int64_t one_pass_rows_backward, bool tf32,
                           bool full_product) {
   if (!are_usual(input, weight, target, bias, autocast.has_value())) return {};
   static const auto function = find<decltype(mix_linear<library>)>(library, "mix_linear");
   if (autocast) {
     input = input.to(*autocast);
     if (bias) bias = bias->to(*autocast);
-    if (weight.scalar_type() != ScalarType::Float) {
-      weight = weight.to(*autocast);
-      if (target) target = target->to(*autocast);
-    }
+    if (weight.scalar_type() != ScalarType::Float) weight = weight.to(*autocast); // the target follows the weight
   }
   if (bias) bias = bias->contiguous();
   const int64_t rows = input.numel() / weight.size(1);
