@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import dropped_pages
 import pytest
 import torch
 
@@ -83,6 +84,12 @@ def test_error_beside_a_large_bias(rows, dtype, seed):
     cases = [dataclasses.replace(case, bias=1000 * case.bias) for case in cases]
     testing.check_error(cases, "cpu")
     testing.check_error(map(testing.column_major, cases), "cpu")
+
+
+@pytest.mark.parametrize("dtype", dict.fromkeys((*OWN_PRODUCTS, torch.bfloat16, torch.float16)), ids=str)
+@pytest.mark.parametrize("name", ("y", "dX"))
+def test_column_major_weights_of_dropped_neurons_are_not_read(name, dtype, seed):
+    dropped_pages.check_they_are_not_read(name, cpu, dtype, seed)
 
 
 def assert_same_for_any_threads(case, names):

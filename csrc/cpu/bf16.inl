@@ -225,20 +225,23 @@ void mix_row(const Mixing& mixing, const Kept* kept, int64_t row, int64_t column
   const int64_t by_vectors = takes_vectors(mixing) ? count / 32 * 32 : 0;
   constexpr int64_t size = sizeof(Operand);
   const int64_t rows_ahead = (bytes_ahead - 1) / (count * size) + 1;
-  const auto read = [=](const Matrix& matrix, int64_t k) __attribute__((always_inline)) {
-    const char* ahead = address<Operand>(matrix, row + rows_ahead, column + k);
+  const int64_t row_ahead = row + rows_ahead < mixing.rows ? row + rows_ahead : row;
+  const Matrix &weight = weight_of_row(mixing, row), &weight_ahead = weight_of_row(mixing, row_ahead);
+  const auto read = [=](const Matrix& matrix, const Matrix& next, int64_t k) __attribute__((always_inline)) {
+    const char* ahead = address<Operand>(next, row + rows_ahead, column + k);
     for (int64_t byte = 0; byte < 32 * size; byte += 64) __builtin_prefetch(ahead + byte);
     return load_wide(reinterpret_cast<const Operand*>(address<Operand>(matrix, row, column + k)));
   };
   const auto mix_vectors = [&](auto target_at) __attribute__((always_inline)) {
     for (int64_t k = 0; k < by_vectors; k += 32) {
-      const Wide w = read(mixing.weight, k), u = target_at(k);
+      const Wide w = read(weight, weight_ahead, k), u = target_at(k);
       const Wide mixed{mix_kept(w.first, u.first, scale, kept[k / 32].first),
                        mix_kept(w.second, u.second, scale, kept[k / 32].second)};
       _mm512_store_si512(out + k, rounded_in_order<Operand>(mixed));
     }
   };
-  if (mixing.target.data) mix_vectors([&](int64_t k) __attribute__((always_inline)) { return read(mixing.target, k); });
+  if (mixing.target.data)
+    mix_vectors([&](int64_t k) __attribute__((always_inline)) { return read(mixing.target, mixing.target, k); });
   else mix_vectors([](int64_t) __attribute__((always_inline)) { return Wide{}; });
   if (by_vectors < count)
     mix_segment<Operand, bfloat16>(mixing, row, column + by_vectors, count - by_vectors, out + by_vectors);

@@ -44,6 +44,12 @@ MIXOUT_INLINE const uint32_t* mask_row(const Mask& mask, int64_t columns, int64_
   return mask.keep_row && !mask.keep_row[row] ? mask.keep + columns : mask.keep;
 }
 
+// What a row's weights are read from: of a row that Mask::keep_row drops, U alone is needed, so W is not touched.
+MIXOUT_INLINE const Matrix& weight_of_row(const Mixing& mixing, int64_t row) {
+  const bool is_dropped = mixing.mask.keep_row && !mixing.mask.keep_row[row];
+  return is_dropped && mixing.target.data ? mixing.target : mixing.weight;
+}
+
 // Entries [column, column + count) of a row's mask.
 MIXOUT_INLINE const uint32_t* mask_segment(const Mask& mask, int64_t columns, int64_t row, int64_t column,
                                            int64_t count) {
@@ -59,7 +65,7 @@ MIXOUT_INLINE void mix_segment(const Mixing& mixing, int64_t row, int64_t column
                                Stored* __restrict out) {
   using C = Compute<Operand>;
   const uint32_t* __restrict keep = mask_segment(mixing.mask, mixing.columns, row, column, count);
-  const Operand* __restrict weight = row_segment<Operand>(mixing.weight, row, column, count, Slot::weight);
+  const Operand* __restrict weight = row_segment<Operand>(weight_of_row(mixing, row), row, column, count, Slot::weight);
   const C scale = static_cast<C>(mixing.scale);
   auto mix_all = [&](auto target_at) {
     for (int64_t i = 0; i < count; ++i) {

@@ -23,13 +23,25 @@ MIXOUT_INLINE bool takes_vectors(const Mixing& mixing) {
          (!mixing.target.data || mixing.target.column_stride == 1);
 }
 
-// mix_entry for entries [column, column + lanes) of a row, whose mask is `keep_of_row`.
+// A row of W and its mask, as takes_vectors admits them.
 template <typename T>
-MIXOUT_INLINE Vector<T> mix_vector(const Mixing& mixing, const uint32_t* keep_of_row, int64_t row, int64_t column) {
+struct WeightRow {
+  const uint32_t* keep;
+  const T* weight;
+};
+template <typename T>
+MIXOUT_INLINE WeightRow<T> weight_row(const Mixing& mixing, int64_t row) {
+  return {mask_row(mixing.mask, mixing.columns, row),
+          reinterpret_cast<const T*>(address<T>(weight_of_row(mixing, row), row, 0))};
+}
+
+// mix_entry for entries [column, column + lanes) of a row.
+template <typename T>
+MIXOUT_INLINE Vector<T> mix_vector(const Mixing& mixing, const WeightRow<T>& weights, int64_t row, int64_t column) {
   typedef uint32_t Keep __attribute__((vector_size(lanes<T> * sizeof(uint32_t))));
   Keep keep;
-  memcpy(&keep, keep_of_row + column, sizeof(keep));
-  const Vector<T> weight = load(reinterpret_cast<const T*>(address<T>(mixing.weight, row, column)));
+  memcpy(&keep, weights.keep + column, sizeof(keep));
+  const Vector<T> weight = load(weights.weight + column);
   const Vector<T> target =
       mixing.target.data ? load(reinterpret_cast<const T*>(address<T>(mixing.target, row, column))) : Vector<T>{};
   const Vector<T> difference = weight - target, scaled = difference * broadcast(static_cast<T>(mixing.scale));
@@ -53,16 +65,15 @@ void mix_panels(const Mixing& mixing, Part part, Panels<T> panels) {
         else memset(mixed + i * stride, 0, part.terms * sizeof(T));
       const int64_t first = output / panel<T> * panel<T>, step = panels.width(first, part.outputs);
       T* out = panels.at(first) + (output - first);
-      const uint32_t* keep[width];
-      for (int64_t i = 0; i < width && in_registers; ++i)
-        keep[i] = mask_row(mixing.mask, mixing.columns, part.output + output + i);
+      WeightRow<T> weights[width];
+      for (int64_t i = 0; i < width && in_registers; ++i) weights[i] = weight_row<T>(mixing, part.output + output + i);
       for (int64_t k = 0; k < part.terms; k += width) {
         Vector<T> block[width];
         if constexpr (mixes_vectors<Operand, Result>)
           if (in_registers) {
 #pragma GCC unroll 16
             for (int64_t i = 0; i < width; ++i)
-              block[i] = mix_vector<T>(mixing, keep[i], part.output + output + i, part.term + k);
+              block[i] = mix_vector<T>(mixing, weights[i], part.output + output + i, part.term + k);
           }
         if (!in_registers)
           for (int64_t i = 0; i < width; ++i) block[i] = load(mixed + i * stride + k);
@@ -78,14 +89,14 @@ void mix_panels(const Mixing& mixing, Part part, Panels<T> panels) {
     const Mixing own = mixing; // a copy, which no store can change
     const bool by_vectors = mixes_vectors<Operand, Result> && takes_vectors(own) && part.outputs % width == 0;
     for (int64_t k = 0; k < part.terms; ++k) {
-      const uint32_t* keep = mask_row(own.mask, own.columns, part.term + k);
+      const WeightRow<T> weights = weight_row<T>(own, part.term + k);
       if (!by_vectors) mix_segment<Operand, Result>(own, part.term + k, part.output, part.outputs, mixed);
       for (int64_t output = 0; output < padded; output += panel<T>) {
         const int64_t step = panels.width(output, part.outputs);
         T* out = panels.at(output) + k * step;
         for (int64_t v = 0; v < step; v += width)
           if constexpr (mixes_vectors<Operand, Result>)
-            store(out + v, by_vectors ? mix_vector<T>(own, keep, part.term + k, part.output + output + v)
+            store(out + v, by_vectors ? mix_vector<T>(own, weights, part.term + k, part.output + output + v)
                                       : load(mixed + output + v));
           else store(out + v, load(mixed + output + v));
       }
