@@ -55,6 +55,17 @@ def occasion(module: str) -> dict[str, str]:
     }
 
 
+def cuda_is_lost() -> bool:
+    """Whether an error, such as an access out of bounds, has left all further calls of CUDA in this process to fail."""
+    if not torch.cuda.is_initialized():
+        return False
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
+
+
 def variables() -> list[str]:
     """NAME=value of the variables that choose instruction sets, libraries' algorithms, threads or a backend."""
     prefixes = ("ATEN_CPU_", "ONEDNN_", "DNNL_", "MKL_", "OMP_", "KMP_", "GOMP_", "MIXOUT_FAST_BACKEND")

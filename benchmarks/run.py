@@ -1,7 +1,8 @@
 """Measure time and memory of mixout_fast, dropout, plain layers and published mixout: `python -m benchmarks.run`.
 
 Results go to benchmarks/results/, one line per cell as soon as it is measured; the same command resumes an interrupted
-run. `python -m benchmarks.report` makes tables and pictures of the results.
+run. `python -m benchmarks.report` makes tables and pictures of the results. The exit status is 1 if a cell failed, and 3
+if it left CUDA unusable: the same command then goes on with the other cells, and tries that one last.
 """
 
 import argparse
@@ -14,11 +15,12 @@ import torch
 
 from benchmarks import bert, layer, memory, model, paths, terms
 from benchmarks.contenders import Shape, contenders
-from benchmarks.environment import environment, machine_slug, occasion
+from benchmarks.environment import cuda_is_lost, environment, machine_slug, occasion
 from benchmarks.progress import progress
 from benchmarks.records import RESULTS, Records, is_disturbed, key
 
 SUITES = {"layer": layer, "terms": terms, "paths": paths, "model": model, "memory": memory}
+CUDA_IS_LOST = 3  # exit status
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -88,6 +90,7 @@ def run_suite(name: str, options: argparse.Namespace, budget: float | None) -> i
     cells = suite.cells(options)
     there = {} if options.fresh else records.cells
     missing = [cell for cell in cells if not is_finished(there.get(key(cell)), suite, options)]
+    missing.sort(key=lambda cell: "error" in there.get(key(cell), {}))
     if len(missing) < len(cells):
         say(f"{name}: {len(cells) - len(missing)} of {len(cells)} cells are there already; --fresh measures them again")
     return measure_all(suite, missing, records, options, budget) if missing else 0
@@ -118,6 +121,9 @@ def measure_all(
             measured = {"error": f"{type(error).__name__}: {error}"}
             say(f"\n{' '.join(map(str, cell.values()))}: {measured['error']}")
         records.append({"cell": cell, "seconds": suite.seconds(options), **measured})
+        if cuda_is_lost():
+            say("CUDA is unusable after this: the same command goes on with the other cells")
+            sys.exit(CUDA_IS_LOST)
     return failures
 
 

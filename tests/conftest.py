@@ -1,6 +1,7 @@
 """Every test runs on each available device, with each backend that serves it, on fresh inputs and NaN-filled memory."""
 
 import importlib.util
+import os
 import random
 import sys
 import zlib
@@ -8,6 +9,7 @@ import zlib
 import pytest
 import torch
 
+from benchmarks.environment import cuda_is_lost
 from mixout_fast import backends, reference, testing
 from mixout_fast.backends import triton
 
@@ -52,6 +54,16 @@ def pytest_runtest_makereport(item):
     report = outcome.get_result()
     if report.failed:
         report.sections.append(("inputs", f"the same again: --seed={item.config.getoption('seed')}"))
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_logfinish():
+    """Stop where every further test would fail too. One process of several (pytest-xdist) ends; another replaces it."""
+    if not cuda_is_lost():
+        return
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        os._exit(1)
+    pytest.exit("CUDA is unusable after the last test", 1)
 
 
 def pytest_generate_tests(metafunc):

@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -122,6 +123,19 @@ def test_a_second_run_measures_only_what_is_missing(suite, tmp_path):
     assert measured("--fresh") == (0, [0.5])
     suite.cells = lambda options: [{"p": p} for p in (0.1, 0.5, 0.9)]
     assert measured() == (0, []), "--fresh leaves the cells that it does not measure"
+
+
+def test_a_cell_that_leaves_cuda_unusable_ends_the_run_and_comes_last_in_the_next(suite, tmp_path, monkeypatch):
+    arguments = ["--suite", "layer", "--device", "cpu", "--results", str(tmp_path)]
+    suite.failing = [0.5]
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: 0.5 in suite.measured)
+    monkeypatch.setattr(torch.cuda, "synchronize", mock.Mock(side_effect=RuntimeError("CUDA error")))
+    for measured in ([0.1, 0.5], [0.9, 0.5]):
+        suite.measured.clear()
+        with pytest.raises(SystemExit) as exit:
+            run.main(arguments)
+        assert exit.value.code == run.CUDA_IS_LOST
+        assert suite.measured == measured
 
 
 def test_variables_that_choose_instruction_sets_belong_to_the_environment(monkeypatch):
