@@ -1,8 +1,8 @@
 """Measure time and memory of mixout_fast, dropout, plain layers and published mixout: `python -m benchmarks.run`.
 
 Results go to benchmarks/results/, one line per cell as soon as it is measured; the same command resumes an interrupted
-run. `python -m benchmarks.report` makes tables and pictures of the results. The exit status is 1 if a cell failed, and 3
-if it left CUDA unusable: the same command then goes on with the other cells, and tries that one last.
+run. `python -m benchmarks.report` makes tables and pictures of the results. The exit status is 1 if a cell failed, and
+3 if it left CUDA unusable: the same command then goes on with the other cells, and tries that one last.
 """
 
 import argparse
