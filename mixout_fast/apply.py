@@ -8,6 +8,7 @@ and optimizers remain valid.
 import warnings
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
+from types import MethodType
 from typing import Any
 
 import torch
@@ -148,7 +149,8 @@ def apply_mixout(
         TypeError, ValueError: naming the argument, what it got and what it takes; nothing has been changed then.
     """
     _check_arguments(model, p, target_dtype, layers, filter_fn, head, dropout, mask, grad_scale, backend)
-    head = head or {}
+    first_names = {module: name for name, module in model.named_modules()}
+    head = {first_names[model.get_submodule(name)]: rule for name, rule in (head or {}).items()}
     uses = find_uses(model, frozen, mask)
     feeds = dropout_feeds(model, _example(model, example)) if layers == "paper" else None
     for use in uses:
@@ -178,9 +180,8 @@ def apply_mixout(
         lowest_common_module(model, group).register_forward_pre_hook(SharedSeed([use.mixing for use in group]))
     for name, rule in head.items():
         if rule is not None and rule[0] == "dropout":
-            for module in model.get_submodule(name).modules():
-                if isinstance(module, nn.Linear):
-                    module.register_forward_pre_hook(InputDropout(rule[1]))
+            for module in filter(_takes_dropout, model.get_submodule(name).modules()):
+                module.register_forward_pre_hook(InputDropout(rule[1]), with_kwargs=True)
     new_p = {module: 0.0 for use in mixed for module in feeds.get(id(use.parameter), ())} if feeds is not None else {}
     if dropout is not None:
         new_p |= {module: dropout for module in model.modules() if isinstance(module, DROPOUTS)}
@@ -196,13 +197,15 @@ def apply_mixout(
 def remove_mixout(model: nn.Module) -> nn.Module:
     """Undo apply_mixout: restore the module types and the Dropouts' former p, and keep the trained Parameters.
 
-    `model` may also be a wrapper, such as DDP's or PEFT's, of the model given to apply_mixout.
+    `model` may also be a wrapper, such as DDP's or PEFT's, of the model given to apply_mixout; or a part of that model,
+    which leaves the report, the Dropouts' p and the other uses of the part's tied weights as they are.
 
-    Raises ValueError for a model without mixout.
+    Raises ValueError for a model without mixout, and where a layer's forward was replaced after apply_mixout.
     """
-    if not mixed_parameters(model):
-        raise ValueError("model: no weight of it is mixed")
     applied = [module for module in model.modules() if "mixout_report" in vars(module)]
+    if not mixed_parameters(model) and not applied:
+        raise ValueError("model: no weight of it is mixed")
+    _drop_our_forwards(model)
     targets = [set(_target_buffers(module)) for module in applied]
     for module in list(model.modules()):
         if isinstance(module, (MixLinear, MixEmbedding)):
@@ -215,6 +218,7 @@ def remove_mixout(model: nn.Module) -> nn.Module:
         for key, hook in list(module._forward_pre_hooks.items()):
             if isinstance(hook, (SharedSeed, InputDropout)):
                 del module._forward_pre_hooks[key]
+                module._forward_pre_hooks_with_kwargs.pop(key, None)
     for module, names in zip(applied, targets, strict=True):
         for name, p in vars(module).pop("mixout_report").dropouts.items():
             module.get_submodule(name).p = p
@@ -223,6 +227,17 @@ def remove_mixout(model: nn.Module) -> nn.Module:
         if kept:
             module._ddp_params_and_buffers_to_ignore = kept
     return model
+
+
+def _drop_our_forwards(model: nn.Module) -> None:
+    """Delete our forward methods where a tool has left them on an instance, which is to have its class's again."""
+    for name, module in model.named_modules():
+        is_ours = isinstance(module, (MixLinear, MixEmbedding)) or getattr(module, "keeps_forward", True) is False
+        if not is_ours or "forward" not in vars(module):
+            continue
+        if module.forward != MethodType(type(module).forward, module):
+            raise ValueError(f"model: the forward of {name or 'the model'} was replaced after apply_mixout; undo that")
+        del module.forward
 
 
 def mixout_report(model: nn.Module) -> Report:
@@ -284,25 +299,41 @@ class SharedSeed:
         self.held = False
 
     def __call__(self, module: nn.Module, arguments: tuple) -> None:
-        if module.training and not self.held and any(mixing.p for mixing in self.mixings):
+        if module.training and not self.held and any(mixing.p for mixing in self._still_mixed()):
             self.draw()
 
     def draw(self) -> None:
-        first = self.mixings[0]
+        first, *others = self._still_mixed()
         tensor = first.target if first.target is not None else getattr(first, "weight", None)
         seed = seed_tensor(None, None if tensor is None else tensor.device)
-        for mixing in self.mixings:
+        for mixing in (first, *others):
             mixing.seed = seed
+
+    def _still_mixed(self) -> list[nn.Module]:
+        """All but those that remove_mixout, called with a part of the model, has made plain layers."""
+        return [mixing for mixing in self.mixings if hasattr(mixing, "p")]
 
 
 class InputDropout:
-    """A forward pre-hook that drops out a layer's first argument in training."""
+    """A forward pre-hook that drops out an nn.Linear's input in training."""
 
     def __init__(self, p: float) -> None:
         self.p = p
 
-    def __call__(self, module: nn.Module, arguments: tuple) -> tuple:
-        return F.dropout(arguments[0], self.p, module.training), *arguments[1:]
+    def __call__(self, module: nn.Module, arguments: tuple, keywords: dict) -> tuple[tuple, dict]:
+        if arguments:
+            arguments = (self._dropped(module, arguments[0]), *arguments[1:])
+        elif "input" in keywords:
+            keywords = keywords | {"input": self._dropped(module, keywords["input"])}
+        return arguments, keywords
+
+    def _dropped(self, module: nn.Module, input: Tensor) -> Tensor:
+        return F.dropout(input, self.p, module.training)
+
+
+def _takes_dropout(module: nn.Module) -> bool:
+    """Whether head's ("dropout", p) drops out the module's input; nn.MultiheadAttention never calls its out_proj."""
+    return isinstance(module, nn.Linear) and not isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
 
 
 def _check_arguments(model, p, target_dtype, layers, filter_fn, head, dropout, mask, grad_scale, backend) -> None:
@@ -326,7 +357,7 @@ def _check_arguments(model, p, target_dtype, layers, filter_fn, head, dropout, m
         raise ValueError(f"model: mixed already ({applied[0]}, …); call remove_mixout(model) first")
     if head is not None and not isinstance(head, Mapping):
         raise TypeError(f"head: {type(head).__name__}; it takes a mapping of module names to rules")
-    modules = dict(model.named_modules())
+    modules = dict(model.named_modules(remove_duplicate=False))
     for name, rule in (head or {}).items():
         if name not in modules:
             raise ValueError(f"head: {name!r}; the model has no such module")
@@ -335,7 +366,7 @@ def _check_arguments(model, p, target_dtype, layers, filter_fn, head, dropout, m
         if not isinstance(rule, tuple) or len(rule) != 2 or rule[0] not in ("mixout", "dropout"):
             raise ValueError(f'head: {name!r}: {rule!r}; it takes None, ("mixout", p) or ("dropout", p)')
         check_options(rule[1], mask, grad_scale)
-        if rule[0] == "dropout" and not any(isinstance(m, nn.Linear) for m in modules[name].modules()):
+        if rule[0] == "dropout" and not any(map(_takes_dropout, modules[name].modules())):
             raise ValueError(f'head: {name!r}: ("dropout", p) needs an nn.Linear in it')
 
 
@@ -349,7 +380,7 @@ def _choose(use, model, p, filter_fn, head, feeds, mask, grad_scale) -> tuple[fl
         if rule is None:
             return None, "head, left alone"
         if rule[0] == "dropout":
-            return None, f"head, dropout({rule[1]:g})"
+            return None, f"head, dropout({rule[1]:g})" if _takes_dropout(use.module) else "head, left alone"
         chosen = rule[1]
     else:
         if feeds is not None and not _in_base_model(model, use.module):

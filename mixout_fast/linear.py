@@ -63,6 +63,11 @@ class MixLinear(nn.Linear):
                     f"target: shape {tuple(target.shape)}; it takes {tuple(self.weight.shape)}, "
                     "(out_features, in_features)"
                 )
+            if self.weight.is_meta:
+                raise ValueError(
+                    "target: the layer is on the meta device, where a target has no values, and none is loaded later; "
+                    "load the weights first, then call from_linear or apply_mixout"
+                )
             own = storage_of(target) == storage_of(self.weight)
             target = target.detach().to(self.weight.device, self.weight.dtype, copy=own)
         self.p = float(p)

@@ -189,7 +189,8 @@ def _refuse_tensor(name: str, module: nn.Module, value: Any) -> None:
     """Refuse to set what is no Parameter; nn.Module sets Parameters without this function."""
     raise AttributeError(
         f"{name}: a {type(value).__name__} in place of a Parameter that {type(module).__name__} mixes on reading; "
-        "use DDP, not nn.DataParallel, and fully_shard (FSDP2), not FullyShardedDataParallel, or leave the layer out"
+        "use DDP, not nn.DataParallel, and fully_shard (FSDP2), not FullyShardedDataParallel; call apply_mixout after "
+        "PEFT, not before it; or leave the layer out"
     )
 
 

@@ -178,12 +178,19 @@ def find_uses(model: nn.Module, frozen: bool, mask: str) -> list[Use]:
 
 
 def _lora_weights(model: nn.Module) -> tuple[set[nn.Parameter], set[nn.Parameter], set[nn.Parameter | None]]:
-    """PEFT's LoRA parameters: (all A, all B, the bare parameters that target_parameters adapts with their A and B)."""
+    """PEFT's LoRA parameters: (all A, all B, those of bare parameters).
+
+    The last are what target_parameters adapts, with its A and B, and the A and B of nn.MultiheadAttention.
+    """
     a, b, of_parameters = set(), set(), set()
     for module in model.modules():
         if any(cls.__name__ == "LoraLayer" and cls.__module__.startswith("peft.") for cls in type(module).__mro__):
             a.update(module.lora_A.parameters(), module.lora_embedding_A.parameters())
             b.update(module.lora_B.parameters(), module.lora_embedding_B.parameters())
+            if isinstance(module.get_base_layer(), nn.MultiheadAttention):
+                # PEFT adds BA to the weights that the attention reads, out_proj's too, and calls no A and no B.
+                for layer in (module, module.get_base_layer().out_proj):
+                    of_parameters.update(layer.lora_A.parameters(), layer.lora_B.parameters())
             if hasattr(module, "parameter_name"):
                 of_parameters.update(module.lora_A.parameters(), module.lora_B.parameters())
                 of_parameters.add(module.get_base_layer()._parameters.get(module.parameter_name))

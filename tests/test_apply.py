@@ -564,6 +564,58 @@ def test_head_rules(net, tokens, rule):
     assert not net.head._forward_pre_hooks
 
 
+def test_dropout_of_a_head_called_by_keyword_and_named_by_its_second_name(device):
+    class Head(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.last, self.pool = nn.Linear(16, 16), nn.Linear(16, 4), nn.TransformerEncoderLayer(16, 2)
+            self.alias = self.last
+
+        def forward(self, x):
+            return self.alias(input=x)
+
+    net, x = Head().to(device).train(), torch.randn(50, 16, device=device)
+    apply_mixout(net, 0.5, head={"alias": ("dropout", 0.3), "pool": ("dropout", 0.3)})
+    why = reasons(net)
+    assert why["last.weight"] == why["pool.linear1.weight"] == "head, dropout(0.3)"
+    assert why["pool.self_attn.in_proj_weight"] == why["pool.self_attn.out_proj.weight"] == "head, left alone"
+    torch.manual_seed(1)
+    want = F.linear(F.dropout(x, 0.3), net.last.weight, net.last.bias)
+    testing.assert_same_bits("head", output(net, x, 1), want, net)
+    remove_mixout(net)
+    assert not net.last._forward_pre_hooks and not net.last._forward_pre_hooks_with_kwargs
+    with pytest.raises(ValueError, match=r"'pool.self_attn'.*needs an nn.Linear"):
+        apply_mixout(net, 0.5, head={"pool.self_attn": ("dropout", 0.3)})
+
+
+@pytest.mark.parametrize("name", ("embed", "attention", "query"))
+def test_a_forward_replaced_after_mixout_must_be_put_back_before_it_is_removed(net, tokens, name):
+    layer = getattr(apply_mixout(net, 0.5), name)
+    ours = layer.forward
+    layer.forward = lambda *arguments, **keywords: ours(*arguments, **keywords)
+    net(tokens)
+    with pytest.raises(ValueError, match=f"the forward of {name} was replaced after apply_mixout"):
+        remove_mixout(net)
+    assert len(mixed_parameters(net)) == 7
+    layer.forward = ours  # as accelerate's remove_hook_from_module does
+    remove_mixout(net)
+    net(tokens)
+
+
+@pytest.mark.parametrize(("first", "second"), (("embed", "head"), ("head", "embed")))
+def test_parts_are_removed_one_by_one(first, second, device, tokens):
+    model = nn.Sequential(Tied(), nn.Dropout(0.3)).to(device).train()
+    apply_mixout(model, 0.5, dropout=0.0)
+    for name in (first, second):
+        remove_mixout(getattr(model[0], name))
+        train(model, tokens)
+        assert type(getattr(model[0], name)) in (nn.Linear, nn.Embedding)
+        assert "seed" not in vars(getattr(model[0], name))
+    remove_mixout(model)
+    assert model[1].p == 0.3
+    assert not model[0]._forward_pre_hooks
+
+
 def test_paper_layers(device):
     class Block(nn.Module):
         def __init__(self):

@@ -152,6 +152,17 @@ def test_the_target_follows_the_module(dtype, linear, backend):
     assert layer.to("meta").target.device.type == "meta"
 
 
+def test_a_target_on_the_meta_device_is_refused():
+    """from_pretrained of transformers makes a model there, and then gives its buffers memory with no values."""
+    linear = nn.Linear(17, 5, device="meta")
+    for make in (
+        lambda: MixLinear(17, 5, target=torch.zeros(5, 17), device="meta"),
+        lambda: MixLinear.from_linear(linear, 0.5),
+    ):
+        with pytest.raises(ValueError, match="target: the layer is on the meta device"):
+            make()
+
+
 def test_a_target_of_another_dtype_is_converted(device):
     layer = MixLinear(17, 5, target=torch.zeros(5, 17, dtype=torch.float64), device=device, dtype=torch.bfloat16)
     assert layer.target.dtype == torch.bfloat16

@@ -190,6 +190,27 @@ def test_lora_of_experts_is_left_alone(first, mixes_first):
     model(**inputs).loss.backward()
 
 
+@pytest.mark.parametrize("first", ("mixout", "LoRA"))
+def test_lora_of_attention_is_left_alone(first):
+    """PEFT adds the products of A and B to nn.MultiheadAttention's weights before it calls it."""
+    peft = pytest.importorskip("peft")
+    model, x = torch.nn.TransformerEncoderLayer(8, 2, 16), torch.randn(3, 2, 8)
+    if first == "mixout":
+        apply_mixout(model, 0.9)
+    config = peft.LoraConfig(r=2, target_modules=["self_attn", "linear1"], init_lora_weights=False)
+    model = peft.get_peft_model(model, config).train()
+    if first == "mixout":
+        with pytest.raises(AttributeError, match="call apply_mixout after PEFT"):
+            model(x)
+        return
+    apply_mixout(model, 1.0)
+    reasons = [row.reason for row in mixout_report(model).rows if "attn" in row.name and "lora" in row.name]
+    assert reasons == 4 * ["LoRA of a parameter: PEFT reads it past its layer"]
+    model(x).square().sum().backward()
+    (mixed,) = mixed_parameters(model)
+    assert mixed.name.endswith("linear1.lora_A.default.weight") and not mixed.parameter.grad.any()
+
+
 def test_mixout_of_lora_is_that_of_the_product(mixes_first):
     """A is mixed toward zero, so the layer's weight W + scaling · BA is mixed toward the frozen W."""
     peft = pytest.importorskip("peft")
