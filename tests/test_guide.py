@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from mixout_fast.uses import INPUT_DIMS
+from mixout_fast.uses import INPUT_DIMS, READ_PAST
 
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
@@ -25,4 +25,5 @@ def test_the_guides_code_runs(monkeypatch, tmp_path, capsys):
         code = compile("\n" * line + block.group(1), str(GUIDE), "exec")
         exec(code, names)
     INPUT_DIMS.pop("mypackage.layers.MyLinear")
+    READ_PAST.pop("mypackage.layers.MyAttention")
     assert "parameters mixed" in capsys.readouterr().out
