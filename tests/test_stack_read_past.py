@@ -1,6 +1,5 @@
-"""The rows of uses.READ_PAST: what each class reads past its children, and that it reads the mixed weight if listed."""
+"""The rows of READ_PAST: what each class reads past its children, and that it reads the mixed weight if listed."""
 
-import importlib
 from collections.abc import Callable
 
 import pytest
@@ -10,7 +9,7 @@ from torch.utils._pytree import tree_leaves
 
 from mixout_fast import apply_mixout
 from mixout_fast.apply import mixed_parameters
-from mixout_fast.uses import INTERPOLATING, READ_PAST, SAM2
+from mixout_fast.read_past import INTERPOLATING, READ_PAST, SAM2
 
 transformers = pytest.importorskip("transformers")
 
@@ -343,8 +342,7 @@ def gemma3n(cls):
 def weights_read_past(name: str, children: tuple[str, ...]) -> tuple[set[nn.Parameter], set[nn.Parameter]]:
     """(the weights that get a gradient at p = 1, the children's)"""
     module, cls = name.rsplit(".", 1)
-    pytest.importorskip(module.split(".")[0])
-    cls = getattr(importlib.import_module(module), cls)
+    cls = getattr(pytest.importorskip(module), cls)
     model, *calls = CASES[name](cls)
     with torch.no_grad():  # factors that start at zero hide what is read before them
         for weight in model.parameters():
