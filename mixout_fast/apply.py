@@ -232,7 +232,9 @@ def remove_mixout(model: nn.Module) -> nn.Module:
 def _drop_our_forwards(model: nn.Module) -> None:
     """Delete our forward methods where a tool has left them on an instance, which is to have its class's again."""
     for name, module in model.named_modules():
-        is_ours = isinstance(module, (MixLinear, MixEmbedding)) or getattr(module, "keeps_forward", True) is False
+        is_ours = isinstance(module, (MixLinear, MixEmbedding)) or (
+            isinstance(module, MixedWeights) and not module.keeps_forward
+        )
         if not is_ours or "forward" not in vars(module):
             continue
         if module.forward != MethodType(type(module).forward, module):
@@ -303,10 +305,13 @@ class SharedSeed:
             self.draw()
 
     def draw(self) -> None:
-        first, *others = self._still_mixed()
+        mixings = self._still_mixed()
+        if not mixings:
+            return
+        first = mixings[0]
         tensor = first.target if first.target is not None else getattr(first, "weight", None)
         seed = seed_tensor(None, None if tensor is None else tensor.device)
-        for mixing in (first, *others):
+        for mixing in mixings:
             mixing.seed = seed
 
     def _still_mixed(self) -> list[nn.Module]:

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torch.nn.utils import prune
 
 from mixout_fast import (
+    MixoutScheduler,
     apply_mixout,
     mixout,
     mixout_report,
@@ -604,13 +605,14 @@ def test_a_forward_replaced_after_mixout_must_be_put_back_before_it_is_removed(n
 
 @pytest.mark.parametrize(("first", "second"), (("embed", "head"), ("head", "embed")))
 def test_parts_are_removed_one_by_one(first, second, device, tokens):
-    model = nn.Sequential(Tied(), nn.Dropout(0.3)).to(device).train()
+    model = nn.Sequential(Tied(), nn.Dropout(0.3), nn.Linear(20, 4)).to(device).train()
     apply_mixout(model, 0.5, dropout=0.0)
     for name in (first, second):
         remove_mixout(getattr(model[0], name))
         train(model, tokens)
         assert type(getattr(model[0], name)) in (nn.Linear, nn.Embedding)
         assert "seed" not in vars(getattr(model[0], name))
+    MixoutScheduler(model, hold=1).step()
     remove_mixout(model)
     assert model[1].p == 0.3
     assert not model[0]._forward_pre_hooks
