@@ -156,14 +156,14 @@ def test_merging_adapters_into_mixed_layers(config, training, name):
     options = {"target_modules": layers, "fan_in_fan_out": name == "gpt2", "task_type": None}
     if config == "IA3Config":
         options["feedforward_modules"] = [] if name == "bert" else ["c_fc"]
-    model = peft.get_peft_model(apply_mixout(MODELS[name](), 0.9), getattr(peft, config)(**options))
+    model = peft.get_peft_model(apply_mixout(MODELS[name](), 0.9), getattr(peft, config)(**options)).double()
     for parameter_name, parameter in model.named_parameters():
         if "lora" in parameter_name or "ia3" in parameter_name:
             torch.nn.init.normal_(parameter)
     inputs = batch(name)
     adapted = model.eval()(**inputs).logits
     merged = model.train(training).merge_and_unload().eval()
-    plain = MODELS[name]()
+    plain = MODELS[name]().double()
     plain.load_state_dict(merged.state_dict())
     torch.testing.assert_close(plain.eval()(**inputs).logits, adapted)
 
