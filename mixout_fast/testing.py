@@ -524,7 +524,7 @@ def check_error(cases: Iterable[Case], backend: str | None, truth_of: Callable[[
 
 
 def error_cases(
-    make: Callable[..., Case], shape: tuple[int, int, int], seed: int, *, sums: int = 1, **options
+    make: Callable[..., Case], shape: tuple[int, int, int], seed: int, *, sums: int = 250, **options
 ) -> list[Case]:
     """Cases of one shape, enough for 1000 entries each of y, dX and dW (at most 8 cases) and `sums` of db (at most 16).
 
