@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from types import MethodType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,7 @@ from mixout_fast.uses import (
     siblings,
 )
 
+Model = TypeVar("Model", bound=nn.Module)
 Probability = float | Callable[[nn.Module, str], float]
 HeadRule = tuple[str, float] | None
 
@@ -90,7 +91,7 @@ class MixedParameter:
 
 
 def apply_mixout(
-    model: nn.Module,
+    model: Model,
     p: Probability = 0.9,
     *,
     target: nn.Module | Mapping[str, Tensor] | None = None,
@@ -106,7 +107,7 @@ def apply_mixout(
     grad_scale: str = "exact",
     backend: str | None = None,
     verbose: bool = False,
-) -> nn.Module:
+) -> Model:
     """Train every weight matrix of a model with mixout (Lee et al. 2020); changes the model in place.
 
     nn.Linear, nn.Embedding, nn.EmbeddingBag, nn.Conv1d to 3d, nn.MultiheadAttention, Hugging Face's Conv1D, XLNet's
@@ -194,7 +195,7 @@ def apply_mixout(
     return model
 
 
-def remove_mixout(model: nn.Module) -> nn.Module:
+def remove_mixout(model: Model) -> Model:
     """Undo apply_mixout: restore the module types and the Dropouts' former p, and keep the trained Parameters.
 
     `model` may also be a wrapper, such as DDP's or PEFT's, of the model given to apply_mixout; or a part of that model,
