@@ -9,8 +9,7 @@ from mixout_fast.backends import operators
 
 
 def _load_error() -> str | None:
-    not_built = "its C++ library was not built (no compiler at installation, or no --no-build-isolation?)"
-    error = operators.load(operators.PACKAGE / "_C.so", not_built)
+    error = operators.load(operators.PACKAGE / "_C.so", "no compiler at installation, or no --no-build-isolation?")
     if error is None:
         operators.register("mixout_fast", on_gpu=False)
     return error

@@ -35,8 +35,7 @@ def _load_error() -> str | None:
 
 def load(library: Path) -> str | None:
     """Load the operators; None, or why they do not load."""
-    not_built = "its CUDA library was not built (no nvcc at installation, or MIXOUT_FAST_BUILD without cuda?)"
-    error = operators.load(library, not_built)
+    error = operators.load(library, "no nvcc at installation, or MIXOUT_FAST_BUILD without cuda?")
     if error is None:
         operators.register("mixout_fast_cuda", on_gpu=True)
         # Not as decorators: those would import torch's compiler, in 1.3 s, on machines without CUDA too.

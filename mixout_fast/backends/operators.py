@@ -79,10 +79,10 @@ class Functions:
         )
 
 
-def load(library: Path, not_built: str) -> str | None:
-    """Load a library of operators; None, or why it does not load."""
+def load(library: Path, likely_cause: str) -> str | None:
+    """Load a library of operators; None, or why it does not load. `likely_cause` is that of a missing library."""
     if not library.exists():
-        return not_built
+        return f"{library} was not built ({likely_cause})"
     try:
         torch.ops.load_library(library)
     except OSError as error:
@@ -92,7 +92,7 @@ def load(library: Path, not_built: str) -> str | None:
 
 def _load_autograd() -> str | None:
     version = re.sub(r"\W", "_", torch.__version__)  # as in setup.py
-    return load(PACKAGE / f"_autograd_{version}.so", f"none in C++ was built for torch {torch.__version__}")
+    return load(PACKAGE / f"_autograd_{version}.so", "another torch at installation?")
 
 
 AUTOGRAD_ERROR = _load_autograd()
