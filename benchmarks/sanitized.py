@@ -1,9 +1,6 @@
-"""What gpu.sh runs under compute-sanitizer: a backend's kernels, on shapes of whole vectors and on odd ones.
+"""What gpu.sh runs under compute-sanitizer: a backend's kernels, on shapes of whole vectors and on odd ones."""
 
-python -m benchmarks.sanitized BACKEND
-"""
-
-import sys
+import argparse
 
 import torch
 
@@ -21,7 +18,9 @@ TRITON_SHAPES, TRITON_PRECISIONS = 2, 3
 
 
 def main() -> None:
-    backend = sys.argv[1]
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.sanitized", description=__doc__)
+    parser.add_argument("backend", choices=("cuda", "triton"))
+    backend = parser.parse_args().backend
     few = backend == "triton"
     for shape in SHAPES[: TRITON_SHAPES if few else None]:
         for dtype, compute in PRECISIONS[: TRITON_PRECISIONS if few else None]:
