@@ -31,7 +31,7 @@ class MixEmbedding(nn.Embedding):
         self.mask = mask
         self.grad_scale = grad_scale
         self.columns = columns
-        self.seed: Tensor | None = None
+        self.seed: int | Tensor | None = None
         self.register_buffer("target", target, persistent=False)
 
     def forward(self, input: Tensor) -> Tensor:

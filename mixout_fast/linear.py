@@ -18,8 +18,8 @@ class MixLinear(nn.Linear):
             copied only where its device or dtype differs from the weight's, or where it is the layer's own weight. To
             hold a target in a smaller dtype, assign it to the attribute `target`.
         p: probability in [0, 1] that an input neuron's weights are replaced by the target's. The attribute may be
-            reassigned, and so may `seed`: None draws a mask per call, a 0-d int64 tensor on the weight's device
-            determines the mask.
+            reassigned, and so may `seed`: None draws a mask per call, an int or a 0-d int64 tensor on the weight's
+            device determines the mask.
         mask, grad_scale, distribution, backend: as for `mixout_fast.mixout`.
 
     Shapes: input (…, in_features) -> (…, out_features).
@@ -53,6 +53,7 @@ class MixLinear(nn.Linear):
         self.set_mixout(target, p, mask, grad_scale, distribution, backend)
 
     def set_mixout(self, target, p, mask, grad_scale, distribution, backend) -> None:
+        """Set the attributes that nn.Linear lacks; the target is checked here, the options by the caller."""
         if target is not None:
             if not isinstance(target, Tensor):
                 raise TypeError(f"target: {type(target).__name__}; it takes a tensor or None")
@@ -75,7 +76,7 @@ class MixLinear(nn.Linear):
         self.grad_scale = grad_scale
         self.distribution = distribution
         self.backend = backend
-        self.seed: Tensor | None = None
+        self.seed: int | Tensor | None = None
         self.register_buffer("target", target, persistent=False)
 
     @classmethod

@@ -61,7 +61,7 @@ class Mixing(nn.Module):
         self.mask = mask
         self.grad_scale = grad_scale
         self.backend = backend
-        self.seed: Tensor | None = None
+        self.seed: int | Tensor | None = None
         self.register_buffer("target", target, persistent=False)
 
     def forward(self, weight: Tensor) -> Tensor:
@@ -75,7 +75,7 @@ class Mixing(nn.Module):
             mask=self.mask,
             grad_scale=self.grad_scale,
             # SharedSeed draws on the default device where it finds no tensor that tells the layers' device.
-            seed=None if self.seed is None else self.seed.to(weight.device),
+            seed=self.seed.to(weight.device) if isinstance(self.seed, Tensor) else self.seed,
             backend=self.backend,
         )
         return mixed.view(weight.shape)

@@ -829,6 +829,19 @@ def test_the_report_of_parts_has_the_rows_of_all():
     assert report.dropouts == {"a.1": 0.2}
 
 
+@pytest.mark.parametrize("module", (nn.Linear(6, 4), nn.Embedding(9, 4), nn.Conv1d(6, 4, 1)), ids=str)
+def test_a_seed_is_an_int_or_a_tensor(module, device):
+    module = apply_mixout(copy.deepcopy(module).to(device), 0.5, mask="element")
+    (mixed,) = mixed_parameters(module)
+    with torch.no_grad():
+        mixed.parameter.add_(1.0)
+    x = torch.arange(9, device=device) if isinstance(module, nn.Embedding) else torch.ones(3, 6, 6, device=device)
+    mixed.mixing.seed = torch.tensor(5, device=device)
+    want = module(x)
+    mixed.mixing.seed = 5
+    testing.assert_same_bits("output", module(x), want, module)
+
+
 def test_an_attribute_error_in_mixing_does_not_leave_the_plain_weight():
     """After such an error Python would ask nn.Module.__getattr__, which has the plain Parameter of that name."""
     model = apply_mixout(nn.Sequential(nn.Conv1d(4, 4, 1)), 0.5).train()
