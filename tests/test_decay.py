@@ -277,6 +277,17 @@ def test_refuses_swapped_arguments_and_warns_of_two_decays():
         wdecay(optimizer, model, 0.1)
 
 
+@pytest.mark.parametrize(
+    ("own", "decay"), (("weight", 0.0), ("bias", 0.1), ("frozen", 0.1)), ids=("decay of 0", "other", "frozen")
+)
+def test_does_not_warn_where_only_one_decays(own, decay, recwarn):
+    model = nn.Linear(7, 5)
+    model.frozen = nn.Parameter(torch.zeros(3, 3), requires_grad=False)
+    groups = [{"params": [p], "weight_decay": 0.01 * (name == own)} for name, p in model.named_parameters()]
+    wdecay(torch.optim.AdamW(groups), model, decay)
+    assert not recwarn.list
+
+
 @pytest.mark.parametrize("decay", (None, "0.1", True))
 def test_refuses_a_decay_that_is_no_number(decay):
     model = nn.Linear(7, 5)
