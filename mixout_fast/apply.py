@@ -201,7 +201,8 @@ def remove_mixout(model: Model) -> Model:
     `model` may also be a wrapper, such as DDP's or PEFT's, of the model given to apply_mixout; or a part of that model,
     which leaves the report, the Dropouts' p and the other uses of the part's tied weights as they are.
 
-    Raises ValueError for a model without mixout, and where a layer's forward was replaced after apply_mixout.
+    Raises ValueError for a model without mixout, and where after apply_mixout a layer's forward was replaced, or a
+    weight parametrized or pruned.
     """
     applied = [module for module in model.modules() if "mixout_report" in vars(module)]
     if not mixed_parameters(model) and not applied:
