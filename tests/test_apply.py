@@ -306,6 +306,16 @@ def test_embedding_is_that_of_the_mixed_table(mask, grad_scale, device):
     testing.assert_same_values("gradient", grads[0][0], grads[1][0], table)
 
 
+def test_an_embedding_without_a_target_is_mixed_toward_zero(device):
+    table, tokens = apply_mixout(nn.Embedding(50, 8).to(device), 0.5), torch.arange(50, device=device)
+    table.seed = torch.tensor(5, device=device)
+    table.target.zero_()
+    want = table(tokens)
+    table.target = None
+    testing.assert_same_bits("rows", table(tokens), want, table)
+    assert "target=zero" in repr(table)
+
+
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16, torch.float32))
 def test_an_embeddings_gradient_as_published_is_not_rounded(dtype, device):
     """Scaled by 10 and divided again, this gradient would overflow in fp16, whose largest number is 65504."""
