@@ -642,7 +642,9 @@ def test_paper_layers(device):
 
     model = Block().to(device).train()
     x = torch.randn(2, 8, device=device)
+    state = torch.get_rng_state()
     apply_mixout(model, 0.9, layers="paper", example=x)
+    assert torch.equal(torch.get_rng_state(), state), "in eval mode"
     assert {mixed.name for mixed in mixed_parameters(model)} == {"second.weight"}
     assert reasons(model)["first.weight"] == reasons(model)["third.weight"] == "no Dropout module feeds it"
     assert (model.drop.p, model.unused_drop.p) == (0.0, 0.2)
