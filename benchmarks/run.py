@@ -20,6 +20,8 @@ from benchmarks.progress import progress
 from benchmarks.records import RESULTS, Records, is_disturbed, key
 
 SUITES = {"layer": layer, "terms": terms, "paths": paths, "model": model, "memory": memory}
+"""Modules with cells(options), what to measure, and measure(cell, options), a cell's record. wanted(options) are the
+contenders and seconds(options) the measuring time of a finished cell; SOURCES are modules that affect its figures."""
 CUDA_IS_LOST = 3  # exit status
 
 

@@ -194,6 +194,6 @@ def _refuse_tensor(name: str, module: nn.Module, value: Any) -> None:
     )
 
 
-def _new(plain_class: type[nn.Module], names: tuple[str, ...], keeps_forward: bool = False) -> nn.Module:
+def _new(plain_class: type[nn.Module], names: tuple[str, ...], keeps_forward: bool) -> nn.Module:
     mixed_class = _mixed_class(plain_class, names, keeps_forward)
     return mixed_class.__new__(mixed_class)

@@ -40,6 +40,6 @@ def select(name: str | None, device_type: str) -> ModuleType:
     if reasons.get(chosen, "unknown") is not None:
         source = "backend" if name else "MIXOUT_FAST_BACKEND"
         serving = ", ".join(backend for backend, reason in reasons.items() if reason is None)
-        why = reasons.get(chosen, f"there is none of this name, but {', '.join(BACKENDS)}")
+        why = reasons.get(chosen, f"there is none of this name, only {', '.join(BACKENDS)}")
         raise ValueError(f"{source} {chosen!r} cannot serve device {device_type!r}: {why}; these can: {serving}")
     return BACKENDS[chosen]
