@@ -131,8 +131,9 @@ def test_report_is_a_table(net, capsys):
     apply_mixout(net, 0.25, verbose=True)
     printed = capsys.readouterr().out
     assert printed.strip() == str(mixout_report(net))
-    (line,) = (line for line in printed.splitlines() if line.startswith("attention.in_proj_weight"))
-    assert line.split() == ["attention.in_proj_weight", "MultiheadAttention", "0.25", "768", "mixed"]
+    lines = [line.split() for line in printed.splitlines()]
+    assert ["attention.in_proj_weight", "MultiheadAttention", "0.25", "768", "mixed"] in lines
+    assert ["frozen.weight", "Linear", "256", "frozen"] in lines
     assert "2,944 of 3,364 parameters mixed" in printed
 
 
@@ -163,6 +164,7 @@ def test_removal_restores_types_and_leaves_the_trained_weights(net, tokens):
     parameters = dict(net.named_parameters())
     apply_mixout(net, 0.9, dropout=0.5, share_masks=True)
     assert net.drop.p == 0.5
+    assert "Dropouts set to 0.5: drop (was 0)" in str(mixout_report(net))
     train(net, tokens)
     mixed = net.eval()(tokens)
     assert remove_mixout(net) is net
@@ -171,6 +173,7 @@ def test_removal_restores_types_and_leaves_the_trained_weights(net, tokens):
     assert all(parameter is parameters[name] for name, parameter in net.named_parameters())
     assert net.drop.p == 0.0
     assert not any(module._forward_pre_hooks for module in net.modules())
+    assert not list(net.buffers()), "the targets are freed"
     testing.assert_same_bits("eval", net.eval()(tokens), mixed, net)
     testing.assert_same_bits("training", net.train()(tokens), mixed, net)
     apply_mixout(net, 0.9)
@@ -565,6 +568,7 @@ def test_head_rules(net, tokens, rule):
     elif rule[0] == "mixout":
         assert net.head.p == 0.3
         testing.assert_same_bits("w_0", net.head.target, initial, net)
+        assert not net.head._forward_pre_hooks
     else:
         assert reasons(net)["head.weight"] == "head, dropout(0.3)"
         x = torch.randn(50, 16, device=tokens.device)
@@ -627,6 +631,15 @@ def test_parts_are_removed_one_by_one(first, second, device, tokens):
     remove_mixout(model)
     assert model[1].p == 0.3
     assert not model[0]._forward_pre_hooks
+
+
+def test_what_the_removal_of_parts_leaves_is_removed_with_the_model():
+    model = apply_mixout(nn.Sequential(nn.Dropout(0.3), nn.Linear(4, 4)), 0.5, dropout=0.0)
+    remove_mixout(model[1])
+    assert model[0].p == 0.0
+    remove_mixout(model)
+    assert model[0].p == 0.3
+    assert "mixout_report" not in vars(model)
 
 
 def test_paper_layers(device):
