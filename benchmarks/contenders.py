@@ -27,7 +27,7 @@ class Shape:
 
     @classmethod
     def parse(cls, text: str) -> "Shape":
-        return cls(*map(int, text.removesuffix("t").split("x")), text.endswith("t"))
+        return cls(*map(int, text.removesuffix("t").split("x")), column_major=text.endswith("t"))
 
     def __str__(self) -> str:
         return f"{self.rows}x{self.in_features}x{self.out_features}{'t' if self.column_major else ''}"

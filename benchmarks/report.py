@@ -49,6 +49,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.quick and options.readme:
         parser.error("--readme: not of --quick runs")
+    if options.against and not load(options.against, "layer", options.quick):
+        parser.error(f"--against: no results of layers in {options.against}")
     results = {suite: load(options.results, suite, options.quick) for suite in SUITES}
     if not any(results.values()):
         sys.exit(f"no results in {options.results}: python -m benchmarks.run measures")

@@ -180,11 +180,13 @@ def test_a_disturbed_cell_is_measured_again():
         (["--p", "1.5"], "not in [0, 1]"),
         (["--contenders", "dropuot"], "dropuot; on this cpu: ours, linear, dropout"),
         (["--dtypes", "tf32"], "only GPUs have it"),
+        (["--shapes", "2048x768"], "'2048x768'"),
+        (["--shapes", "2048x768t"], "'2048x768t'"),
     ),
 )
 def test_bad_arguments_are_named(arguments, message, capsys):
     with pytest.raises(SystemExit):
-        run.main(["--device", "cpu", *arguments])
+        run.parse_options(["--device", "cpu", *arguments])
     assert message in capsys.readouterr().err
 
 
@@ -435,6 +437,12 @@ def test_a_layer_slowed_since_an_older_run_is_named(tmp_path):
     assert "median 1.02 of 3" in text
     assert "1 of them above 1.2\n    2.00: 512x8x8 p=0.7 fp32" in text
     assert "0 of them" in report.compared(older, newer)
+
+
+def test_a_comparison_with_a_folder_that_has_no_results_is_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        report.main(["--against", str(tmp_path)])
+    assert f"--against: no results of layers in {tmp_path}" in capsys.readouterr().err
 
 
 def test_the_documents_get_their_tables_and_no_others(measure_layer, tmp_path, monkeypatch, capsys):
