@@ -580,6 +580,11 @@ def test_head_rules(net, tokens, rule):
     assert not net.head._forward_pre_hooks
 
 
+def test_a_head_without_a_linear_layer_is_mixed(net):
+    apply_mixout(net, 0.9, head={"conv": ("mixout", 0.3)})
+    assert net.conv.mixing_weight.p == 0.3
+
+
 def test_dropout_of_a_head_called_by_keyword_and_named_by_its_second_name(device):
     class Head(nn.Module):
         def __init__(self):
@@ -754,7 +759,10 @@ BAD = (
     ({"backend": "cppu"}, ValueError, ("backend: 'cppu'",)),
     ({"head": {"classifier": None}}, ValueError, ("head: 'classifier'", "no such module")),
     ({"head": {"head": ("mixup", 0.1)}}, ValueError, ("head: 'head'", "mixup", "dropout")),
+    ({"head": {"head": ("mixout",)}}, ValueError, ("head: 'head'", "it takes None")),
+    ({"head": {"head": ["mixout", 0.1]}}, ValueError, ("head: 'head'", "it takes None")),
     ({"head": {"head": ("mixout", 1.1)}}, ValueError, ("1.1",)),
+    ({"head": {"head": ("dropout", 1.1)}}, ValueError, ("1.1",)),
     ({"head": {"norm": ("dropout", 0.1)}}, ValueError, ("head: 'norm'", "nn.Linear")),
 )
 
