@@ -71,7 +71,7 @@ class Functions:
     ) -> Tensor | None:  # fmt: skip
         """functional.mix_linear in C++ (csrc/autograd): the checks of the operands and what follows them.
 
-        None where the operands are not the usual ones. Exists where AUTOGRAD_ERROR is None.
+        None where the operands are not the usual ones. The operator exists where AUTOGRAD_ERROR is None.
         """
         ways = self.ways(autocast or weight.dtype, weight.shape, p, mask)
         return self.operators.checked_mix_linear.default(
