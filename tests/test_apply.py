@@ -128,13 +128,14 @@ def test_every_parameter_is_mixed_or_has_a_reason(net):
 
 
 def test_report_is_a_table(net, capsys):
-    apply_mixout(net, 0.25, verbose=True)
+    apply_mixout(net, 0.25, dropout=0.0, verbose=True)
     printed = capsys.readouterr().out
     assert printed.strip() == str(mixout_report(net))
     lines = [line.split() for line in printed.splitlines()]
     assert ["attention.in_proj_weight", "MultiheadAttention", "0.25", "768", "mixed"] in lines
     assert ["frozen.weight", "Linear", "256", "frozen"] in lines
     assert "2,944 of 3,364 parameters mixed" in printed
+    assert "Dropouts" not in printed, "their p was 0 already"
 
 
 def test_objects_keys_and_an_optimizer_made_before_stay_valid(net, tokens):
@@ -447,6 +448,13 @@ def test_the_models_own_weights_as_target_are_copied(net):
         remove_mixout(net)
 
 
+def test_a_tied_target_serves_a_model_whose_weights_are_no_longer_tied():
+    model, target = Tied(), Tied()
+    model.head.weight = nn.Parameter(model.embed.weight.detach() + 1.0)
+    apply_mixout(model, 0.5, target=target)
+    assert model.head.target.data_ptr() == model.embed.target.data_ptr() == target.embed.weight.data_ptr()
+
+
 def test_a_target_that_lacks_a_parameter_leaves_it_unmixed_and_says_so(net):
     state = net.state_dict()
     del state["head.weight"]
@@ -751,6 +759,7 @@ BAD = (
     ({"target": 0}, TypeError, ("target: int",)),
     ({"target": {"query.weight": torch.zeros(3)}}, ValueError, ("target: query.weight", "(3,)", "(16, 16)")),
     ({"target": {"query.weight": torch.zeros(16, 16).int()}}, TypeError, ("target: query.weight", "int32")),
+    ({"target": {"query.weight": [0.0]}}, TypeError, ("target: query.weight is list",)),
     ({"target": {"bert.key.weight": torch.zeros(3)}}, ValueError, ("no embed.weight", "keys are 'bert.key.weight'")),
     ({"target": {}, "filter_fn": lambda module, name: name == "key"}, ValueError, ("no key.weight", "keys are none")),
     ({"target_dtype": torch.int8}, TypeError, ("target_dtype: torch.int8",)),
