@@ -161,6 +161,15 @@ def test_a_forward_of_others_is_left_alone(monkeypatch):
     assert attention(torch.randn(3, WIDTH)).shape == (3, 3 * WIDTH)
 
 
+def test_a_subclass_keeps_a_forward_of_its_own():
+    class Projection(nn.MultiheadAttention):
+        def forward(self, x):
+            return F.linear(x, self.in_proj_weight)
+
+    attention = apply_mixout(Projection(WIDTH, HEADS), 0.5)
+    assert attention(torch.randn(3, WIDTH)).shape == (3, 3 * WIDTH)
+
+
 def test_separate_projections_are_mixed(device):
     attention = nn.MultiheadAttention(WIDTH, HEADS, kdim=5, vdim=6, device=device)
     apply_mixout(attention, 0.5, target={name: value + 1 for name, value in attention.state_dict().items()})
