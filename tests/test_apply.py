@@ -244,6 +244,10 @@ def test_input_dims_that_cannot_be_mixed_are_refused(dims, monkeypatch):
         apply_mixout(model, 0.5)
     assert str(caught.value).startswith(f"INPUT_DIMS: {dims!r} for 1.kernel of shape (4, 4); it takes (0,), (1,)")
     assert type(model[0]) is nn.Linear
+    model[1].kernel = nn.Parameter(torch.zeros(4, 4, 4))
+    if dims not in ((2,), (1, 2)):
+        with pytest.raises(ValueError, match=r"of shape \(4, 4, 4\); it takes"):
+            apply_mixout(model, 0.5)
 
 
 def test_input_dims_of_three_dimensions(monkeypatch):
@@ -697,6 +701,23 @@ def test_siblings_share_a_mask(net, device, tokens):
     assert len(torch.stack(seen).unique(dim=0)) > 1
 
 
+def test_who_shares_a_mask(device, tokens):
+    """Tied weights and siblings; groups with a weight in common are one; nobody else."""
+
+    class Groups(Tied):
+        def __init__(self):
+            super().__init__()
+            self.query, self.key, self.gate_proj, self.up_proj, self.other = (nn.Linear(16, 16) for _ in range(5))
+            self.up_proj.weight = self.key.weight
+
+    model = apply_mixout(Groups().to(device).train(), 0.5, share_masks=True)
+    model(tokens)
+    assert model.embed.seed is model.head.seed
+    assert model.query.seed is model.key.seed is model.gate_proj.seed is model.up_proj.seed
+    assert model.query.seed is not model.embed.seed
+    assert model.other.seed is None
+
+
 def test_eval_mode_draws_no_random_numbers(net, tokens):
     apply_mixout(net, 0.5, share_masks=True).eval()
     state = torch.get_rng_state()
@@ -729,6 +750,7 @@ def test_unmixable_modules_are_listed(device):
             "table": nn.Embedding(5, 4, sparse=True),
             "rnn": nn.LSTM(4, 4),
             "raw": Transposed(4, 4),
+            "eighths": nn.Linear(4, 4, dtype=torch.float8_e4m3fn, device="meta").to_empty(device=device),
             "linear": nn.Linear(4, 4),
         }
     ).to(device)
@@ -742,6 +764,7 @@ def test_unmixable_modules_are_listed(device):
     assert got["table.weight"] is None
     assert got["rnn.weight_ih_l0"] == "raw parameter: INPUT_DIMS has no 'weight_ih_l0' of torch.nn.modules.rnn.LSTM"
     assert got["raw.kernel"] == f"raw parameter: INPUT_DIMS has no 'kernel' of {__name__}.Transposed"
+    assert got["eighths.weight"] == "dtype float8_e4m3fn"
     assert got["linear.weight"] is None
 
 
