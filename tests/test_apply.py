@@ -709,12 +709,15 @@ def test_who_shares_a_mask(device, tokens):
             super().__init__()
             self.query, self.key, self.gate_proj, self.up_proj, self.other = (nn.Linear(16, 16) for _ in range(5))
             self.up_proj.weight = self.key.weight
+            self.never_called = nn.ModuleDict({"q_proj": nn.Linear(16, 16), "k_proj": nn.Linear(16, 16)})
 
     model = apply_mixout(Groups().to(device).train(), 0.5, share_masks=True)
     model(tokens)
     assert model.embed.seed is model.head.seed
     assert model.query.seed is model.key.seed is model.gate_proj.seed is model.up_proj.seed
-    assert model.query.seed is not model.embed.seed
+    assert model.never_called["q_proj"].seed is model.never_called["k_proj"].seed
+    groups = model.embed, model.query, model.never_called["q_proj"], model.other
+    assert len({id(layer.seed) for layer in groups}) == 4
     assert model.other.seed is None
 
 
