@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from mixout_fast.functional import check_backend, check_options, mix_linear, storage_of
+from mixout_fast.functional import check_backend, check_options, mix_linear, mixout, storage_of
 
 
 class MixLinear(nn.Linear):
@@ -119,15 +119,18 @@ class MixLinear(nn.Linear):
     def to_linear(self) -> nn.Linear:
         """The plain nn.Linear with the same Parameter objects and training mode."""
         linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
-        linear.weight, linear.bias = self.weight, self.bias
+        linear.weight, linear.bias = self._parameters["weight"], self.bias
         return linear.train(self.training)
 
     def forward(self, input: Tensor) -> Tensor:
         if not self.training:
             return super().forward(input)
+        return self._multiply(input, self.weight)
+
+    def _multiply(self, input: Tensor, weight: Tensor) -> Tensor:
         return mix_linear(
             input,
-            self.weight,
+            weight,
             self.target,
             self.bias,
             self.p,
@@ -144,3 +147,43 @@ class MixLinear(nn.Linear):
         chosen = {name: getattr(self, name) for name, default in others.items() if getattr(self, name) != default}
         shown = "".join(f", {name}={value!r}" for name, value in chosen.items())
         return f"{super().extra_repr()}, p={self.p}, mask={self.mask!r}, target={target}{shown}"
+
+
+class MixOutput(MixLinear):
+    """A model's output layer under apply_mixout: in training its weight reads as W', whoever reads it.
+
+    Losses that compute no logits (TRL's trainers, Liger's and other fused cross-entropies) multiply by `lm_head.weight`
+    and do not call the layer. A tensor in the Parameter's place, which FSDP1 and nn.DataParallel put there, and a shard
+    of FSDP2 read as they are.
+    """
+
+    @property
+    def weight(self) -> Tensor:
+        plain = self._plain_weight()
+        if not self.training or "weight" in vars(self) or hasattr(plain, "device_mesh"):
+            return plain
+        options = {"mask": self.mask, "grad_scale": self.grad_scale, "seed": self.seed, "backend": self.backend}
+        try:
+            return mixout(plain, self.target, self.p, True, **options)
+        except AttributeError as error:
+            # After an AttributeError in a property Python calls nn.Module.__getattr__, which returns the plain weight.
+            raise RuntimeError(f"weight: {error}") from error
+
+    @weight.setter
+    def weight(self, value: Tensor) -> None:
+        """Take a tensor in the Parameter's place; nn.Module sets Parameters without this function."""
+        vars(self)["weight"] = value
+
+    @weight.deleter
+    def weight(self) -> None:
+        if vars(self).pop("weight", None) is None:
+            raise AttributeError("weight")
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self._multiply(input, self._plain_weight()) if self.training else nn.Linear.forward(self, input)
+
+    def _plain_weight(self) -> Tensor:
+        for held in (vars(self), self._parameters):
+            if "weight" in held:
+                return held["weight"]
+        raise AttributeError("weight")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mixout_fast.embedding import MixEmbedding
 from mixout_fast.functional import DTYPES
-from mixout_fast.linear import MixLinear
+from mixout_fast.linear import MixLinear, MixOutput
 from mixout_fast.mixed_weight import CONV1D, Mixing, mix_weight
 from mixout_fast.read_past import READ_PAST
 
@@ -79,6 +79,7 @@ class Use:
     target: Tensor | None = None
     mixing: nn.Module | None = None
     read_past: bool = False
+    is_output: bool = False
 
     @property
     def name(self) -> str:
@@ -106,7 +107,7 @@ class Use:
         """Have the module read the mixed weight."""
         module = self.module
         if self.is_linear:
-            module.__class__ = MixLinear
+            module.__class__ = MixOutput if self.is_output else MixLinear
             module.set_mixout(None, self.p, mask, grad_scale, "bernoulli", backend)
             module.target = self.target
             self.mixing = module
@@ -122,7 +123,7 @@ class Use:
 def find_uses(model: nn.Module, frozen: bool, mask: str) -> list[Use]:
     """Every use in the model, with the reasons against mixing that lie in the parameter and its module."""
     lora_a, lora_b, lora_parameters = _lora_weights(model)
-    read_past = _read_past(model)
+    read_past, outputs = _read_past(model), _output_layers(model)
     uses = []
     for module_name, module in model.named_modules():
         for attribute, parameter in module._parameters.items():
@@ -136,7 +137,7 @@ def find_uses(model: nn.Module, frozen: bool, mask: str) -> list[Use]:
                 )
             kind = type(module).__name__
             use = Use(module_name, module, attribute, parameter, input_dims, kind, None, parameter in lora_a)
-            use.read_past = module in read_past
+            use.read_past, use.is_output = module in read_past, module in outputs
             if parameter.dim() < 2 or attribute.endswith("bias"):
                 use.reason = "bias or normalisation"
             elif parameter.dtype not in DTYPES:
@@ -193,6 +194,21 @@ def _read_past(model: nn.Module) -> set[nn.Module]:
         if (child := module._modules.get(name)) is not None
         for part in (child if isinstance(child, nn.ModuleList) else (child,))
     }
+
+
+def _output_layers(model: nn.Module) -> set[nn.Module]:
+    """What get_output_embeddings of transformers' models returns; of PEFT's modules_to_save, the copies in it."""
+    outputs = set()
+    for module in model.modules():
+        if not hasattr(type(module), "get_output_embeddings"):
+            continue
+        try:
+            output = module.get_output_embeddings()
+        except (AttributeError, NotImplementedError):  # its decoder has none
+            continue
+        if isinstance(output, nn.Module):
+            outputs.update((output, *output._modules.get("modules_to_save", nn.ModuleDict()).children()))
+    return outputs
 
 
 def _input_dims(module: nn.Module, attribute: str) -> tuple[int, ...]:

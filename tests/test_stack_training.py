@@ -7,7 +7,7 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 # ruff: noqa: E402
-from stack_models import MODELS, batch, bert, gpt2, mixtral
+from stack_models import LANGUAGE_MODELS, MODELS, VOCABULARY, batch, bert, gpt2, llama, mixtral
 from torch.utils.data import DataLoader, Dataset
 
 from mixout_fast import (
@@ -87,6 +87,65 @@ def test_trainer_trains_saves_resumes_and_evaluates(name, tmp_path):
     want = plain(**inputs).logits
     testing.assert_same_bits("eval", resumed.model.eval()(**inputs).logits, want, name)
     assert loss == loss and loss > 0
+
+
+def shaken(model):
+    """The model with all its parameters changed a little, so that none is at its target or zero."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return model
+
+
+@pytest.mark.parametrize("name", LANGUAGE_MODELS)
+def test_a_loss_that_reads_the_output_layers_weight_reads_it_mixed(name):
+    """As fused cross-entropies do, with the mask and the gradient of a call of the layer."""
+    model, inputs = apply_mixout(MODELS[name]().train(), 0.5), batch(name)["input_ids"]
+    head, seed = shaken(model).lm_head, torch.tensor(3)
+    x = model.base_model(inputs).last_hidden_state.detach()
+    head.seed = seed
+    values, gradients = [], []
+    for call in (head, lambda x: torch.nn.functional.linear(x, head.weight)):
+        values.append(call(x))
+        values[-1].square().sum().backward()
+        gradients.append(dict(model.named_parameters(remove_duplicate=False))["lm_head.weight"].grad)
+        model.zero_grad()
+    torch.testing.assert_close(values[1], values[0])
+    torch.testing.assert_close(gradients[1], gradients[0])
+    assert (gradients[1] == 0).all(0).any(), "columns of dropped neurons"
+    assert not torch.equal(head.weight, model.eval().lm_head.weight)
+    copied = copy.deepcopy(model.train()).lm_head
+    testing.assert_same_bits("weight of a copy", copied.weight, head.weight, name)
+    remove_mixout(model)
+    assert isinstance(model.lm_head.weight, torch.nn.Parameter)
+
+
+@pytest.mark.parametrize("applied", ("before", "after"))
+def test_trl_trains_the_output_layer_mixed(applied, tmp_path):
+    """SFTTrainer multiplies by its weight and computes no logits; at p = 1 no mixed weight has a gradient."""
+    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
+    tokenizers = pytest.importorskip("tokenizers")
+    words = {f"w{number}": number for number in range(VOCABULARY)}
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w0")),
+        pad_token="w1", eos_token="w2",
+    )  # fmt: skip
+    model, seen = shaken(llama()), []
+    if applied == "before":
+        apply_mixout(model, 1.0)
+
+    class Gradients(transformers.TrainerCallback):
+        def on_pre_optimizer_step(self, arguments, state, control, **others):
+            seen.extend(m.name for m in mixed_parameters(model) if m.parameter.grad.any())
+            seen.extend(name for name, p in model.named_parameters() if p.dim() == 1 and p.grad.any())
+
+    arguments = trl.SFTConfig(str(tmp_path), max_steps=1, report_to=[], disable_tqdm=True, use_cpu=True, bf16=False)
+    data = datasets.Dataset.from_dict({"input_ids": batch("llama", 8)["input_ids"].tolist()})
+    trainer = trl.SFTTrainer(model, arguments, train_dataset=data, processing_class=tokenizer, callbacks=[Gradients()])
+    if applied == "after":
+        apply_mixout(model, 1.0)
+    trainer.train()
+    assert len(seen) == 5 and all("norm" in name for name in seen), "the norms alone, which are not mixed"
 
 
 def test_accelerate(tmp_path):
