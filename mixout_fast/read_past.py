@@ -104,11 +104,16 @@ READ_PAST: dict[str, tuple[str, ...]] = {
     "timm.models.beit.Attention": ("qkv",),
     "timm.models.eva.EvaAttention": ("qkv",),
     "timm.models.swin_transformer_v2.WindowAttention": ("qkv",),
+    "peft.tuners.lily.layer.Linear": ("lily_B",),
+    "peft.tuners.lora.variants.MontecloraLinearVariant": ("lora_A",),
+    "peft.tuners.lora.variants.VeloraLinearVariant": ("lora_A",),
+    "peft.tuners.peanut.layer.Linear": ("peanut_A",),
     "transformers.models.data2vec.modeling_data2vec_audio.TDNNLayer": ("kernel",),
     **{
         "transformers.models.{0}.modeling_{0}.{1}".format(*name.split(".")): children
         for name, children in TRANSFORMERS_READ_PAST.items()
     },
 }
-"""Class -> its nn.Linear and nn.Embedding children, or nn.ModuleLists of them, whose weights are read by other code
-than the child's forward: these weights are mixed where they are read. Subclasses are covered. Add your own classes."""
+"""Class -> its nn.Linear and nn.Embedding children, or nn.ModuleLists and nn.ModuleDicts of them, whose weights are
+read by other code than the child's forward: these weights are mixed where they are read. Subclasses are covered. Add
+your own classes."""

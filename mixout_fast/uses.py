@@ -168,13 +168,15 @@ def find_uses(model: nn.Module, frozen: bool, mask: str) -> list[Use]:
 def _lora_weights(model: nn.Module) -> tuple[set[nn.Parameter], set[nn.Parameter], set[nn.Parameter | None]]:
     """PEFT's LoRA parameters: (all A, all B, those of bare parameters).
 
-    The last are what target_parameters adapts, with its A and B, and the A and B of nn.MultiheadAttention.
+    The last are what target_parameters adapts, with its A and B, and the A and B of nn.MultiheadAttention and
+    embeddings.
     """
     a, b, of_parameters = set(), set(), set()
     for module in model.modules():
         if any(cls.__name__ == "LoraLayer" and cls.__module__.startswith("peft.") for cls in type(module).__mro__):
             a.update(module.lora_A.parameters(), module.lora_embedding_A.parameters())
             b.update(module.lora_B.parameters(), module.lora_embedding_B.parameters())
+            of_parameters.update(module.lora_embedding_A.parameters(), module.lora_embedding_B.parameters())
             if isinstance(module.get_base_layer(), nn.MultiheadAttention):
                 # PEFT adds BA to the weights that the attention reads, out_proj's too, and calls no A and no B.
                 for layer in (module, module.get_base_layer().out_proj):
@@ -189,10 +191,12 @@ def _read_past(model: nn.Module) -> set[nn.Module]:
     return {
         part
         for module in model.modules()
-        for cls in type(module).__mro__
+        # The variants of PEFT's LoRA are no modules.
+        for reader in (module, *getattr(module, "lora_variant", {}).values())
+        for cls in type(reader).__mro__
         for name in READ_PAST.get(f"{cls.__module__}.{cls.__qualname__}", ())
         if (child := module._modules.get(name)) is not None
-        for part in (child if isinstance(child, nn.ModuleList) else (child,))
+        for part in (child.children() if isinstance(child, (nn.ModuleList, nn.ModuleDict)) else (child,))
     }
 
 

@@ -339,6 +339,34 @@ def gemma3n(cls):
     return altup, (torch.randn(4, 1, 5, 32), torch.randn(1, 5, 32))
 
 
+def adapted(config, **options):
+    peft = pytest.importorskip("peft")
+    module = nn.Sequential(nn.Linear(32, 16, bias=False))
+    return peft.get_peft_model(module, getattr(peft, config)(target_modules=["0"], r=4, **options)), (
+        torch.randn(5, 32),
+    )
+
+
+@case("peft.tuners.lily.layer.Linear")
+def lily(cls):
+    return adapted("LilyConfig")
+
+
+@case("peft.tuners.peanut.layer.Linear")
+def peanut(cls):
+    return adapted("PeanutConfig")
+
+
+@case("peft.tuners.lora.variants.MontecloraLinearVariant")
+def monteclora(cls):
+    return adapted("LoraConfig", monteclora_config={})
+
+
+@case("peft.tuners.lora.variants.VeloraLinearVariant")
+def velora(cls):
+    return adapted("LoraConfig", velora_config={"num_groups": 4})
+
+
 def weights_read_past(name: str, children: tuple[str, ...]) -> tuple[set[nn.Parameter], set[nn.Parameter]]:
     """(the weights that get a gradient at p = 1, the children's)"""
     module, cls = name.rsplit(".", 1)
@@ -347,7 +375,9 @@ def weights_read_past(name: str, children: tuple[str, ...]) -> tuple[set[nn.Para
     with torch.no_grad():  # factors that start at zero hide what is read before them
         for weight in model.parameters():
             weight.add_(0.02 * torch.randn_like(weight))
-    readers = [part for part in model.modules() if type(part) is cls]
+    readers = [
+        part for part in model.modules() if cls in map(type, (part, *getattr(part, "lora_variant", {}).values()))
+    ]
     parameters = [named for part in readers for child in children for named in part._modules[child].named_parameters()]
     apply_mixout(model.train(), 1.0)
     for call in calls:

@@ -270,6 +270,15 @@ def test_lora_of_attention_is_left_alone(first):
     assert mixed.name.endswith("linear1.lora_A.default.weight") and not mixed.parameter.grad.any()
 
 
+def test_lora_of_an_embedding_is_left_alone():
+    """PEFT looks tokens up in A itself, and calls no layer."""
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(bert(), peft.LoraConfig(target_modules=["word_embeddings", "query"]))
+    reasons = {row.name: row.reason for row in mixout_report(apply_mixout(model, 0.9)).rows}
+    of_table = [reason for key, reason in reasons.items() if "lora_embedding" in key]
+    assert of_table == 2 * ["LoRA of a parameter: PEFT reads it past its layer"]
+
+
 def test_mixout_of_lora_is_that_of_the_product(mixes_first):
     """A is mixed toward zero, so the layer's weight W + scaling · BA is mixed toward the frozen W."""
     peft = pytest.importorskip("peft")
