@@ -142,6 +142,9 @@ def find_uses(model: nn.Module, frozen: bool, mask: str) -> list[Use]:
                 use.reason = "bias or normalisation"
             elif parameter.dtype not in DTYPES:
                 use.reason = f"dtype {str(parameter.dtype).removeprefix('torch.')}"
+            elif type(parameter) is not nn.Parameter and not hasattr(parameter, "device_mesh"):
+                # Its class multiplies by it in a way of its own (quantised, low-precision); DTensor has a device mesh.
+                use.reason = f"{type(parameter).__name__}, no plain Parameter"
             elif parameter.is_meta:
                 raise ValueError(f"model: {use.name} is on the meta device; load its weights first")
             elif parameter in lora_parameters:

@@ -743,6 +743,19 @@ def test_moves_and_casts(net, tokens):
     net(tokens).sum().backward()
 
 
+def test_a_weight_of_a_class_of_its_own_is_left_alone():
+    """As quantised ones are: their class multiplies by them, also where they pass for fp32."""
+
+    class Quantised(nn.Parameter):
+        pass
+
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2))
+    model[0].weight = Quantised(model[0].weight.detach())
+    rows = {row.name: row.reason for row in mixout_report(apply_mixout(model, 0.9, frozen=True)).rows}
+    assert rows["0.weight"] == "Quantised, no plain Parameter"
+    assert rows["1.weight"] is None and type(model[0]) is nn.Linear
+
+
 def test_unmixable_modules_are_listed(device):
     model = nn.ModuleDict(
         {
