@@ -64,7 +64,7 @@ def wdecay(
     # accelerate's wrapper is an Optimizer without an Optimizer's hooks: the optimizer within takes the steps.
     optimizer = getattr(optimizer, "optimizer", optimizer)
     targets = _targets(model, target, include)
-    if not any(parameter in targets for group in optimizer.param_groups for parameter in group["params"]):
+    if not _holds_any(optimizer, targets):
         raise ValueError("optimizer: none of its parameters is one of the model's that decay")
     own = [
         group["weight_decay"]
@@ -80,6 +80,11 @@ def wdecay(
         grad_scale, found_inf = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
         if found_inf is not None and found_inf.item():
             return
+        if not _holds_any(optimizer, targets):
+            raise RuntimeError(
+                "optimizer: it no longer holds the model's parameters; call wdecay after FSDP2, which shards them, and "
+                "not with DeepSpeed's ZeRO, which steps flat copies"
+            )
         for group in optimizer.param_groups:
             weights = [weight for weight in group["params"] if weight in targets and weight.grad is not None]
             if not weights:
@@ -112,6 +117,10 @@ def wdecay(
         return (args[0], closure_and_decay, *args[2:]), kwargs
 
     return optimizer.register_step_pre_hook(before_step)
+
+
+def _holds_any(optimizer: torch.optim.Optimizer, targets: dict[nn.Parameter, Tensor]) -> bool:
+    return any(parameter in targets for group in optimizer.param_groups for parameter in group["params"])
 
 
 def _sharded_as(weight: Tensor, target: Tensor) -> Tensor:

@@ -164,10 +164,14 @@ class MixOutput(MixLinear):
             return plain
         options = {"mask": self.mask, "grad_scale": self.grad_scale, "seed": self.seed, "backend": self.backend}
         try:
-            return mixout(plain, self.target, self.p, True, **options)
+            mixed = mixout(plain, self.target, self.p, True, **options)
         except AttributeError as error:
             # After an AttributeError in a property Python calls nn.Module.__getattr__, which returns the plain weight.
             raise RuntimeError(f"weight: {error}") from error
+        if hasattr(plain, "ds_status"):
+            # DeepSpeed's ZeRO-3 has gathered the weight for this reading; TRL asks the weight whether it is to do so.
+            mixed.ds_status = plain.ds_status
+        return mixed
 
     @weight.setter
     def weight(self, value: Tensor) -> None:

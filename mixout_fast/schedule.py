@@ -147,6 +147,11 @@ def _own_targets(mixed: list[MixedParameter]) -> dict[str, tuple[nn.Parameter, T
                 f"ema: the target of {entry.name} is {entry.mixing.target.dtype}; "
                 f"it moves in the parameter's dtype, {entry.parameter.dtype}"
             )
+        if entry.parameter.shape != entry.mixing.target.shape:
+            raise ValueError(
+                f"ema: {entry.name} has shape {tuple(entry.parameter.shape)}, its target "
+                f"{tuple(entry.mixing.target.shape)}; a weight that DeepSpeed's ZeRO-3 has partitioned cannot move it"
+            )
         if entry.parameter not in own:
             own[entry.parameter] = entry.name, entry.mixing.target.clone()
         entry.mixing.target = own[entry.parameter][1]

@@ -138,6 +138,11 @@ def find_uses(model: nn.Module, frozen: bool, mask: str) -> list[Use]:
             kind = type(module).__name__
             use = Use(module_name, module, attribute, parameter, input_dims, kind, None, parameter in lora_a)
             use.read_past, use.is_output = module in read_past, module in outputs
+            if parameter.numel() == 0 and hasattr(parameter, "ds_shape"):
+                raise ValueError(
+                    f"model: {use.name} is partitioned by DeepSpeed's ZeRO-3; call apply_mixout before that, on a "
+                    "model made outside zero.Init and, with Trainer, before the TrainingArguments"
+                )
             if parameter.dim() < 2 or attribute.endswith("bias"):
                 use.reason = "bias or normalisation"
             elif parameter.dtype not in DTYPES:

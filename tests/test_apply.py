@@ -756,6 +756,14 @@ def test_a_weight_of_a_class_of_its_own_is_left_alone():
     assert rows["1.weight"] is None and type(model[0]) is nn.Linear
 
 
+def test_a_partitioned_model_is_refused():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2))
+    weight = model[1].weight
+    weight.ds_shape, weight.data = weight.shape, torch.empty(0)  # as DeepSpeed's ZeRO-3 leaves it
+    with pytest.raises(ValueError, match=r"1\.weight is partitioned by DeepSpeed's ZeRO-3; call apply_mixout before"):
+        apply_mixout(model, 0.9)
+
+
 def test_unmixable_modules_are_listed(device):
     model = nn.ModuleDict(
         {

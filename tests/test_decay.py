@@ -264,6 +264,16 @@ def test_refuses(options, error, message):
         wdecay(torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1), model, 0.1)
 
 
+def test_an_optimizer_that_was_given_other_parameters_since_is_refused(model, x):
+    """As FSDP2 and DeepSpeed's ZeRO do: the decay would silently stop."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    wdecay(optimizer, model, 0.1)
+    flat = nn.Parameter(torch.cat([parameter.detach().flatten() for parameter in model.parameters()]))
+    optimizer.param_groups[0]["params"] = [flat]
+    with pytest.raises(RuntimeError, match=r"no longer holds the model's parameters.*FSDP2.*DeepSpeed"):
+        step(model, optimizer, x)
+
+
 def test_refuses_swapped_arguments_and_warns_of_two_decays():
     model = nn.Linear(7, 5)
     optimizer = torch.optim.AdamW(model.parameters())

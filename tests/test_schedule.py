@@ -142,6 +142,12 @@ def test_refuses(model, options, message):
         MixoutScheduler(model, **options)
 
 
+def test_refuses_to_move_targets_to_partitioned_weights(model):
+    model.out.weight.data = torch.empty(0, device=model.out.weight.device)  # as DeepSpeed's ZeRO-3 leaves it
+    with pytest.raises(ValueError, match=r"ema: out.weight has shape \(0,\).*DeepSpeed"):
+        MixoutScheduler(model, ema=0.5)
+
+
 def test_refuses_a_factor_in_place_of_a_function():
     with pytest.raises(TypeError, match="p_factor: float; it takes a function"):
         MixoutScheduler(apply_mixout(nn.Linear(3, 3)), p_factor=0.5)

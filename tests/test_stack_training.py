@@ -1,6 +1,7 @@
 """The tools around a mixed model, run for real: Trainer, accelerate, PEFT, autocast, checkpointing, compile, export."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -113,6 +114,8 @@ def test_a_loss_that_reads_the_output_layers_weight_reads_it_mixed(name):
     torch.testing.assert_close(values[1], values[0])
     torch.testing.assert_close(gradients[1], gradients[0])
     assert (gradients[1] == 0).all(0).any(), "columns of dropped neurons"
+    head._parameters["weight"].ds_status = "available"  # as with DeepSpeed's ZeRO-3, where TRL reads it
+    assert head.weight.ds_status == "available"
     assert not torch.equal(head.weight, model.eval().lm_head.weight)
     copied = copy.deepcopy(model.train()).lm_head
     testing.assert_same_bits("weight of a copy", copied.weight, head.weight, name)
@@ -526,3 +529,43 @@ def test_fsdp1_takes_no_weights_mixed_where_they_are_read(process_group):
         testing.assert_same_bits("losses of three steps", losses(wrapped, inputs), want, name)
     with pytest.raises(AttributeError, match=r"[qkvro]: .*XLNetRelativeAttention.*DDP.*FSDP2"):
         FullyShardedDataParallel(apply_mixout(MODELS["xlnet"](), 0.8), device_id=torch.device("cpu"))
+
+
+class WithoutLogits(torch.nn.Module):
+    """A language model whose loss multiplies by the output layer's weight and does not call the layer."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids, labels):
+        logits = torch.nn.functional.linear(
+            self.model.base_model(input_ids).last_hidden_state, self.model.lm_head.weight
+        )
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+        return transformers.modeling_outputs.CausalLMOutput(loss=loss)
+
+
+def test_deepspeed_trains_alike(process_group, monkeypatch):
+    """ZeRO-3 partitions the weights, and gathers them for a call of their layer or where they are read.
+
+    One test, since DeepSpeed keeps the process group that it first sees.
+    """
+    deepspeed = pytest.importorskip("deepspeed")
+    for variable, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}.items():
+        monkeypatch.setenv(variable, value)
+    deepspeed.init_distributed("gloo")
+    options = {"train_micro_batch_size_per_gpu": 4, "gradient_clipping": 1e9, "zero_allow_untested_optimizer": True}
+    for stage, name in itertools.product((2, 3), ("bert", "gpt2", "xlnet")):
+        model, inputs = apply_mixout(MODELS[name]().train(), 0.5), batch(name)
+        model = WithoutLogits(shaken(model)) if name == "gpt2" else shaken(model)
+        want, got = losses(copy.deepcopy(model), inputs), []
+        options["zero_optimization"] = {"stage": stage, "stage3_param_persistence_threshold": 0}
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=options)
+        for number in range(3):
+            torch.manual_seed(number)
+            got.append(engine(**inputs).loss)
+            engine.backward(got[-1])
+            engine.step()
+        torch.testing.assert_close(torch.stack(got).detach(), want)
