@@ -154,13 +154,17 @@ class MixOutput(MixLinear):
 
     Losses that compute no logits (TRL's trainers, Liger's and other fused cross-entropies) multiply by `lm_head.weight`
     and do not call the layer. A tensor in the Parameter's place, which FSDP1 and nn.DataParallel put there, and a shard
-    of FSDP2 read as they are.
+    of FSDP2 read as they are. So does a tied weight before the first forward pass of the model, which draws the mask of
+    its uses: accelerate and DeepSpeed see by then that it is the embedding's.
     """
+
+    tied = False
 
     @property
     def weight(self) -> Tensor:
         plain = self._plain_weight()
-        if not self.training or "weight" in vars(self) or hasattr(plain, "device_mesh"):
+        is_plain = not self.training or (self.tied and self.seed is None)
+        if is_plain or "weight" in vars(self) or hasattr(plain, "device_mesh"):
             return plain
         options = {"mask": self.mask, "grad_scale": self.grad_scale, "seed": self.seed, "backend": self.backend}
         try:

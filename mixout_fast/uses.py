@@ -47,7 +47,7 @@ EXPERTS = ("gate_up_proj", "up_proj", "down_proj")
 """Weights of classes that transformers' use_experts_implementation decorates, one per architecture: (expert, out, in),
 or transposed (expert, in, out). All experts share a mask: entry k of x, or hidden neuron k, is dropped for all."""
 
-OPTIONS = ("p", "mask", "grad_scale", "distribution", "backend", "seed", "columns", "base_p")
+OPTIONS = ("p", "mask", "grad_scale", "distribution", "backend", "seed", "columns", "base_p", "tied")
 """Attributes, besides `target`, that MixLinear and MixEmbedding have or that MixoutScheduler adds."""
 
 SIBLINGS = (
@@ -80,6 +80,7 @@ class Use:
     mixing: nn.Module | None = None
     read_past: bool = False
     is_output: bool = False
+    tied: bool = False
 
     @property
     def name(self) -> str:
@@ -110,6 +111,8 @@ class Use:
             module.__class__ = MixOutput if self.is_output else MixLinear
             module.set_mixout(None, self.p, mask, grad_scale, "bernoulli", backend)
             module.target = self.target
+            if self.tied and self.is_output:
+                module.tied = True
             self.mixing = module
         elif self.is_embedding:
             module.__class__ = MixEmbedding
@@ -251,7 +254,7 @@ def resolve_ties(uses: list[Use]) -> list[list[Use]]:
         # A linear layer saves time only with a mask over its own inputs; an embedding is cheap either way.
         input_dims = next((use.input_dims for use in tied if isinstance(use.module, nn.Linear)), tied[0].input_dims)
         for use in tied:
-            use.p, use.target, use.input_dims = tied[0].p, tied[0].target, input_dims
+            use.p, use.target, use.input_dims, use.tied = tied[0].p, tied[0].target, input_dims, True
         ties.append(tied)
     return ties
 

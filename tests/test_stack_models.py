@@ -142,8 +142,7 @@ def test_gpt2s_transposed_weights_are_masked_by_input(mixes_first):
 def test_gpt2s_tied_table_has_one_mask_in_a_forward_pass():
     model, inputs = gpt2().train(), batch("gpt2")
     apply_mixout(model, 0.5)
-    assert model.eval().lm_head.weight is model.transformer.wte.weight
-    model.train()
+    assert model.lm_head.weight is model.transformer.wte.weight
     model(**inputs)
     assert model.lm_head.seed is model.transformer.wte.seed
     assert model.transformer.wte.columns
