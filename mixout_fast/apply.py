@@ -36,6 +36,7 @@ Probability = float | Callable[[nn.Module, str], float]
 HeadRule = tuple[str, float] | None
 
 NO_TARGET = "the target has no such parameter"
+NO_LONGER = "no longer mixed: its layer was replaced since, or its mixout removed"
 
 
 @dataclass(frozen=True)
@@ -176,6 +177,9 @@ def apply_mixout(
 
     for use in mixed:
         use.mix(mask, grad_scale, backend)
+    for row, use in enumerate(uses):
+        if use.reason is None:
+            use.mixing.report_row = row
     groups = ties + (siblings(mixed) if share_masks else [])
     for group in merge_groups(groups):
         lowest_common_module(model, group).register_forward_pre_hook(SharedSeed([use.mixing for use in group]))
@@ -249,11 +253,11 @@ def mixout_report(model: nn.Module) -> Report:
 
     `model` may also be a wrapper, such as DDP's or PEFT's, or another module around the model given to apply_mixout.
     Where apply_mixout was given several parts of `model` one by one, the report has the rows of all of them, under
-    their names in `model`.
+    their names in `model`. A weight whose layer was replaced since is listed as no longer mixed.
 
     Raises ValueError for a model without mixout.
     """
-    parts = {name: vars(part)["mixout_report"] for name, part in model.named_modules() if "mixout_report" in vars(part)}
+    parts = {name: _report_now(part) for name, part in model.named_modules() if "mixout_report" in vars(part)}
     if not parts:
         raise ValueError("model: apply_mixout has not been applied to it")
     if len(parts) == 1:
@@ -261,6 +265,18 @@ def mixout_report(model: nn.Module) -> Report:
     rows = [replace(row, name=join_names(name, row.name)) for name, part in parts.items() for row in part.rows]
     dropouts = {join_names(name, key): p for name, part in parts.items() for key, p in part.dropouts.items()}
     return Report(tuple(rows), dropouts, max(part.dropout for part in parts.values()))
+
+
+def _report_now(model: nn.Module) -> Report:
+    """The model's report, less the layers that are mixed no longer."""
+    report = vars(model)["mixout_report"]
+    mixings = (module for module in model.modules() if isinstance(module, (MixLinear, MixEmbedding, Mixing)))
+    rows = {vars(mixing).get("report_row") for mixing in mixings}
+    current = (
+        row if row.reason is not None or number in rows else replace(row, p=None, reason=NO_LONGER)
+        for number, row in enumerate(report.rows)
+    )
+    return replace(report, rows=tuple(current))
 
 
 def mixed_parameters(model: nn.Module) -> list[MixedParameter]:

@@ -47,8 +47,8 @@ EXPERTS = ("gate_up_proj", "up_proj", "down_proj")
 """Weights of classes that transformers' use_experts_implementation decorates, one per architecture: (expert, out, in),
 or transposed (expert, in, out). All experts share a mask: entry k of x, or hidden neuron k, is dropped for all."""
 
-OPTIONS = ("p", "mask", "grad_scale", "distribution", "backend", "seed", "columns", "base_p", "tied")
-"""Attributes, besides `target`, that MixLinear and MixEmbedding have or that MixoutScheduler adds."""
+OPTIONS = ("p", "mask", "grad_scale", "distribution", "backend", "seed", "columns", "base_p", "tied", "report_row")
+"""Attributes, besides `target`, that MixLinear and MixEmbedding have or that apply_mixout and MixoutScheduler add."""
 
 SIBLINGS = (
     ("query", "key", "value"),

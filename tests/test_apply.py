@@ -186,7 +186,7 @@ def test_removal_through_a_module_around(net):
     apply_mixout(net, 0.9, dropout=0.0)
     net._ddp_params_and_buffers_to_ignore.append("a.users.own.target")
     around = nn.Sequential(net)
-    assert mixout_report(around) is mixout_report(net)
+    assert mixout_report(around) == mixout_report(net)
     assert remove_mixout(around) is around
     assert net.drop.p == 0.1
     assert net._ddp_params_and_buffers_to_ignore == ["a.users.own.target"]
@@ -930,6 +930,21 @@ def test_a_seed_is_an_int_or_a_tensor(module, device):
     want = module(x)
     mixed.mixing.seed = 5
     testing.assert_same_bits("output", module(x), want, module)
+
+
+def test_the_report_names_layers_that_were_replaced_since():
+    model = apply_mixout(nn.Sequential(nn.Linear(8, 8), nn.Conv1d(8, 8, 1), nn.Linear(8, 8), nn.Linear(8, 8)), 0.9)
+    model[0], model[1] = nn.Linear(8, 8), nn.Conv1d(8, 8, 1)
+    model[2] = nn.Sequential(model[2])  # as PEFT wraps layers
+    model = copy.deepcopy(model)
+    prune.l1_unstructured(model[3], "weight", 0.5)
+    now = reasons(model)
+    assert now["0.weight"] == now["1.weight"] == "no longer mixed: its layer was replaced since, or its mixout removed"
+    assert now["2.weight"] is now["3.weight"] is None
+    assert "128 of" in str(mixout_report(model))
+    prune.remove(model[3], "weight")
+    remove_mixout(model)
+    assert "report_row" not in vars(model[2][0])
 
 
 def test_an_attribute_error_in_mixing_does_not_leave_the_plain_weight():
