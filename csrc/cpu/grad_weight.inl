@@ -354,7 +354,7 @@ void grad_weight(const KeptX& kept_x, const void* staged_x, Matrix dy, int64_t o
                  int64_t columns, double factor, int64_t begin, int64_t end, bool column_major, void* dw, void* db) {
   static_assert(lanes<T> % tile_rows == 0 && output_unit % lanes<T> == 0);
   if (begin == end) return;
-  const int64_t m = kept_x.rows, count = kept_x.count, piece = summed_at_once(count, outputs);
+  const int64_t m = kept_x.rows, count = kept_x.count, piece = summed_at_once(count, outputs, m);
   const Operands<T> in{static_cast<const T*>(staged_x), dy, m, round_up(count, lanes<T>), piece};
   const Gradients<T> out{static_cast<T*>(dw),    static_cast<T*>(db), index, count, columns, outputs,
                          static_cast<T>(factor), column_major};

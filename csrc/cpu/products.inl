@@ -227,7 +227,7 @@ void multiply(const Mixing& mixing, Matrix x, int64_t m, int64_t all_rows, int64
   constexpr bool narrows = !std::is_same_v<Result, T>;
   const int64_t terms = forward ? mixing.columns : mixing.rows;
   const int64_t result_stride = forward ? mixing.rows : mixing.columns;
-  const int64_t piece = summed_at_once(all_rows, result_stride);
+  const int64_t piece = summed_at_once(all_rows, result_stride, terms);
   const BlockShape shape = block_shape<forward, T>(all_rows, terms);
   const int64_t block_terms = shape.terms < terms ? shape.terms : round_up(terms, lanes<T>);
   const int64_t all_outputs = round_up(end - begin, panel<T>);
