@@ -146,7 +146,7 @@ def _mix_linear_in_cpp(
 ) -> Tensor | None:  # fmt: skip
     """The rest of mix_linear in C++, or None: the backend has none, or the operands are not the usual ones.
 
-    After a large product Python runs from cold caches, at five times its usual cost (docs/performance.md, "The host's
+    After a large product Python runs from cold caches, at five times its usual cost (docs/experiments.md, "The host's
     time").
     """
     if not (isinstance(input, Tensor) and isinstance(weight, Tensor)):

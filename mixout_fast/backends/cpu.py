@@ -48,7 +48,7 @@ def own_products() -> tuple[torch.dtype, ...]:
 def _one_pass_rows() -> dict[torch.dtype, tuple[int, int]]:
     """Rows up to which a product in one pass over W and U beats mixing and then multiplying with the library: (y, dX).
 
-    Measured: docs/performance.md, "One pass or two".
+    Measured: docs/experiments.md, "One pass or two".
     """
     own = own_products()
     rows = {
