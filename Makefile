@@ -12,8 +12,8 @@ LIBRARY := mixout_fast/_C.so $(if $(filter cuda,$(MIXOUT_FAST_BUILD)),mixout_fas
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/autograd/* csrc/cpu/* csrc/cuda/*)
 FORMATTED := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.inl csrc/*/*.cu csrc/*/*.cuh tests/*.cpp)
 
-# The tests to repeat with the CUDA kernels emulated on the CPU; the others reach no kernel.
-EMULATED := tests/test_cuda_kernels.py tests/test_autograd.py tests/test_mixout.py tests/test_philox.py
+# The tests to repeat with the CUDA kernels emulated on the CPU; the others reach no kernel, or in the same ways.
+EMULATED := $(addprefix tests/test_,cuda_kernels.py autograd.py mixout.py philox.py random_cases.py)
 # Triton's interpreter is slow: left out are tests that depend on no kernel, and repetitions in one pass of tests whose
 # outcome does not depend on how products are computed.
 INTERPRETED := $(addprefix tests/test_,agreement.py autograd.py philox.py triton.py) \

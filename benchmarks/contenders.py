@@ -174,7 +174,7 @@ TITLES = {
 def variants(device_type: str) -> dict[str, dict]:
     """The forms of our layer on a device: contender's name -> MixLinear's options."""
     named = {f"ours-{name}": {"backend": name} for name in _served(device_type)}
-    return {"ours": {}, "ours-element": {"mask": "element"}, **named}
+    return {"ours-element": {"mask": "element"}, **named}
 
 
 def other_backends(device_type: str) -> list[str]:

@@ -46,11 +46,11 @@ def environment(device_type: str, sources: tuple[str, ...]) -> dict[str, str | i
     return facts
 
 
-def occasion(module: str) -> dict[str, str]:
-    """When, by which command and from which commit a run was made."""
+def occasion() -> dict[str, str]:
+    """When, by which command and from which commit a run of benchmarks.run was made."""
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "command": shlex.join([*variables(), "python", "-m", module, *sys.argv[1:]]),
+        "command": shlex.join([*variables(), "python", "-m", "benchmarks.run", *sys.argv[1:]]),
         "commit": commit(),
     }
 

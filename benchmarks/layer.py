@@ -135,7 +135,7 @@ def measure(cell: dict, options: argparse.Namespace) -> dict:
         case = problem(shape, p, DTYPES[cell["dtype"]], device)
         check_ours(case)
         for name, form in variants(device).items():
-            if name in reasons and name != "ours":
+            if name in reasons:
                 reasons[name] = why_wrong(case, form)
         names = [name for name, reason in reasons.items() if reason is None]
         available = contenders(device)

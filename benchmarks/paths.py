@@ -72,7 +72,7 @@ def measure(cell: dict, options: argparse.Namespace) -> dict:
                     contenders[f"{name}, {way}"] = timed(our_calls(module, case, operands), device)
                 except Exception as error:  # The other figures are worth having without this one.
                     left_out[f"{name}, {way}"] = in_a_line(error)
-    return {"contenders": contenders, "ratios": {}, "left_out": left_out}
+    return {"contenders": contenders, "left_out": left_out}
 
 
 Calls = dict[str, list[Callable[[], object]]]

@@ -273,9 +273,8 @@ def verdict(value: float | None, limit: float) -> str:
 
 
 def terms_part(records: Records) -> str:
-    titles = (f"{cell_name(cell)}{'*' * is_disturbed(cell)}" for cell in measured(records))
-    tables = map(terms_table, measured(records))
-    return "\n\n".join([caption(records), *(f"{title}:\n\n{text}" for title, text in zip(titles, tables, strict=True))])
+    tables = (f"{cell_name(cell)}{'*' * is_disturbed(cell)}:\n\n{terms_table(cell)}" for cell in measured(records))
+    return "\n\n".join([caption(records), *tables])
 
 
 def terms_table(cell: dict) -> str:

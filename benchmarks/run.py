@@ -86,7 +86,7 @@ def run_suite(name: str, options: argparse.Namespace, budget: float | None) -> i
     suite = SUITES[name]
     quick = "-quick" if options.quick else ""
     records = Records(options.results / f"{name}-{machine_slug(options.device)}{quick}.jsonl")
-    changed = records.start(environment(options.device, suite.SOURCES), occasion("benchmarks.run"))
+    changed = records.start(environment(options.device, suite.SOURCES), occasion())
     if changed:
         say(f"{records.path.name} holds results of another {', '.join(changed)}: measured afresh")
     cells = suite.cells(options)

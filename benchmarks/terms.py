@@ -54,7 +54,6 @@ def measure(cell: dict, options: argparse.Namespace) -> dict:
         "copy_gb_per_s": round(bandwidth / 1e9, 1),
         "contenders": contenders,
         "floor_ms": {term: round(value, 4) for term, value in floors(case, contenders, bandwidth).items()},
-        "ratios": {},
         "left_out": {},
     }
 

@@ -99,11 +99,11 @@ constexpr const char* linear_backward_schema =
     " Tensor seed, bool needs_input, bool needs_weight, bool needs_bias, float p, bool per_column, float factor,"
     " bool one_pass, bool tf32, bool full_product) -> (Tensor?, Tensor?, Tensor?)";
 
+constexpr const char* nothing_for_dw = "grad: dW is made of the input, or of the kept index and columns";
+
 // y, and the kept index and columns where they are gathered.
 using Output =
     std::tuple<torch::stable::Tensor, std::optional<torch::stable::Tensor>, std::optional<torch::stable::Tensor>>;
-
-constexpr const char* nothing_for_dw = "grad: dW is made of the input, or of the kept index and columns";
 
 // dX, dW and db, each where it is needed.
 using Gradients = std::tuple<std::optional<torch::stable::Tensor>, std::optional<torch::stable::Tensor>,
@@ -113,9 +113,6 @@ inline torch::stable::Tensor sum_of_rows(const torch::stable::Tensor& matrix) {
   const int64_t over_rows = 0;
   return torch::stable::sum(matrix, torch::headeronly::IntHeaderOnlyArrayRef(&over_rows, 1));
 }
-
-// THIN_OUTPUT of mixout_fast/reference.py.
-constexpr int64_t thin_output = 16;
 
 // The dtype in the kernels' own enumeration: they include no header of torch.
 template <typename Dtype>

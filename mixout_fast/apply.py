@@ -35,6 +35,7 @@ Model = TypeVar("Model", bound=nn.Module)
 Probability = float | Callable[[nn.Module, str], float]
 HeadRule = tuple[str, float] | None
 
+MIXINGS = (MixLinear, MixEmbedding, Mixing)
 NO_TARGET = "the target has no such parameter"
 NO_LONGER = "no longer mixed: its layer was replaced since, or its mixout removed"
 
@@ -187,7 +188,7 @@ def apply_mixout(
         if rule is not None and rule[0] == "dropout":
             for module in filter(_takes_dropout, model.get_submodule(name).modules()):
                 module.register_forward_pre_hook(InputDropout(rule[1]), with_kwargs=True)
-    new_p = {module: 0.0 for use in mixed for module in feeds.get(id(use.parameter), ())} if feeds is not None else {}
+    new_p = {module: 0.0 for use in mixed for module in (feeds or {}).get(id(use.parameter), ())}
     if dropout is not None:
         new_p |= {module: dropout for module in model.modules() if isinstance(module, DROPOUTS)}
     model.mixout_report = Report(tuple(map(_row, uses)), _set_dropouts(model, new_p), float(dropout or 0.0))
@@ -226,8 +227,10 @@ def remove_mixout(model: Model) -> Model:
                 del module._forward_pre_hooks[key]
                 module._forward_pre_hooks_with_kwargs.pop(key, None)
     for module, names in zip(applied, targets, strict=True):
+        now = dict(module.named_modules())
         for name, p in vars(module).pop("mixout_report").dropouts.items():
-            module.get_submodule(name).p = p
+            if isinstance(now.get(name), DROPOUTS):  # it may have been replaced since
+                now[name].p = p
         ignored = vars(module).pop("_ddp_params_and_buffers_to_ignore", [])
         kept = [name for name in ignored if name not in names]
         if kept:
@@ -270,7 +273,7 @@ def mixout_report(model: nn.Module) -> Report:
 def _report_now(model: nn.Module) -> Report:
     """The model's report, less the layers that are mixed no longer."""
     report = vars(model)["mixout_report"]
-    mixings = (module for module in model.modules() if isinstance(module, (MixLinear, MixEmbedding, Mixing)))
+    mixings = (module for module in model.modules() if isinstance(module, MIXINGS))
     rows = {vars(mixing).get("report_row") for mixing in mixings}
     current = (
         row if row.reason is not None or number in rows else replace(row, p=None, reason=NO_LONGER)
@@ -508,8 +511,7 @@ def _row(use: Use) -> Row:
 
 def _target_buffers(model: nn.Module) -> list[str]:
     """The names of the buffers that hold targets."""
-    mixings = {mixed.mixing for mixed in mixed_parameters(model)}
-    return [join_names(name, "target") for name, module in model.named_modules() if module in mixings]
+    return [join_names(name, "target") for name, module in model.named_modules() if isinstance(module, MIXINGS)]
 
 
 def _nothing_mixed(uses: list[Use], filter_fn: Callable | None, sources: Mapping[str, Tensor] | None) -> str:

@@ -151,7 +151,7 @@ def _targets(model: nn.Module, target: Any, include: Callable) -> dict[nn.Parame
     named = {name: parameter for name, parameter in model.named_parameters() if include(name, parameter)}
     if not named:
         raise ValueError("include: no parameter of the model decays")
-    if target is not None and isinstance(target, (int, float)):
+    if isinstance(target, (int, float)):
         return {parameter: parameter for parameter in named.values()}
     if target is None:
         mixed = {m.parameter: m.mixing.target for m in mixed_parameters(model)}

@@ -498,6 +498,16 @@ def check_repeatable(case: Case, backend: str | None) -> None:
         assert_same_bits(f"{name} (second call)", second[name], first[name], case)
 
 
+def check_all_bits(case: Case, backend: str | None) -> None:
+    """Every check above that demands equal bits, of one random_case."""
+    functions = [check_mask, check_mixed_weight, check_mask_grad, check_output, check_repeatable]
+    functions += [check_each_gradient_alone]
+    if case.mask == "input":
+        functions += [check_gather, check_grad_weight]
+    for function in functions:
+        function(case, backend)
+
+
 def check_error(cases: Iterable[Case], backend: str | None, truth_of: Callable[[Case], dict] = oracle) -> None:
     """Over the cases, each result's largest error against `truth_of(case)` is at most twice the library's.
 
@@ -653,17 +663,11 @@ def checks(
 
 
 def _check_bits(backend: str | None, seed: int, options: dict) -> None:
-    functions = [check_mask, check_mixed_weight, check_mask_grad, check_output, check_repeatable]
-    functions += [check_each_gradient_alone]
-    if options["mask"] == "input":
-        functions += [check_gather, check_grad_weight]
     for p in (0.1, 0.9, 1.0):
         check_mixed_weight(special_case(p=p, seed=seed, **options), backend)
     for shape in SHAPES:
         for p in (0.1, 0.9, 1.0):
-            case = random_case(*shape, p=p, seed=seed, **options)
-            for function in functions:
-                function(case, backend)
+            check_all_bits(random_case(*shape, p=p, seed=seed, **options), backend)
 
 
 def _check_exact(backend: str | None, seed: int, options: dict) -> None:

@@ -73,7 +73,7 @@ class Use:
     parameter: nn.Parameter
     input_dims: tuple[int, ...]
     kind: str
-    reason: str | None
+    reason: str | None = None
     toward_zero: bool = False
     p: float | None = None
     target: Tensor | None = None
@@ -125,8 +125,7 @@ class Use:
 
 def find_uses(model: nn.Module, frozen: bool, mask: str) -> list[Use]:
     """Every use in the model, with the reasons against mixing that lie in the parameter and its module."""
-    lora_a, lora_b, lora_parameters = _lora_weights(model)
-    read_past, outputs = _read_past(model), _output_layers(model)
+    lora, read_past, outputs = _lora_weights(model), _read_past(model), _output_layers(model)
     uses = []
     for module_name, module in model.named_modules():
         for attribute, parameter in module._parameters.items():
@@ -138,42 +137,51 @@ def find_uses(model: nn.Module, frozen: bool, mask: str) -> list[Use]:
                     f"INPUT_DIMS: {input_dims!r} for {join_names(module_name, attribute)} of shape "
                     f"{tuple(parameter.shape)}; it takes (0,), (1,), or, of three dimensions, (2,) or (1, 2)"
                 )
-            kind = type(module).__name__
-            use = Use(module_name, module, attribute, parameter, input_dims, kind, None, parameter in lora_a)
-            use.read_past, use.is_output = module in read_past, module in outputs
-            if parameter.numel() == 0 and hasattr(parameter, "ds_shape"):
-                raise ValueError(
-                    f"model: {use.name} is partitioned by DeepSpeed's ZeRO-3; call apply_mixout before that, on a "
-                    "model made outside zero.Init and, with Trainer, before the TrainingArguments"
-                )
-            if parameter.dim() < 2 or attribute.endswith("bias"):
-                use.reason = "bias or normalisation"
-            elif parameter.dtype not in DTYPES:
-                use.reason = f"dtype {str(parameter.dtype).removeprefix('torch.')}"
-            elif type(parameter) is not nn.Parameter and not hasattr(parameter, "device_mesh"):
-                # Its class multiplies by it in a way of its own (quantised, low-precision); DTensor has a device mesh.
-                use.reason = f"{type(parameter).__name__}, no plain Parameter"
-            elif parameter.is_meta:
-                raise ValueError(f"model: {use.name} is on the meta device; load its weights first")
-            elif parameter in lora_parameters:
-                use.reason = "LoRA of a parameter: PEFT reads it past its layer"
-            elif parameter in lora_b:
-                use.reason = "LoRA's B: mixing A toward zero mixes the product"
-            elif parameter in lora_a and mask == "element":
-                use.reason = "LoRA's A: an element mask of it is none of the product"
-            elif not parameter.requires_grad and not frozen:
-                use.reason = "frozen"
-            elif not input_dims:
-                cls = f"{type(module).__module__}.{type(module).__qualname__}"
-                use.reason = f"raw parameter: INPUT_DIMS has no {attribute!r} of {cls}"
-            elif getattr(module, "groups", 1) != 1:
-                use.reason = "grouped convolution"
-            elif getattr(module, "max_norm", None) is not None:
-                use.reason = "max_norm changes it in place"
-            elif isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.sparse and not use.is_embedding:
-                use.reason = "sparse gradient of a module that is no plain nn.Embedding"
+            use = Use(
+                module_name, module, attribute, parameter, input_dims, type(module).__name__,
+                toward_zero=parameter in lora[0], read_past=module in read_past, is_output=module in outputs,
+            )  # fmt: skip
+            use.reason = _why_not(use, frozen, mask, lora)
             uses.append(use)
     return uses
+
+
+def _why_not(use: Use, frozen: bool, mask: str, lora: tuple[set, set, set]) -> str | None:
+    """The reason against mixing that lies in the parameter and its module; None: there is none."""
+    module, attribute, parameter, input_dims = use.module, use.attribute, use.parameter, use.input_dims
+    lora_a, lora_b, lora_parameters = lora
+    if parameter.numel() == 0 and hasattr(parameter, "ds_shape"):
+        raise ValueError(
+            f"model: {use.name} is partitioned by DeepSpeed's ZeRO-3; call apply_mixout before that, on a "
+            "model made outside zero.Init and, with Trainer, before the TrainingArguments"
+        )
+    if parameter.dim() < 2 or attribute.endswith("bias"):
+        return "bias or normalisation"
+    if parameter.dtype not in DTYPES:
+        return f"dtype {str(parameter.dtype).removeprefix('torch.')}"
+    if type(parameter) is not nn.Parameter and not hasattr(parameter, "device_mesh"):
+        # Its class multiplies by it in a way of its own (quantised, low-precision); DTensor has a device mesh.
+        return f"{type(parameter).__name__}, no plain Parameter"
+    if parameter.is_meta:
+        raise ValueError(f"model: {use.name} is on the meta device; load its weights first")
+    if parameter in lora_parameters:
+        return "LoRA of a parameter: PEFT reads it past its layer"
+    if parameter in lora_b:
+        return "LoRA's B: mixing A toward zero mixes the product"
+    if parameter in lora_a and mask == "element":
+        return "LoRA's A: an element mask of it is none of the product"
+    if not parameter.requires_grad and not frozen:
+        return "frozen"
+    if not input_dims:
+        cls = f"{type(module).__module__}.{type(module).__qualname__}"
+        return f"raw parameter: INPUT_DIMS has no {attribute!r} of {cls}"
+    if getattr(module, "groups", 1) != 1:
+        return "grouped convolution"
+    if getattr(module, "max_norm", None) is not None:
+        return "max_norm changes it in place"
+    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.sparse and not use.is_embedding:
+        return "sparse gradient of a module that is no plain nn.Embedding"
+    return None
 
 
 def _lora_weights(model: nn.Module) -> tuple[set[nn.Parameter], set[nn.Parameter], set[nn.Parameter | None]]:

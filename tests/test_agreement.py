@@ -5,16 +5,12 @@ from fractions import Fraction
 
 import pytest
 import torch
+from parameters import masks, precisions
 from torch.nn import functional as F
 
 from mixout_fast import backends, mix_linear, reference, testing
 from mixout_fast.backends import triton
-from mixout_fast.functional import MASKS
 
-PRECISION_IDS = [str(w)[6:] if w == c else f"{str(w)[6:]}->{str(c)[6:]}" for w, c in testing.PRECISIONS]
-
-precisions = pytest.mark.parametrize(("dtype", "compute"), testing.PRECISIONS, ids=PRECISION_IDS)
-masks = pytest.mark.parametrize("mask", MASKS)
 shapes = pytest.mark.parametrize("shape", testing.SHAPES, ids=lambda shape: "x".join(map(str, shape)))
 
 

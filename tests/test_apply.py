@@ -7,6 +7,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from parameters import masks
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import prune
@@ -23,11 +24,8 @@ from mixout_fast import (
 )
 from mixout_fast.apply import mixed_parameters
 from mixout_fast.embedding import MixEmbedding
-from mixout_fast.functional import MASKS
 from mixout_fast.mixed_weight import Mixing
 from mixout_fast.uses import INPUT_DIMS, READ_PAST
-
-masks = pytest.mark.parametrize("mask", MASKS)
 
 
 class Transposed(nn.Module):
@@ -657,6 +655,16 @@ def test_what_the_removal_of_parts_leaves_is_removed_with_the_model():
     remove_mixout(model)
     assert model[0].p == 0.3
     assert "mixout_report" not in vars(model)
+
+
+@pytest.mark.parametrize("head", (nn.Linear(4, 2), nn.Sequential(nn.Identity(), nn.Linear(4, 2))))
+def test_removal_passes_over_dropouts_that_are_gone(head):
+    model = nn.Sequential(nn.Dropout(0.3), nn.Linear(4, 4), nn.Sequential(nn.Dropout(0.2), nn.Linear(4, 2)))
+    apply_mixout(model, 0.9, dropout=0.0)
+    model[2] = head
+    remove_mixout(model)
+    assert model[0].p == 0.3
+    assert not any(hasattr(module, "p") for module in head.modules())
 
 
 def test_paper_layers(device):

@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+from parameters import masks
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
@@ -16,9 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from mixout_fast import autograd, backends, mix_linear, mixout, reference, testing
 from mixout_fast.autograd import is_in_cpp
 from mixout_fast.backends import cpu, operators
-from mixout_fast.functional import DTYPES, MASKS
+from mixout_fast.functional import DTYPES
 
-masks = pytest.mark.parametrize("mask", MASKS)
 few_and_many_rows = pytest.mark.parametrize("rows", (3, 255))
 
 

@@ -139,9 +139,9 @@ def test_a_cell_that_leaves_cuda_unusable_ends_the_run_and_comes_last_in_the_nex
 
 
 def test_variables_that_choose_instruction_sets_belong_to_the_environment(monkeypatch):
-    before = environment.environment("cpu", ()), environment.occasion("benchmarks.run")["command"]
+    before = environment.environment("cpu", ()), environment.occasion()["command"]
     monkeypatch.setenv("ATEN_CPU_CAPABILITY", "avx2")
-    after = environment.environment("cpu", ()), environment.occasion("benchmarks.run")["command"]
+    after = environment.environment("cpu", ()), environment.occasion()["command"]
     assert "ATEN_CPU_CAPABILITY=avx2" in after[0]["variables"].split()
     assert before[0]["variables"] != after[0]["variables"]
     assert "ATEN_CPU_CAPABILITY=avx2" in after[1]
@@ -445,7 +445,7 @@ def test_a_comparison_with_a_folder_that_has_no_results_is_refused(tmp_path, cap
     assert f"--against: no results of layers in {tmp_path}" in capsys.readouterr().err
 
 
-def test_the_documents_get_their_tables_and_no_others(measure_layer, tmp_path, monkeypatch, capsys):
+def test_the_documents_get_their_tables_and_no_others(measure_layer, tmp_path, monkeypatch):
     records = measure_layer("results")
     monkeypatch.setattr(report, "ROOT", tmp_path)
     before = {name: (README.parent / name).read_text() for name in ("README.md", *DOCUMENTS)}

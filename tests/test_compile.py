@@ -2,13 +2,12 @@
 
 import pytest
 import torch
+from parameters import masks
 from torch import nn
 
 from mixout_fast import MixLinear, mix_linear, mixout, testing
-from mixout_fast.functional import MASKS
 
 pytestmark = pytest.mark.slow
-masks = pytest.mark.parametrize("mask", MASKS)
 
 
 @pytest.fixture(autouse=True)

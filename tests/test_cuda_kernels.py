@@ -10,6 +10,7 @@ import cuda_emulation
 import dropped_pages
 import pytest
 import torch
+from parameters import masks, precisions
 
 from mixout_fast import backends, mix_linear, reference, testing
 from mixout_fast.backends import cuda, gpu, operators
@@ -19,10 +20,6 @@ DEVICES = ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",)
 DEVICE = next((d for d in DEVICES if backends.describe(d)["cuda"] is None), None)
 pytestmark = pytest.mark.skipif(DEVICE is None, reason="no GPU (--emulate-cuda emulates one)")
 
-PRECISION_IDS = [str(w)[6:] if w == c else f"{str(w)[6:]}->{str(c)[6:]}" for w, c in testing.PRECISIONS]
-
-precisions = pytest.mark.parametrize(("dtype", "compute"), testing.PRECISIONS, ids=PRECISION_IDS)
-masks = pytest.mark.parametrize("mask", MASKS)
 emulated = pytest.mark.skipif(DEVICE != "cpu", reason="--emulate-cuda: tests neither set nor guard a GPU's memory")
 paths = pytest.mark.parametrize("path", ("one_pass", "mixed_first"))
 
@@ -308,7 +305,7 @@ def test_launches_of_a_layer(p, out_features, dtype, mask, path, take, seed):
 @pytest.mark.skipif(DEVICE != "cuda", reason="the emulation has no CUDA graphs")
 @paths
 @pytest.mark.parametrize("p", (0.5, 0.9))
-def test_a_captured_graph_draws_fresh_masks(p, path, take, seed):
+def test_a_captured_graph_draws_fresh_masks(p, path, take):
     """So nothing in forward or backward waits for the device; at 0.9 forward gathers the kept columns too."""
     take(path)
     weight = torch.ones(128, 128, device="cuda", requires_grad=True)

@@ -64,7 +64,7 @@ def test_toward_zero_coupled_is_weight_decay(model, x, optimizer):
 
 
 @pytest.mark.parametrize("decoupled", (True, False))
-def test_gradient_is_that_of_the_penalty(model, x, decoupled):
+def test_gradient_is_that_of_the_penalty(model, decoupled):
     """With SGD both forms are a step along λ (w - u), the gradient of λ/2 ‖w - u‖²; u is the mixout target."""
     apply_mixout(moved(model), 0.9, filter_fn=lambda module, name: name == "0")
     targets = {name: p.detach().clone() for name, p in model.named_parameters()}

@@ -8,14 +8,12 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from parameters import masks
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from mixout_fast import MixLinear, mix_linear, testing
-from mixout_fast.functional import MASKS
-
-masks = pytest.mark.parametrize("mask", MASKS)
 
 
 @pytest.fixture

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+from parameters import masks
 from torch.nn import functional as F
 
 from mixout_fast import mixout, reference, testing
-from mixout_fast.functional import DTYPES, MASKS
+from mixout_fast.functional import DTYPES
 
-masks = pytest.mark.parametrize("mask", MASKS)
 SHAPES = ((17,), (1,), (5, 17), (5, 17, 3), (5, 17, 3, 2), (5, 1, 3, 3), (1, 17, 1, 2, 3))
 SHAPES += ((1, 70, 300), (2, 9, 300))  # many neighbours in memory share a mask entry
 

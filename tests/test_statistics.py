@@ -4,11 +4,9 @@ import math
 
 import pytest
 import torch
+from parameters import masks
 
 from mixout_fast import MixLinear, mixout, testing
-from mixout_fast.functional import MASKS
-
-masks = pytest.mark.parametrize("mask", MASKS)
 
 
 def mask_of_a_step(layer):

@@ -7,6 +7,7 @@ from unittest import mock
 import dropped_pages
 import pytest
 import torch
+from parameters import masks
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from mixout_fast import backends, mix_linear, reference, testing
@@ -15,8 +16,6 @@ from mixout_fast.functional import MASKS
 
 DEVICES = [device for device in ("cpu", "cuda") if triton.unavailable(device) is None]
 DEVICES = [device for device in DEVICES if device == "cpu" or torch.cuda.is_available()]
-
-masks = pytest.mark.parametrize("mask", MASKS)
 
 
 @pytest.fixture(params=DEVICES)

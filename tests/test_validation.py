@@ -163,7 +163,7 @@ def test_from_linear_takes_an_nn_linear():
             MixLinear.from_linear(module, 0.5)
 
 
-def test_nothing_runs_before_the_refusal(monkeypatch):
+def test_nothing_runs_before_the_refusal():
     """No seed is drawn, so a caught error does not change the masks that follow."""
     state = torch.get_rng_state()
     for arguments, error, _ in BAD_LINEARS:

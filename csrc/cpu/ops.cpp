@@ -230,14 +230,10 @@ struct Layer {
 // One thread's part of the work.
 struct Slice {
   int64_t begin, end, slices;
-  int64_t first(int64_t count) const { return count * begin / slices; }
-  int64_t last(int64_t count) const { return count * end / slices; }
-  // The same for a product's outputs, which are split only at multiples of output_unit.
-  int64_t first_output(int64_t outputs) const {
-    return first(round_up(outputs, output_unit) / output_unit) * output_unit;
-  }
-  int64_t last_output(int64_t outputs) const {
-    return std::min(last(round_up(outputs, output_unit) / output_unit) * output_unit, outputs);
+  // `count` items are split only at multiples of `unit`.
+  int64_t first(int64_t count, int64_t unit = 1) const { return round_up(count, unit) / unit * begin / slices * unit; }
+  int64_t last(int64_t count, int64_t unit = 1) const {
+    return std::min(round_up(count, unit) / unit * end / slices * unit, count);
   }
 };
 
@@ -275,10 +271,7 @@ void in_slices(int64_t bytes, const Function& function) {
 
 int64_t bytes_of(const Tensor& tensor) { return tensor.numel() * static_cast<int64_t>(tensor.element_size()); }
 
-Tensor allocate_like(const Tensor& tensor, ScalarType dtype) {
-  return tensor.dim() == 3 ? allocate({tensor.size(0), tensor.size(1), tensor.size(2)}, dtype)
-                           : allocate({tensor.size(0), tensor.size(1)}, dtype);
-}
+Tensor allocate_like(const Tensor& tensor, ScalarType dtype) { return torch::stable::empty(tensor.sizes(), dtype); }
 
 Tensor masked(const Tensor& grad, const Mask& mask, double factor, ScalarType dtype) {
   const Matrix matrix = matrix_of(grad);
@@ -351,10 +344,10 @@ Tensor one_pass(const Tensor& rows, const Mixing& mixing, int64_t outputs, const
     for (int64_t i = slice.begin; i < slice.end; ++i) {
       const Slice of_rows{i % row_parts, i % row_parts + 1, row_parts};
       const Slice of_outputs{i / row_parts, i / row_parts + 1, slice.slices / row_parts};
-      const int64_t last = of_rows.last(m), last_output = of_outputs.last_output(outputs);
+      const int64_t last = of_rows.last(m), last_output = of_outputs.last(outputs, output_unit);
       for (int64_t first = of_rows.first(m); first < last; first += group_rows) {
         const char* row = static_cast<const char*>(x.data) + first * x.row_stride * size;
-        for (int64_t output = of_outputs.first_output(outputs); output < last_output; output += group_outputs)
+        for (int64_t output = of_outputs.first(outputs, output_unit); output < last_output; output += group_outputs)
           kernel(mixing, {row, x.row_stride, x.column_stride}, std::min(group_rows, last - first), m, output,
                  std::min(output + group_outputs, last_output), bias_data, data + first * outputs * size);
       }
@@ -391,7 +384,10 @@ Output linear(const Tensor& input, const Tensor& weight, const std::optional<Ten
   return {linear_product(input, mixed_weight, bias), index, columns};
 }
 
-// The kept columns of x, padded with columns of zeros where they are few: see THIN_OUTPUT in mixout_fast/reference.py.
+// THIN_OUTPUT of mixout_fast/reference.py.
+constexpr int64_t thin_output = 16;
+
+// The kept columns of x, padded with columns of zeros where they are few: see THIN_OUTPUT there.
 Tensor filled_up(const Tensor& columns) {
   constexpr int64_t width = thin_output;
   const int64_t m = columns.size(0), count = columns.size(1);
@@ -465,10 +461,8 @@ Gradients linear_backward(const Tensor& grad_output, const std::optional<Tensor>
   const int64_t bytes_beside = gathers ? bytes_of(*x) : staged ? bytes_of(*staged) : 0;
   const auto beside = [&](Slice slice) {
     if (gathers) gather_rows(*x, *index, *columns, slice);
-    if (!staged) return;
-    const int64_t units = round_up(m, staged_unit) / staged_unit;
-    of_weight.stage_kept(kept_x, slice.first(units) * staged_unit, std::min(slice.last(units) * staged_unit, m),
-                         staged->mutable_data_ptr());
+    if (staged)
+      of_weight.stage_kept(kept_x, slice.first(m, staged_unit), slice.last(m, staged_unit), staged->mutable_data_ptr());
   };
 
   std::optional<Tensor> grad_input, grad_weight, grad_bias;
@@ -488,7 +482,7 @@ Gradients linear_backward(const Tensor& grad_output, const std::optional<Tensor>
     if (needs_bias) grad_bias = allocate({outputs}, dtype);
     in_slices(bytes_of(*grad_weight) + bytes_of(grad), [&](Slice slice) {
       of_weight.grad_weight(kept_x, staged->const_data_ptr(), matrix_of(grad), outputs, indices, in_features, factor,
-                            slice.first_output(outputs), slice.last_output(outputs), layer.is_transposed,
+                            slice.first(outputs, output_unit), slice.last(outputs, output_unit), layer.is_transposed,
                             grad_weight->mutable_data_ptr(), grad_bias ? grad_bias->mutable_data_ptr() : nullptr);
     });
     return {grad_input, layer.by_outputs(*grad_weight), grad_bias};

@@ -26,15 +26,7 @@ constexpr int expand_rows = 32;
 constexpr int expand_columns = 128;
 
 template <typename T>
-struct ComputeOf {
-  using type = float;
-};
-template <>
-struct ComputeOf<double> {
-  using type = double;
-};
-template <typename T>
-using Compute = typename ComputeOf<T>::type;
+using Compute = decltype(widen(T{}));
 
 MIXOUT_INLINE constexpr int64_t blocks_of(int64_t count, int64_t size) { return (count + size - 1) / size; }
 

@@ -71,22 +71,8 @@ __device__ void gather_block(const Gather& gather, const Mask& mask, int64_t blo
   }
 }
 
-template <int size>
-struct ElementOfSize;
-template <>
-struct ElementOfSize<2> {
-  using type = uint16_t;
-};
-template <>
-struct ElementOfSize<4> {
-  using type = uint32_t;
-};
-template <>
-struct ElementOfSize<8> {
-  using type = uint64_t;
-};
 template <typename T>
-using Element = typename ElementOfSize<sizeof(T)>::type;
+using Element = std::conditional_t<sizeof(T) == 2, uint16_t, std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>>;
 
 MIXOUT_INLINE int64_t gather_blocks(const Gather& gather) {
   if (!gather.index) return 0;

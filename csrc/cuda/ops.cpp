@@ -116,8 +116,7 @@ struct View {
   // A new tensor with the weight's dimensions, whose memory holds the view's rows, as the kernels write them.
   Tensor result(const Tensor& weight, ScalarType dtype) const {
     if (transposed) return torch::stable::transpose(allocate(weight, {rows, columns}, dtype), 0, 1);
-    return weight.dim() == 2 ? allocate(weight, {rows, columns}, dtype)
-                             : allocate(weight, {weight.size(0), weight.size(1), weight.size(2)}, dtype);
+    return torch::stable::new_empty(weight, weight.sizes(), dtype);
   }
 };
 

@@ -69,7 +69,7 @@ def one_pass_rows(dtype: torch.dtype, out_features: int) -> tuple[int, int]:
     The operators mix first all the same where an operand's columns are not neighbours in memory, or in_features is more
     than 2^18.
     """
-    return gpu.one_pass_rows(ONE_PASS_ROWS, MANY_OUTPUTS_ROWS, dtype, out_features)
+    return (ONE_PASS_ROWS if out_features < gpu.MANY_OUTPUTS else MANY_OUTPUTS_ROWS)[dtype]
 
 
 def _ways(dtype: torch.dtype, shape: torch.Size, p: float, mask: str) -> tuple[int, int, bool, bool]:

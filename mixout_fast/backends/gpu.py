@@ -1,19 +1,9 @@
 """The choices that the CUDA and the Triton backend share."""
 
-import torch
-
 from mixout_fast import reference
 
 MANY_OUTPUTS = 2048
 """With this many outputs or more, the table for many outputs applies: one pass's grid for y then fills the device."""
-
-Rows = dict[torch.dtype, tuple[int, int]]
-"""dtype -> the rows up to which y, and those up to which dX, is computed in one pass."""
-
-
-def one_pass_rows(few: Rows, many: Rows, dtype: torch.dtype, out_features: int) -> tuple[int, int]:
-    """The most rows for which y, and those for which dX, is computed in one pass: `few` is for few outputs."""
-    return (few if out_features < MANY_OUTPUTS else many)[dtype]
 
 
 def takes_full_product(p: float, out_features: int, in_features: int) -> bool:

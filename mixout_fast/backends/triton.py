@@ -95,7 +95,7 @@ def unavailable(device_type: str) -> str | None:
 
 def one_pass_rows(dtype: torch.dtype, out_features: int) -> tuple[int, int]:
     """The most rows for which y, and those for which dX, is computed in one pass; `ways` has the exceptions."""
-    return gpu.one_pass_rows(ONE_PASS_ROWS, MANY_OUTPUTS_ROWS, dtype, out_features)
+    return (ONE_PASS_ROWS if out_features < gpu.MANY_OUTPUTS else MANY_OUTPUTS_ROWS)[dtype]
 
 
 def ways(dtype: torch.dtype, rows: int, weight: Tensor, target: Tensor | None, mask: str) -> tuple[bool, bool, bool]:
