@@ -54,7 +54,7 @@ def print_backends() -> int:
 def run_checks(device: str, backend: str | None, seed: int) -> int:
     try:
         device = torch.device(device)
-        torch.empty(0, device=device)
+        torch.zeros((), device=device).item()  # the device exists and computes
         module = backends.select(backend, device.type)
     except (RuntimeError, ValueError, AssertionError) as error:
         print(error, file=sys.stderr)

@@ -74,7 +74,9 @@ def test_check_fails_when_a_kernel_raises(few_shapes, monkeypatch, capsys):
     assert "FAIL  gradcheck, float64, input mask: ZeroDivisionError" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("arguments", (("--device", "nowhere"), ("--backend", "tpu"), ("--device", "cuda:99")))
+@pytest.mark.parametrize(
+    "arguments", (("--device", "nowhere"), ("--device", "meta"), ("--device", "cuda:99"), ("--backend", "tpu"))
+)
 def test_check_of_what_is_not_there(arguments, capsys):
     assert __main__.main(["check", *arguments]) == 2
     output = capsys.readouterr()
