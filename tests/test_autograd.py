@@ -327,6 +327,92 @@ def test_usual_calls_go_through_cpp(dtype, device, backend, seed, monkeypatch):
         assert output.dtype == (dtype if dtype == torch.float64 else torch.bfloat16)
 
 
+@masks
+@pytest.mark.parametrize("p", (0.1, 0.9))
+def test_saved_tensors_that_a_hook_casts_are_refused(p, mask, device, backend, seed):
+    """As float32, the seed and the kept index would be read past their ends, and as other numbers."""
+    skip_without_cpp(backend)
+    x = torch.randn(64, 1024, device=device, requires_grad=True)
+    weight = torch.randn(48, 1024, device=device, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda saved: saved.float(), lambda saved: saved):
+        output = mix_linear(x, weight, p=p, mask=mask, seed=seed, backend=backend)
+    with pytest.raises(RuntimeError, match="seed: takes a 0-d int64 tensor"):
+        output.sum().backward()
+
+
+def test_a_weight_replaced_by_a_larger_one_is_refused(device, backend, seed):
+    skip_without_cpp(backend)
+    x = torch.randn(9, 24, device=device, requires_grad=True)
+    weight = torch.randn(40, 24, device=device, requires_grad=True)
+    output = mix_linear(x, weight, p=0.5, seed=seed, backend=backend)
+    weight.data = torch.randn(4000, 24, device=device)
+    with pytest.raises(RuntimeError, match="grad: takes"):
+        output.sum().backward()
+
+
+def test_a_target_without_memory_is_refused(device, backend, seed):
+    """It would be taken for a target of zeros."""
+    skip_without_cpp(backend)
+    x, weight, target = (torch.randn(48, 24, device=device) for _ in range(3))
+    target.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match="target: its storage is empty"):
+        mix_linear(x, weight, target, p=0.5, seed=seed, backend=backend)
+
+
+@pytest.mark.skipif(cpu.LOAD_ERROR is not None, reason=str(cpu.LOAD_ERROR))
+@pytest.mark.parametrize("index", ((0, 0, 0), (2, 1, 0), (0, 1, 24), (-1, 0, 1)), ids=str)
+def test_an_index_that_does_not_ascend_is_refused(index, seed):
+    """Gradients would be written beside the kept columns, or beside dW."""
+    index, columns = torch.tensor(index, dtype=torch.int32), torch.ones(9, 3)
+    operands = torch.ones(9, 40), None, index, columns, torch.ones(40, 24), None, torch.tensor(seed), 0.9, "input", 10.0
+    with pytest.raises(RuntimeError, match="index: takes ascending numbers"):
+        cpu.gradients(*operands, (False, True, False), False)
+
+
+def test_operators_refuse_operands_that_do_not_fit(device, backend, seed):
+    skip_without_cpp(backend)
+    module = backends.BACKENDS[backend]
+    case = testing.random_case(9, 24, 40, p=0.9, device=device, seed=seed)
+    operands = {name: getattr(case, name) for name in ("input", "weight", "target", "bias", "seed")}
+    operands = {name: tensor.detach() for name, tensor in operands.items()} | {"grad": case.grad_output}
+    gathered = torch.arange(3, dtype=torch.int32, device=device), torch.zeros(9, 3, device=device)
+    operands |= dict(zip(("index", "columns"), gathered, strict=True))
+
+    def call(operator, **changed):
+        given = operands | changed
+        weight, target, draw = given["weight"], given["target"], (given["seed"], 0.9, "input")
+        grad, index, columns, needs = given["grad"], given["index"], given["columns"], (True, True, True)
+        if operator == "mix":
+            module.mix(weight, target, *draw, torch.float32)
+        elif operator == "mask_grad":
+            module.mask_grad(weight, *draw, 10.0, torch.float32)
+        elif operator == "linear":
+            module.linear(given["input"], weight, target, given["bias"], *draw, True, False)
+        elif operator == "from input":
+            module.gradients(grad, given["input"], None, None, weight, target, *draw, 10.0, needs, False)
+        else:
+            module.gradients(grad, None, index, columns, weight, target, *draw, 10.0, needs, False)
+
+    forward, backward = ("mix", "linear"), ("from input", "from columns")
+    misfits = {
+        "seed": ((*forward, *backward, "mask_grad"), (case.seed.int(), case.seed.view(1), case.seed.double())),
+        "target": ((*forward, *backward), (case.target[:3], case.target[:, :3], case.target.bfloat16())),
+        "input": (("linear", "from input"), (case.input[:, :3], torch.ones((), device=device))),
+        "bias": (("linear",), (case.bias[:3], case.bias.double(), case.weight)),
+        "grad": (backward, (case.grad_output[:, :3], torch.ones((), device=device))),
+        "index": (("from columns",), (gathered[0].long(), gathered[0].view(1, 3), gathered[0][:1].expand(3))),
+        "columns": (("from columns",), (gathered[1][:, :2], gathered[1][:8], gathered[1].double())),
+    }
+    for name, (names, tensors) in misfits.items():
+        for operator, tensor in itertools.product(names, tensors):
+            call(operator)
+            with pytest.raises(RuntimeError, match=f"{name}: takes"):
+                call(operator, **{name: tensor.detach()})
+    for tensor in (case.input[:8], case.input.double()):
+        with pytest.raises(RuntimeError, match="input: takes as many rows as grad"):
+            call("from input", input=tensor.detach())
+
+
 def saved_bytes(function, held):
     """Bytes saved for backward, each storage once, without those of `held` and of 0-d tensors (the seed)."""
     seen = {tensor.untyped_storage().data_ptr() for tensor in held if tensor is not None}

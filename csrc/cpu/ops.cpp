@@ -286,6 +286,7 @@ Tensor masked(const Tensor& grad, const Mask& mask, double factor, ScalarType dt
 }
 
 Tensor mask_grad(const Tensor& grad, const Tensor& seed, double p, bool per_column, double factor, ScalarType dtype) {
+  check_seed(seed);
   const DrawnMask drawn(seed, p, per_column, grad.size(1), repeats_of(grad));
   return masked(grad, drawn.mask, factor, dtype);
 }
@@ -312,6 +313,8 @@ Tensor mixed(const Tensor& weight, const Mixing& mixing, ScalarType dtype, int64
 
 Tensor mix(const Tensor& weight, const std::optional<Tensor>& target, const Tensor& seed, double p, bool per_column,
            ScalarType dtype) {
+  check_seed(seed);
+  check_target(weight, target);
   const DrawnMask drawn(seed, p, per_column, weight.size(1), repeats_of(weight));
   return mixed(weight, mixing_of(weight, target, p, drawn.mask), dtype, 0, [](Slice) {});
 }
@@ -359,6 +362,7 @@ Tensor one_pass(const Tensor& rows, const Mixing& mixing, int64_t outputs, const
 Output linear(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& target,
               const std::optional<Tensor>& bias, const Tensor& seed, double p, bool per_column, bool in_one_pass,
               bool /*tf32*/, bool gathers, bool fixed_size) {
+  check_linear(input, weight, target, bias, seed);
   const ScalarType dtype = input.scalar_type();
   const Layer layer(weight, target, seed, p, per_column);
   const Tensor rows = rows_of(input, layer.in_features);
@@ -428,17 +432,24 @@ Tensor masked_product(const Layer& layer, const Tensor& x, const Tensor& grad, d
   return layer.by_outputs(masked(dense, layer.mixing.mask, factor, layer.weight.scalar_type()));
 }
 
+// Whether the numbers are below `end` and each is larger than the one before it.
+bool ascend(const int32_t* numbers, int64_t count, int64_t end) {
+  bool ascends = count == 0 || (numbers[0] >= 0 && numbers[count - 1] < end);
+  for (int64_t j = 1; j < count; ++j) ascends &= numbers[j - 1] < numbers[j];
+  return ascends;
+}
+
 Gradients linear_backward(const Tensor& grad_output, const std::optional<Tensor>& input,
                           const std::optional<Tensor>& kept_index, const std::optional<Tensor>& kept_columns,
                           const Tensor& weight, const std::optional<Tensor>& target, const Tensor& seed,
                           bool needs_input, bool needs_weight, bool needs_bias, double p, bool per_column,
                           double factor, bool in_one_pass, bool /*tf32*/, bool in_full_product) {
+  check_linear_backward(grad_output, input, kept_index, kept_columns, weight, target, seed, needs_weight);
   const Layer layer(weight, target, seed, p, per_column);
   const int64_t outputs = layer.outputs, in_features = layer.in_features;
   const ScalarType dtype = grad_output.scalar_type();
   const Tensor grad = rows_of(grad_output, outputs);
   const int64_t m = grad.size(0);
-  STD_TORCH_CHECK(!needs_weight || input || (kept_index && kept_columns), nothing_for_dw);
   std::optional<Tensor> x;
   if (needs_weight && input) x = rows_of(*input, in_features);
 
@@ -450,6 +461,7 @@ Gradients linear_backward(const Tensor& grad_output, const std::optional<Tensor>
   if (x && !is_full) index = layer.drawn.indices(layer.drawn.kept);
   const int32_t* indices = index ? static_cast<const int32_t*>(index->const_data_ptr()) : nullptr;
   const int64_t kept = index ? kept_count(indices, index->numel()) : 0;
+  STD_TORCH_CHECK(ascend(indices, kept, in_features), "index: takes ascending numbers of columns, then -1");
   if (gathers) columns = allocate({m, kept}, dtype);
   KeptX kept_x;
   std::optional<Tensor> staged;

@@ -185,6 +185,8 @@ Tensor mixed(const View& view, const Tensor& weight, const Mixing& mixing, Scala
 
 Tensor mix(const Tensor& weight, const std::optional<Tensor>& target, const Tensor& seed, double p, bool per_column,
            ScalarType dtype) {
+  check_seed(seed);
+  check_target(weight, target);
   const OnDevice device(weight);
   const View view(weight);
   return mixed(view, weight, mixing_of(view, weight, target, seed, p, per_column), dtype, {}, {}, device.launch);
@@ -200,6 +202,7 @@ Tensor masked(const View& view, const Tensor& grad, const Mask& mask, double fac
 }
 
 Tensor mask_grad(const Tensor& grad, const Tensor& seed, double p, bool per_column, double factor, ScalarType dtype) {
+  check_seed(seed);
   const OnDevice device(grad);
   const View view(grad);
   return masked(view, grad, view.mask(seed, p, per_column), factor, dtype, {}, device.launch);
@@ -208,6 +211,7 @@ Tensor mask_grad(const Tensor& grad, const Tensor& seed, double p, bool per_colu
 Output linear(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& target,
               const std::optional<Tensor>& bias, const Tensor& seed, double p, bool per_column, bool one_pass,
               bool tf32, bool gathers, bool /*fixed_size*/) {
+  check_linear(input, weight, target, bias, seed);
   const OnDevice device(weight);
   const ScalarType dtype = input.scalar_type();
   const View view = view_of(weight, target, per_column);
@@ -254,12 +258,12 @@ Gradients linear_backward(const Tensor& grad_output, const std::optional<Tensor>
                           const Tensor& weight, const std::optional<Tensor>& target, const Tensor& seed,
                           bool needs_input, bool needs_weight, bool needs_bias, double p, bool per_column,
                           double factor, bool one_pass, bool tf32, bool in_full_product) {
+  check_linear_backward(grad_output, input, kept_index, kept_columns, weight, target, seed, needs_weight);
   const OnDevice device(weight);
   const ScalarType dtype = grad_output.scalar_type();
   const View view = view_of(weight, target, per_column);
   const Mixing mixing = mixing_of(view, weight, target, seed, p, per_column);
   const Tensor grad = rows_of(grad_output, weight.size(0));
-  STD_TORCH_CHECK(!needs_weight || input || (kept_index && kept_columns), nothing_for_dw);
   std::optional<Tensor> x;
   if (needs_weight && input) x = rows_of(*input, weight.size(1));
   std::optional<Gathered> gathered;
