@@ -43,73 +43,6 @@ inline torch::stable::Tensor rows_of(const torch::stable::Tensor& tensor, int64_
   return tensor.dim() == 2 ? tensor : torch::stable::reshape(tensor, {-1, columns});
 }
 
-// mixout_fast/functional.py checks what its callers pass. These checks keep from unrelated memory what changes after
-// that: hooks on saved tensors and assignments to a parameter's data decide what backward gets.
-inline void check_seed(const torch::stable::Tensor& seed) {
-  STD_TORCH_CHECK(seed.dim() == 0 && seed.scalar_type() == torch::headeronly::ScalarType::Long,
-                  "seed: takes a 0-d int64 tensor");
-}
-
-inline void check_target(const torch::stable::Tensor& weight, const std::optional<torch::stable::Tensor>& target) {
-  if (!target) return;
-  const auto wanted = weight.sizes(), sizes = target->sizes();
-  STD_TORCH_CHECK(std::equal(wanted.begin(), wanted.end(), sizes.begin(), sizes.end()) &&
-                      target->scalar_type() == weight.scalar_type(),
-                  "target: takes a tensor of weight's shape and dtype");
-  // The kernels take null for a target of zeros.
-  STD_TORCH_CHECK(target->numel() == 0 || target->const_data_ptr(), "target: its storage is empty");
-}
-
-inline void check_layer(const torch::stable::Tensor& weight, const std::optional<torch::stable::Tensor>& target,
-                        const torch::stable::Tensor& seed) {
-  check_seed(seed);
-  STD_TORCH_CHECK(weight.dim() == 2, "weight: takes (out_features, in_features)");
-  check_target(weight, target);
-}
-
-// `tensor` is (..., columns).
-inline void check_columns(const torch::stable::Tensor& tensor, int64_t columns, const char* message) {
-  STD_TORCH_CHECK(tensor.dim() > 0 && tensor.size(tensor.dim() - 1) == columns, message);
-}
-
-inline void check_linear(const torch::stable::Tensor& input, const torch::stable::Tensor& weight,
-                         const std::optional<torch::stable::Tensor>& target,
-                         const std::optional<torch::stable::Tensor>& bias, const torch::stable::Tensor& seed) {
-  check_layer(weight, target, seed);
-  check_columns(input, weight.size(1), "input: takes (..., in_features)");
-  STD_TORCH_CHECK(
-      !bias || (bias->dim() == 1 && bias->size(0) == weight.size(0) && bias->scalar_type() == input.scalar_type()),
-      "bias: takes (out_features,) of input's dtype");
-}
-
-inline void check_linear_backward(const torch::stable::Tensor& grad, const std::optional<torch::stable::Tensor>& input,
-                                  const std::optional<torch::stable::Tensor>& index,
-                                  const std::optional<torch::stable::Tensor>& columns,
-                                  const torch::stable::Tensor& weight,
-                                  const std::optional<torch::stable::Tensor>& target, const torch::stable::Tensor& seed,
-                                  bool needs_weight) {
-  check_layer(weight, target, seed);
-  const int64_t outputs = weight.size(0), in_features = weight.size(1);
-  check_columns(grad, outputs, "grad: takes (..., out_features)");
-  if (!needs_weight) return;
-  STD_TORCH_CHECK(input || (index && columns), "grad: dW is made of the input, or of the kept index and columns");
-  if (input) {
-    check_columns(*input, in_features, "input: takes (..., in_features)");
-    STD_TORCH_CHECK(input->numel() / std::max<int64_t>(in_features, 1) ==
-                            grad.numel() / std::max<int64_t>(outputs, 1) &&
-                        input->scalar_type() == grad.scalar_type(),
-                    "input: takes as many rows as grad, of its dtype");
-  } else {
-    STD_TORCH_CHECK(index->dim() == 1 && index->is_contiguous() &&
-                        index->scalar_type() == torch::headeronly::ScalarType::Int,
-                    "index: takes a contiguous vector of int32");
-    check_columns(*columns, index->size(0), "columns: takes a column for each entry of index");
-    STD_TORCH_CHECK(columns->dim() == 2 && columns->size(0) * outputs == grad.numel() &&
-                        columns->scalar_type() == grad.scalar_type(),
-                    "columns: takes as many rows as grad, of its dtype");
-  }
-}
-
 // As in mixout_fast/reference.py.
 inline bool is_column_major(const torch::stable::Tensor& weight, const std::optional<torch::stable::Tensor>& target) {
   const auto lies = [](const torch::stable::Tensor& matrix) { return matrix.stride(0) == 1 && matrix.stride(1) != 1; };
@@ -165,8 +98,6 @@ constexpr const char* linear_backward_schema =
     "linear_backward(Tensor grad, Tensor? input, Tensor? index, Tensor? columns, Tensor weight, Tensor? target,"
     " Tensor seed, bool needs_input, bool needs_weight, bool needs_bias, float p, bool per_column, float factor,"
     " bool one_pass, bool tf32, bool full_product) -> (Tensor?, Tensor?, Tensor?)";
-
-constexpr const char* nothing_for_dw = "grad: dW is made of the input, or of the kept index and columns";
 
 // y, and the kept index and columns where they are gathered.
 using Output =

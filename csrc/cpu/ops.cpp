@@ -22,6 +22,7 @@
 #include <tuple>
 #include <vector>
 
+#include "../checks.h"
 #include "../library.h"
 #include "kernels.h"
 

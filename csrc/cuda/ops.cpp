@@ -13,6 +13,7 @@
 #include <tuple>
 #include <utility>
 
+#include "../checks.h"
 #include "../library.h"
 #include "kernels.h"
 
