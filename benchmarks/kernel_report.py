@@ -122,7 +122,7 @@ def launches(quick: bool) -> list[Launch]:
                 record(f"gather{sums}", backend.prologue, None, None, x, summed, *draw, False, False, compute)
             for column_major in (False, True):
                 where = ", columns" if column_major else ""
-                W, dW = (lying(out_features, in_features, d, column_major) for d in (dtype, compute))
+                W, dW = (empty_matrix(out_features, in_features, d, column_major) for d in (dtype, compute))
                 for sums, summed in ((", sum", parts), ("", None)):
                     ending = (summed, *draw, True, column_major, dtype)
                     record(f"mask_grad of dW'{sums}{where}", backend.prologue, dW, None, None, *ending)
@@ -137,7 +137,7 @@ def launches(quick: bool) -> list[Launch]:
     return list(seen.values())
 
 
-def lying(out_features: int, in_features: int, dtype: torch.dtype, column_major: bool) -> torch.Tensor:
+def empty_matrix(out_features: int, in_features: int, dtype: torch.dtype, column_major: bool) -> torch.Tensor:
     """An empty matrix (N, K), row-major or column-major."""
     if column_major:
         return torch.empty(in_features, out_features, dtype=dtype).t()

@@ -45,8 +45,10 @@ inline torch::stable::Tensor rows_of(const torch::stable::Tensor& tensor, int64_
 
 // As in mixout_fast/reference.py.
 inline bool is_column_major(const torch::stable::Tensor& weight, const std::optional<torch::stable::Tensor>& target) {
-  const auto lies = [](const torch::stable::Tensor& matrix) { return matrix.stride(0) == 1 && matrix.stride(1) != 1; };
-  return lies(weight) && (!target || lies(*target));
+  const auto is_transposed = [](const torch::stable::Tensor& matrix) {
+    return matrix.stride(0) == 1 && matrix.stride(1) != 1;
+  };
+  return is_transposed(weight) && (!target || is_transposed(*target));
 }
 
 // `result` (rows, n) with the leading dimensions of `operand` (..., any): (..., n). Not a view: a view that an autograd

@@ -636,10 +636,10 @@ def test_registered_operators_are_pure_and_have_fakes(target, leading, column_ma
     """What torch.compile relies on; a backend without registered operators has nothing to check."""
     case = testing.random_case(leading, 33, 17, p=0.9, mask=mask, target=target, bias=target, device=device, seed=seed)
     module, draw = backends.BACKENDS[backend], (case.seed, case.p, case.mask)
-    lying = testing.column_major(case)
+    transposed = testing.column_major(case)
     operands = [
-        lying.weight if "W" in column_major else case.weight,
-        lying.target if "U" in column_major else case.target,
+        transposed.weight if "W" in column_major else case.weight,
+        transposed.target if "U" in column_major else case.target,
     ]
     with OperatorCalls() as recorder:
         module.mix(*operands, *draw, torch.bfloat16)

@@ -271,10 +271,13 @@ def test_operators_are_pure_and_have_fakes(served, seed):
     operands, draw = (case.weight, case.target), (case.seed, case.p)
     x, grad, in_fours = case.input, case.grad_output, (case.weight[:, :32], case.target[:, :32])
     _, index, columns, parts = triton.prologue(None, None, x, grad, *draw, "input", 1.0, False, False, torch.float32)
-    lying = testing.column_major(case)
+    transposed = testing.column_major(case)
     for function, arguments in (
         (triton.prologue, (*operands, None, None, *draw, "input", 10.0, False, False, torch.bfloat16)),
-        (triton.prologue, (lying.weight, lying.target, x, grad, *draw, "input", 10.0, False, True, torch.float32)),
+        (
+            triton.prologue,
+            (transposed.weight, transposed.target, x, grad, *draw, "input", 10.0, False, True, torch.float32),
+        ),
         (triton.prologue, (None, None, x, None, *draw, "input", 1.0, False, False, torch.float32)),
         (triton.prologue, (*operands, None, grad, *draw, "element", 10.0, False, False, torch.float32)),
         (triton.prologue, (case.weight, None, None, parts, *draw, "element", 10.0, True, False, torch.bfloat16)),

@@ -258,8 +258,8 @@ def _fake_prologue(weight, target, rows, summed, seed, p, mask, factor, is_gradi
     mixed = None
     if weight is not None:
         # Not torch.empty(weight.shape): a torch.Size takes 1 us to read.
-        lying = weight.t() if column_major else weight
-        mixed = torch.empty_like(lying, dtype=dtype, memory_format=torch.contiguous_format)
+        stored = weight.t() if column_major else weight
+        mixed = torch.empty_like(stored, dtype=dtype, memory_format=torch.contiguous_format)
         mixed = mixed.t() if column_major else mixed
     index = columns = None
     if rows is not None:
