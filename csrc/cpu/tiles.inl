@@ -32,8 +32,8 @@ struct TransposedTiles {
 // of 384 on Intel's processors, and of 192 on AMD's, where ours had 1.4 times its error with 384. There it halves sums
 // of 193 to 383 terms: with pieces of 192 and the rest, one product of 194 terms in seven had a largest error of more
 // than twice its. Up to 16 rows or outputs, MKL sums in as many parts as its vectors have lanes: with pieces of 32,
-// sums of 32 terms have up to 1.8 times its error. Chosen by the whole product's size, because the sums must not depend
-// on the number of threads.
+// sums of 32 terms have up to 1.8 times its error. (A block has 64 terms or more, so none adds pieces of 16 to
+// another's.) Chosen by the whole product's size, because the sums must not depend on the number of threads.
 constexpr int64_t piece_terms = 192, short_piece = 32;
 constexpr int64_t summed_at_once(int64_t rows, int64_t outputs, int64_t terms) {
   if (rows <= 16 || outputs <= 16) return terms <= 64 ? 16 : short_piece;
